@@ -1,0 +1,501 @@
+r"""The M-FAC optimizer: preconditioning by the inverse of a sliding-window empirical Fisher.
+
+Each step stores the new gradient g in a window of the last m, and moves the parameters along
+
+.. math:: v \leftarrow \beta v + (1 - \beta) F^{-1} g, \qquad \theta \leftarrow \theta - \eta v, \qquad
+          F = \lambda I + \tfrac{1}{n} \sum_{i=1}^{m} g_i g_i^\top
+
+(`mfac_hf.fisher.window` has the algebra.) While :math:`n\lambda` is small against the part of g that is orthogonal to the other
+stored gradients, :math:`g_\perp`, the direction is about :math:`n g_\perp / |g_\perp|^2`: it grows with the window and shrinks with
+the gradient. Tune ``lr * num_grads``, not ``lr``.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+from mfac_hf.fisher.window import GradientWindow, check_window_options
+from mfac_hf.placement import ROW_SPARSE_DENSIFY, Placement, distinct_columns, place, to_dense
+from mfac_hf.window_state import WINDOW_KEYS, check_state, restore_placements
+
+__all__ = ["MFAC"]
+
+_WINDOW_OPTIONS = (
+    "num_grads",
+    "damping",
+    "normalize",
+    "window_dtype",
+    "window_device",
+    "grad_decay",
+    "row_sparse",
+    "save_window",
+)
+
+
+class MFAC(torch.optim.Optimizer):
+    r"""Matrix-free approximate natural-gradient descent with the dynamic algorithm of M-FAC.
+
+    Usage with the Hugging Face Trainer: ``Trainer(..., optimizers=(MFAC(model.parameters(), lr=1e-3), None))``. The learning rate
+    is this optimizer's own (``TrainingArguments.learning_rate`` is not used), and Trainer adds its schedule to it. Trainer clips
+    gradients to ``max_grad_norm`` (1.0) before they enter the window, as in the published runs.
+
+    Memory: m * d numbers of ``window_dtype`` for dense parameters, allocated at the first step; embeddings are stored exactly by
+    the rows that each batch touched. See `mfac_hf.memory_estimate`.
+
+    Args:
+        params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay and
+            decoupled_weight_decay; everything else is common to all.
+        lr: learning rate, >= 0.
+        num_grads: gradients in the window, m >= 1.
+        damping: :math:`\lambda > 0`.
+        momentum: :math:`\beta` in [0, 1), exponential average of the *directions*.
+        weight_decay: coefficient >= 0 of the L2 penalty, added to the gradient before it enters the window, as in the paper's
+            code. That makes the gradient of an embedding dense.
+        decoupled_weight_decay: multiply the parameters by (1 - lr * weight_decay) instead.
+        normalize: ``"num_grads"`` divides the sum in F by m always (the paper); ``"count"`` divides by the gradients held so far,
+            which makes the first steps shorter: a warm-up that needs no schedule. The same once the window is full.
+        grad_decay: :math:`\gamma` in [0, 1): precondition the average of the stored gradients with weights
+            :math:`\gamma^{age}` instead of the newest alone. Costs no memory and no pass.
+        window_dtype: torch.float32, torch.bfloat16 (half the memory; embeddings stay float32) or torch.float64.
+        window_device: None for the parameters' device, another device such as ``"cpu"``, or a list to split the window over.
+        masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in the window.
+        process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one window:
+            each keeps the columns of some parameters. The window is then not part of ``state_dict`` and refills after a resume.
+        row_sparse: store gradients with few non-zero rows by these rows. Exact; turn it off for fixed state shapes.
+        save_window: put the window into ``state_dict``. Without it checkpoints are small, and the window refills after a resume.
+
+    Raises:
+        ValueError: for an option or a mask out of range, before anything changes.
+        TypeError: for complex parameters.
+        MemoryError: at the first step, if the window does not fit; the message has the numbers and the ways out.
+
+    Source: Frantar, Kurtic and Alistarh, NeurIPS 2021, section 3.2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        *,
+        num_grads: int = 1024,
+        damping: float = 1e-6,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        normalize: str = "num_grads",
+        grad_decay: float = 0.0,
+        window_dtype: torch.dtype = torch.float32,
+        window_device: torch.device | str | list[torch.device | str] | None = None,
+        masks: Mapping[Tensor, Tensor] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        row_sparse: bool = True,
+        save_window: bool = True,
+    ) -> None:
+        check_window_options(num_grads, damping, normalize, window_dtype)
+        if not 0.0 <= grad_decay < 1.0:
+            raise ValueError(f"grad_decay is {grad_decay!r}; expected a number in [0, 1)")
+        if isinstance(window_device, (list, tuple)):
+            if not window_device:
+                raise ValueError("window_device is an empty list; name at least one device, or leave it out")
+            window_device = [str(device) for device in window_device]
+        elif window_device is not None:
+            window_device = str(window_device)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "num_grads": num_grads,
+            "damping": damping,
+            "normalize": normalize,
+            "window_dtype": window_dtype,
+            "window_device": window_device,
+            "grad_decay": grad_decay,
+            "row_sparse": row_sparse,
+            "save_window": save_window,
+        }
+        self._reset_window()
+        self._process_group = process_group
+        super().__init__(params, defaults)
+        self._set_masks(masks or {})
+
+    def _reset_window(self) -> None:
+        self._window: GradientWindow | None = None
+        self._placements: dict[Tensor, Placement] = {}  # of the parameters whose columns this rank keeps
+        self._owners: dict[Tensor, int] = {}  # rank of every parameter that has columns
+        self.skipped_steps = 0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their columns join the window when their first gradients arrive.
+
+        Raises:
+            ValueError: for an option out of range, one that is common to all groups, or another device than before.
+            TypeError: for complex parameters.
+        """
+        for name in _WINDOW_OPTIONS:
+            if name in param_group and param_group[name] != self.defaults[name]:
+                raise ValueError(
+                    f"{name}={param_group[name]!r} in a parameter group: there is one window for all groups; "
+                    f"pass {name} to MFAC itself"
+                )
+        group = {**self.defaults, **param_group}
+        for name, upper in (("lr", float("inf")), ("momentum", 1.0), ("weight_decay", float("inf"))):
+            if not 0.0 <= group[name] < upper:
+                raise ValueError(f"{name} is {group[name]!r}; expected a number in [0, {upper})")
+        known = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            self._check_parameters()
+        except (TypeError, ValueError):
+            del self.param_groups[known:]
+            raise
+        for name in _WINDOW_OPTIONS:
+            self.param_groups[-1].pop(name, None)
+
+    def _check_parameters(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters:
+            if p.is_complex():
+                raise TypeError(
+                    f"a parameter of shape {tuple(p.shape)} is {p.dtype}: the empirical Fisher here is real. "
+                    "Optimize torch.view_as_real(parameter) instead"
+                )
+            if hasattr(p, "ds_id") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+                raise ValueError(
+                    "DeepSpeed ZeRO partitions and flattens gradients behind the optimizer, so the window would hold something "
+                    "else. Use DistributedDataParallel with MFAC(process_group=...), or FSDP2, instead"
+                )
+            if getattr(p, "_is_flat_param", False):
+                raise ValueError("FSDP1 flattens parameters, which MFAC does not support. Use FSDP2 (fsdp_version: 2) instead")
+        devices = {p.device for p in parameters}
+        if len(devices) > 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"parameters on several devices ({names}); move the model to one device before building MFAC")
+
+    def _set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for parameter, mask in masks.items():
+            if id(parameter) not in known:
+                raise ValueError(f"a mask for a parameter of shape {tuple(parameter.shape)} that this optimizer does not have")
+            if mask.shape != parameter.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"a mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for a parameter of shape "
+                    f"{tuple(parameter.shape)}; expected a bool tensor of the parameter's shape, True = keep"
+                )
+        for parameter, mask in masks.items():
+            # In the state, because it is what deepcopy, pickle and checkpoints keep.
+            self.state[parameter]["mask"] = mask.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Store the gradients and move the parameters; those without a gradient stay where they are.
+
+        A gradient with a NaN or infinite entry is skipped: neither window nor parameters change, and ``skipped_steps`` counts it.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = self._gradients()
+        if not gradients:
+            return loss
+        if not self._finite(gradients):
+            if self.skipped_steps == 0:
+                warnings.warn(
+                    "a gradient is not finite (or its norm overflows float32): this step is skipped, as will be others like it. "
+                    "They are counted in MFAC.skipped_steps",
+                    stacklevel=2,
+                )
+            self.skipped_steps += 1
+            self._publish()
+            return loss
+        window = self._place(gradients)
+        self._push(window, gradients)
+        self._apply(gradients, self._directions(window, gradients))
+        self._publish()
+        return loss
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """Gradient of each parameter that has one, coupled weight decay included."""
+        gradients = {}
+        for group in self.param_groups:
+            decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                grad = p.grad
+                if grad.is_sparse and (p.ndim != 2 or grad.sparse_dim() != 1):
+                    raise ValueError(
+                        f"a sparse gradient with {grad.sparse_dim()} sparse dimensions for a parameter of shape "
+                        f"{tuple(p.shape)}; MFAC takes the row-sparse ones of torch.nn.Embedding(sparse=True)"
+                    )
+                gradients[p] = p.mul(decay).add_(grad) if decay else grad
+        return gradients
+
+    @staticmethod
+    def _finite(gradients: dict[Tensor, Tensor]) -> bool:
+        values = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients.values()]
+        norms = torch._foreach_norm(values, 2, dtype=torch.float32)
+        return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
+
+    def _masks(self) -> dict[Tensor, Tensor]:
+        return {p: state["mask"].to(p.device) for p, state in self.state.items() if "mask" in state}
+
+    def _place(self, gradients: dict[Tensor, Tensor]) -> GradientWindow:
+        """The window, with columns for every parameter that has a gradient (and is this rank's, if ranks share the window)."""
+        options = self.defaults
+        new = {p: grad for p, grad in gradients.items() if p not in self._owners}
+        if new:
+            where = options["window_device"] or next(iter(gradients)).device
+            owners = self._assign(new)
+            rank = 0 if self._process_group is None else dist.get_rank(self._process_group)
+            placements = place(
+                {p: grad for p, grad in new.items() if owners[p] == rank},
+                self._masks(),
+                num_grads=options["num_grads"],
+                dtype=options["window_dtype"],
+                devices=[torch.device(device) for device in (where if isinstance(where, list) else [where])],
+                row_sparse=options["row_sparse"],
+            )
+            self._owners.update(owners)
+            self._add_placements(placements)
+        assert self._window is not None  # every parameter with a gradient has an owner, so the first step built it
+        return self._window
+
+    def _add_placements(self, placements: dict[Tensor, Placement]) -> None:
+        options = self.defaults
+        columns = distinct_columns(placements.values())
+        if self._window is None:
+            # A rank without a parameter of its own still takes part in the sums.
+            columns = columns or [DenseColumns(options["num_grads"], 0, dtype=options["window_dtype"])]
+            self._window = GradientWindow(
+                options["num_grads"],
+                columns,
+                damping=options["damping"],
+                normalize=options["normalize"],
+                dtype=options["window_dtype"],
+                process_group=self._process_group,
+            )
+        else:
+            for store in columns:
+                self._window.add_columns(store)
+        self._placements.update(placements)
+
+    def _assign(self, new: dict[Tensor, Tensor]) -> dict[Tensor, int]:
+        """The rank that keeps the columns of each new parameter: largest first, to the rank with the least."""
+        if self._process_group is None:
+            return dict.fromkeys(new, 0)
+        load = [0] * dist.get_world_size(self._process_group)
+        for p, owner in self._owners.items():
+            load[owner] += p.numel()
+        owners = {}
+        for p in sorted(new, key=lambda p: -p.numel()):
+            owners[p] = load.index(min(load))
+            load[owners[p]] += p.numel()
+        return owners
+
+    def _push(self, window: GradientWindow, gradients: dict[Tensor, Tensor]) -> None:
+        parts: dict[int, list[Any]] = {id(columns): [] for columns in window.columns}
+        for p, placement in list(self._placements.items()):
+            mask = self.state[p]["mask"].to(p.device) if "mask" in self.state[p] else None
+            part = placement.part(gradients.get(p), p, mask)
+            if isinstance(placement.columns, RowSparseColumns) and len(part[0]) > ROW_SPARSE_DENSIFY * p.shape[0]:
+                placement = self._densify(window, p, placement)
+                parts[id(placement.columns)] = []
+                part = placement.part(gradients[p], p, mask)
+            parts[id(placement.columns)].append(part)
+        # Parameters that share a dense buffer were placed in the order of its columns.
+        window.push(
+            [
+                parts[id(columns)][0]
+                if isinstance(columns, RowSparseColumns)
+                else torch.cat(parts[id(columns)] or [torch.zeros(0)])
+                for columns in window.columns
+            ]
+        )
+
+    def _densify(self, window: GradientWindow, p: Tensor, placement: Placement) -> Placement:
+        assert isinstance(placement.columns, RowSparseColumns)
+        dense = to_dense(placement.columns, window.count, self.defaults["window_dtype"])
+        window.columns[window.columns.index(placement.columns)] = dense
+        self._placements[p] = Placement(dense, 0, p.numel())
+        for name in ("window_rows", "window_values"):
+            self.state[p].pop(name, None)
+        return self._placements[p]
+
+    def _directions(self, window: GradientWindow, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Any]:
+        """The direction of each parameter with a gradient: a tensor of its shape, or (row numbers, values)."""
+        weights_M = window.direction_weights(self.defaults["grad_decay"])
+        combined: dict[int, Any] = {
+            id(columns): columns.combine_rows(weights_M)
+            if isinstance(columns, RowSparseColumns)
+            else columns.combine(weights_M)
+            for columns in window.columns
+        }
+        directions = {}
+        for p, placement in self._placements.items():
+            if p not in gradients:
+                continue
+            if isinstance(placement.columns, RowSparseColumns):
+                directions[p] = tuple(part.to(p.device) for part in combined[id(placement.columns)])
+                continue
+            flat = combined[id(placement.columns)][placement.start : placement.start + placement.size].to(p.device)
+            if placement.keep is not None:
+                flat = flat.new_zeros(p.numel()).index_copy_(0, placement.keep, flat)
+            directions[p] = flat.view(p.shape)
+        return directions if self._process_group is None else self._share(directions, gradients)
+
+    def _share(self, directions: dict[Tensor, Any], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Any]:
+        """Every parameter's direction on every rank: each rank broadcasts those of its own."""
+        group = self._process_group
+        shared: dict[Tensor, Any] = {}
+        for rank in range(dist.get_world_size(group)):
+            owned = [p for p in gradients if self._owners[p] == rank]
+            if not owned:
+                continue
+            if rank == dist.get_rank(group):
+                dense = [_dense(directions[p], p).reshape(-1) for p in owned]
+                flat = torch.cat(dense)
+            else:
+                flat = torch.empty(sum(p.numel() for p in owned), device=owned[0].device)
+            dist.broadcast(flat, group=group, group_src=rank)
+            shared.update({p: part.view(p.shape) for p, part in zip(owned, flat.split([p.numel() for p in owned]), strict=True)})
+        return shared
+
+    def _apply(self, gradients: dict[Tensor, Tensor], directions: dict[Tensor, Any]) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            moved = [p for p in group["params"] if p in gradients]
+            if group["decoupled_weight_decay"] and group["weight_decay"]:
+                torch._foreach_mul_(moved, 1 - lr * group["weight_decay"])
+            dense_moved, dense_directions = [], []
+            for p in moved:
+                state, direction = self.state[p], directions[p]
+                state["step"] = state.get("step", 0) + 1
+                if momentum:
+                    direction = _average(state, direction, momentum, p)
+                if isinstance(direction, tuple):
+                    p.index_add_(0, direction[0], direction[1].to(p.dtype), alpha=-lr)
+                else:
+                    dense_moved.append(p)
+                    dense_directions.append(direction.to(p.dtype))
+            if dense_moved:
+                torch._foreach_add_(dense_moved, dense_directions, alpha=-lr)
+
+    def _publish(self) -> None:
+        """Put the window into the per-parameter state, as views."""
+        if self._window is None:
+            return
+        stores = {id(columns): i for i, columns in enumerate(self._window.columns)}
+        for p, placement in self._placements.items():
+            self.state[p].update(placement.state(self.defaults["num_grads"], p))
+            self.state[p]["window_store"] = stores[id(placement.columns)]
+            self.state[p]["window_start"] = placement.start
+        if self._placements:
+            self.state[next(iter(self._placements))].update(
+                gram=self._window.gram_MM,
+                pushed=self._window.pushed,
+                skipped_steps=self.skipped_steps,
+                jitter_escalations=self._window.jitter_escalations,
+            )
+
+    def window_stats(self) -> dict[str, float]:
+        """Figures for a log: share of the window filled, condition number of K (an estimate), counts, and size in GiB."""
+        window = self._window
+        return {
+            "window_fill": 0.0 if window is None else window.count / window.num_grads,
+            "gram_condition": 1.0 if window is None else window.condition(),
+            "skipped_steps": float(self.skipped_steps),
+            "jitter_escalations": 0.0 if window is None else float(window.jitter_escalations),
+            "window_gib": 0.0 if window is None else window.nbytes / (1 << 30),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers; the window too, unless ``save_window=False`` or several ranks share it."""
+        state_dict = super().state_dict()
+        if not self.defaults["save_window"] or self._process_group is not None:
+            state_dict["state"] = {
+                key: {name: value for name, value in state.items() if name not in WINDOW_KEYS}
+                for key, state in state_dict["state"].items()
+            }
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state exactly: window, Gram matrix and counters continue to the bit.
+
+        The saved tensors are used as they are where the layout allows it, so that a large window is not held twice. A state
+        without a window (``save_window=False``) is loaded too; the window then refills.
+
+        Raises:
+            ValueError: if the state is of another model, window length, dtype or mask, or parts of it are missing; names what
+                differs, and leaves the optimizer as it was.
+        """
+        saved = check_state(self, state_dict)
+        super().load_state_dict({**state_dict, "state": {}})
+        for p in [p for p in self.state if p not in saved]:
+            del self.state[p]
+        for p, state in saved.items():
+            self.state[p] = {
+                name: value.to(p.device) if isinstance(value, Tensor) and name not in WINDOW_KEYS else value
+                for name, value in state.items()
+            }
+        for group in self.param_groups:
+            for name in _WINDOW_OPTIONS:
+                group.pop(name, None)
+        self._restore_window()
+
+    def _restore_window(self) -> None:
+        """Build the window that the state describes."""
+        self._reset_window()
+        placements, lead = restore_placements(self.state, self._masks(), self.defaults)
+        if lead is None:
+            return
+        self._owners = dict.fromkeys(placements, 0)
+        self._add_placements(placements)
+        assert self._window is not None
+        self._window.gram_MM.copy_(lead["gram"])
+        self._window.pushed = lead["pushed"]
+        self._window.jitter_escalations = lead["jitter_escalations"]
+        self.skipped_steps = lead["skipped_steps"]
+        self._publish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep; a window shared by ranks cannot be copied by one of them."""
+        if self._process_group is not None:
+            raise TypeError("an MFAC whose window is shared by several ranks cannot be pickled or deep-copied by one of them")
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the window from the per-parameter state."""
+        super().__setstate__(state)
+        self._process_group = None
+        self._restore_window()
+
+
+def _dense(direction: Any, p: Tensor) -> Tensor:
+    if not isinstance(direction, tuple):
+        return direction
+    rows, values = direction
+    return values.new_zeros(p.shape).index_copy_(0, rows, values)
+
+
+def _average(state: dict[str, Any], direction: Any, momentum: float, p: Tensor) -> Tensor:
+    """Exponential average of the directions, v <- momentum * v + (1 - momentum) * direction, kept in the window's arithmetic."""
+    if "momentum_buffer" not in state:
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state["momentum_buffer"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+    buffer = state["momentum_buffer"]
+    if isinstance(direction, tuple):
+        rows, values = direction
+        return buffer.mul_(momentum).index_add_(0, rows, values.to(buffer.dtype), alpha=1 - momentum)
+    return buffer.lerp_(direction.to(buffer.dtype), 1 - momentum)

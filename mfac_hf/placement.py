@@ -1,0 +1,152 @@
+"""Which columns of the gradient window belong to which parameter.
+
+A parameter gets its columns when its first gradient arrives, so frozen and unused parameters cost nothing, and one that is
+unfrozen late joins then (with zeros in the rows already stored, which is exact). Parameters placed together share one dense
+buffer, so that the two passes over the window stay two products; tables whose gradients have few non-zero rows get row-sparse
+columns of their own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+from mfac_hf.memory import ROW_SPARSE_MIN_NUMEL, require_memory
+
+__all__ = ["ROW_SPARSE_DENSIFY", "Placement", "distinct_columns", "place", "to_dense"]
+
+# A parameter gets row-sparse columns if at most this share of the rows of its first gradient is non-zero ...
+ROW_SPARSE_MAX_DENSITY = 0.25
+# ... and dense ones when a later gradient exceeds this share: from about there dense is smaller and faster.
+ROW_SPARSE_DENSIFY = 0.5
+
+
+@dataclass
+class Placement:
+    """Columns of one parameter: ``size`` of them from ``start`` in ``columns``; ``keep`` are the flat positions not masked."""
+
+    columns: DenseColumns | RowSparseColumns
+    start: int
+    size: int
+    keep: Tensor | None = None
+
+    def part(self, grad: Tensor | None, parameter: Tensor, mask: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """The gradient as these columns store it: (size,) or (row numbers, values); zeros for None."""
+        if isinstance(self.columns, RowSparseColumns):
+            if grad is None:
+                return torch.zeros(0, dtype=torch.int64), torch.zeros(0, parameter.shape[1])
+            rows, values = nonzero_rows(grad)
+            return rows, values if mask is None else values * mask[rows]
+        if grad is None:
+            return torch.zeros(self.size, device=parameter.device)
+        flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+        return _widened(flat if self.keep is None else flat[self.keep])
+
+    def state(self, num_grads: int, parameter: Tensor) -> dict[str, Any]:
+        """The window of this parameter for the optimizer's state: views of the buffers, no copies."""
+        if isinstance(self.columns, RowSparseColumns):
+            return {"window_rows": self.columns.rows_MN, "window_values": self.columns.values_MNH}
+        view = self.columns.buffer_MD[:, self.start : self.start + self.size]
+        return {"window": view if self.keep is not None else view.view(num_grads, *parameter.shape)}
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def nonzero_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending numbers of the rows that are not all zero, and the rows themselves, of a 2-d dense or sparse gradient."""
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        return grad.indices()[0], _widened(grad.values())
+    rows = grad.abs().amax(dim=1).nonzero().squeeze(1)
+    return rows, _widened(grad[rows])
+
+
+def place(
+    gradients: dict[Tensor, Tensor],
+    masks: dict[Tensor, Tensor],
+    *,
+    num_grads: int,
+    dtype: torch.dtype,
+    devices: list[torch.device],
+    row_sparse: bool,
+) -> dict[Tensor, Placement]:
+    """Columns for parameters that have none yet, judged by their first gradients.
+
+    Raises:
+        MemoryError: if they do not fit, with the numbers; nothing is allocated then.
+    """
+    tables = {p: g for p, g in gradients.items() if row_sparse and _is_row_sparse(g)}
+    dense = {p: _keep(masks.get(p)) for p in gradients if p not in tables}
+    sizes = {p: p.numel() if keep is None else len(keep) for p, keep in dense.items()}
+
+    # Largest first onto the least loaded device, then back into the given order within each device.
+    device_of: dict[Tensor, torch.device] = {}
+    load = dict.fromkeys(devices, 0)
+    for parameter in sorted(sizes, key=lambda p: -sizes[p]):
+        device_of[parameter] = min(load, key=lambda device: load[device])
+        load[device_of[parameter]] += sizes[parameter]
+
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    slots = {p: max(1, min(g.shape[0], len(nonzero_rows(g)[0]) * 5 // 4)) for p, g in tables.items()}
+    table_bytes = sum(num_grads * n * (p.shape[1] * table_dtype.itemsize + 8) for p, n in slots.items())
+    for device in devices:
+        extra = table_bytes if device == devices[0] else 0
+        words = f"{num_grads} gradients x {load[device]:,} parameters in {dtype}"
+        words += f" and {extra >> 20} MiB of embedding rows" if extra else ""
+        require_memory(num_grads * load[device] * dtype.itemsize + extra, device, words)
+
+    placements = {}
+    for device in devices:
+        if load[device] == 0:
+            continue
+        columns = DenseColumns(num_grads, load[device], dtype=dtype, device=device)
+        start = 0
+        for parameter, keep in dense.items():
+            if device_of[parameter] == device:
+                placements[parameter] = Placement(columns, start, sizes[parameter], keep)
+                start += sizes[parameter]
+    for parameter, count in slots.items():
+        store = RowSparseColumns(
+            num_grads, (parameter.shape[0], parameter.shape[1]), dtype=table_dtype, device=devices[0], slots=count
+        )
+        placements[parameter] = Placement(store, 0, parameter.numel())
+    return placements
+
+
+def _is_row_sparse(grad: Tensor) -> bool:
+    if grad.is_sparse:
+        return True
+    if grad.ndim != 2 or grad.numel() < ROW_SPARSE_MIN_NUMEL:
+        return False
+    return len(nonzero_rows(grad)[0]) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
+
+
+def _keep(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+
+
+def to_dense(columns: RowSparseColumns, count: int, dtype: torch.dtype) -> DenseColumns:
+    """The same columns as a dense buffer, for gradients that turned out not to be row-sparse.
+
+    Raises:
+        MemoryError: if the buffer does not fit; nothing changes then.
+    """
+    num_grads = len(columns.rows_MN)
+    what = f"an embedding of {columns.shape[0]:,} x {columns.shape[1]} whose gradients are no longer row-sparse"
+    require_memory(num_grads * columns.dim * dtype.itemsize, columns.device, what)
+    dense = DenseColumns(num_grads, columns.dim, dtype=dtype, device=columns.device)
+    for row in range(count):
+        used = columns.rows_MN[row] < columns.shape[0]
+        table = dense.buffer_MD[row].zero_().view(columns.shape)
+        table[columns.rows_MN[row, used]] = columns.values_MNH[row, used].to(dtype)
+    return dense
+
+
+def distinct_columns(placements: Iterable[Placement]) -> list[DenseColumns | RowSparseColumns]:
+    """The column stores of these placements, each once, in order."""
+    return list({id(placement.columns): placement.columns for placement in placements}.values())
