@@ -10,6 +10,8 @@ Shape suffixes: M stored gradients, D parameters.
 import torch
 from torch import Tensor
 
+from mfac_hf.build import load_native
+
 __all__ = ["combine", "row_dots"]
 
 # A float32 dot product is accumulated over at most this many columns before it is added in float64. Over 16,384 columns the
@@ -34,6 +36,8 @@ def row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
     Returns:
         Shape (m,), float64: runs of the products' dtype, added up in float64.
     """
+    if not torch.compiler.is_compiling():
+        load_native(grads_MD.device.type)
     return torch.ops.mfac.row_dots(grads_MD, x_D)
 
 
@@ -52,6 +56,8 @@ def combine(
     Returns:
         Shape (d,), float32, or float64 where the window or ``x_D`` is float64.
     """
+    if not torch.compiler.is_compiling():
+        load_native(grads_MD.device.type)
     return torch.ops.mfac.combine(grads_MD, weights_M, x_D, alpha, beta)
 
 
@@ -105,6 +111,7 @@ def _combine_fake(
     return grads_MD.new_empty(grads_MD.shape[1], dtype=_compute_dtype(grads_MD, x_D))
 
 
+# CompositeExplicitAutograd answers on every device for which no native kernel is registered.
 for _name, _implementation, _fake in (("row_dots", _row_dots, _row_dots_fake), ("combine", _combine, _combine_fake)):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mfac::{_name}", _fake, lib=_library)

@@ -1,0 +1,49 @@
+"""Callback that puts the state of M-FAC's gradient window into Trainer's logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mfac_hf.optim import MFAC
+
+
+class MFACLoggingCallback(TrainerCallback):
+    """Add ``mfac/<name>`` to each training log for every entry of ``MFAC.window_stats()``.
+
+    These are the window's fill (0 to 1), the condition number of its damped Gram matrix (an estimate), the steps
+    skipped for gradients that were not finite, how often jitter had to grow, and the window's size in GiB. Training
+    logs are those with a ``loss``; evaluation logs stay as they are, because Trainer returns the same dictionary as
+    the evaluation's metrics. With another optimizer the callback does nothing.
+
+    Trainer stores a log in ``state.log_history`` first and then calls the callbacks in order, its reporters
+    (TensorBoard and others) before those of ``Trainer(callbacks=[...])``. Given that way, the values land in the
+    history and the progress bar's printed logs; :meth:`attach` goes in front, so that reporters see them too.
+    """
+
+    @classmethod
+    def attach(cls, trainer: Trainer) -> MFACLoggingCallback:
+        """Make a callback and put it in front of the reporters of ``trainer``."""
+        callback = cls()
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the window's statistics to ``logs`` and to the entry that Trainer has just stored."""
+        # accelerate wraps the optimizer once training has begun
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if logs is None or "loss" not in logs or not isinstance(optimizer, MFAC):
+            return
+        stats = {f"mfac/{name}": value for name, value in optimizer.window_stats().items()}
+        logs.update(stats)
+        state.log_history[-1].update(stats)

@@ -1,0 +1,290 @@
+"""The `mfac` command.
+
+`mfac env` reports what this environment has to train with: versions, devices, tools for building native code, and what
+follows from each thing that is missing. `mfac env --json` prints the same facts for programs and bug reports.
+
+torch and the Hugging Face libraries are imported by the sub-command that needs them: `mfac --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mfac_hf", "torch", "transformers", "datasets", "accelerate", "evaluate")
+GIB = 2**30
+
+
+class CommandError(Exception):
+    """A mistake that the user can mend: its message goes to stderr and the command ends with exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `mfac` command.
+
+    Args:
+        argv: the arguments after the program's name; those of the process when None.
+
+    Returns:
+        The exit code: 0, or 2 after a `CommandError`.
+
+    Raises:
+        SystemExit: by argparse, with code 2 for arguments that it does not know and 0 after `--help`.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except CommandError as error:
+        print(f"mfac {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Build the parser; a sub-command is a sub-parser whose default `run` takes the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="mfac", description="M-FAC for Hugging Face transformers.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    env = commands.add_parser(
+        "env",
+        help="print versions, devices and what is missing",
+        description="Print versions, devices, build tools, and what follows from each thing that is missing.",
+    )
+    env.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    env.set_defaults(run=_run_env)
+    return parser
+
+
+def _run_env(arguments: argparse.Namespace) -> None:
+    """Print the report of `environment`, as tables or as JSON."""
+    try:
+        report = environment()
+    except ImportError as error:
+        raise CommandError(f"{error}. Install mfac_hf again, with what it needs: pip install mfac_hf") from error
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_tables(report)
+
+
+def environment() -> dict[str, Any]:
+    """Collect versions, devices and build tools of this process's environment.
+
+    Returns:
+        A dictionary of plain JSON types: `versions` (None: not installed, or for `torch_cuda` a build without CUDA),
+        `cpu` and `cuda` (memory in GiB), `accelerate_device` (the device that a `Trainer` would use), `tools` (path
+        and version, None: not found) and `missing`, a list of `{"what": ..., "so": ...}`.
+
+    Raises:
+        ImportError: a library that the report needs is not installed or does not load.
+        CommandError: accelerate refuses the settings that it finds in the environment variables.
+    """
+    import torch
+
+    report: dict[str, Any] = {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "torch_cuda": torch.version.cuda,
+        },
+        "cpu": _cpu(),
+        "cuda": _cuda_devices(),
+        "accelerate_device": _accelerate_device(),
+        "tools": {
+            "ninja": _tool(_find_ninja()),
+            "cxx": _tool(_find_cxx()),
+            "nvcc": _tool(_find_nvcc()),
+        },
+    }
+    report["missing"] = _missing(report)
+    return report
+
+
+def _version(package: str) -> str | None:
+    """Look up the version of an installed distribution without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    """Describe the processor, the threads that torch would use on it, and the machine's memory."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    return {
+        "name": _cpu_name(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(memory.total / GIB, 1),
+        "available_gib": round(memory.available / GIB, 1),
+    }
+
+
+def _cpu_name() -> str:
+    """Name the processor's model."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # Linux, where platform.processor() is empty or just the architecture
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cuda_devices() -> list[dict[str, Any]]:
+    """List the CUDA devices that torch sees."""
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / GIB, 1),
+                "compute_capability": f"{properties.major}.{properties.minor}",
+            }
+        )
+    return devices
+
+
+def _accelerate_device() -> str:
+    """Ask accelerate for the device that it, and so a `Trainer`, would choose."""
+    from accelerate import Accelerator
+
+    try:
+        return str(Accelerator().device)
+    except (RuntimeError, ValueError) as error:
+        settings = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+        raise CommandError(
+            f"accelerate cannot choose a device: {error}. Check or unset the environment variables that it reads; "
+            f"set now: {settings or 'none of ACCELERATE_*'}"
+        ) from error
+
+
+def _find_ninja() -> str | None:
+    """Find ninja on PATH or beside this interpreter, whose environment need not be activated."""
+    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+
+
+def _find_cxx() -> str | None:
+    """Find the C++ compiler that torch's extension builder would call."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["cl" if sys.platform == "win32" else "c++"]
+    return shutil.which(command[0])
+
+
+def _find_nvcc() -> str | None:
+    """Find nvcc in the CUDA folder that the environment names, on PATH, or in the customary place."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home:
+            return shutil.which("nvcc", path=os.path.join(home, "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _tool(path: str | None) -> dict[str, str] | None:
+    """Ask a program for its version; the answer is the line of its `--version` output that says it."""
+    if path is None:
+        return None
+    try:
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"path": path, "version": f"does not run: {error}"}
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # nvcc opens with its name and a copyright notice; the others put the version first.
+    release = [line for line in lines if "release" in line]
+    return {"path": path, "version": (release or lines or ["unknown"])[0]}
+
+
+def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
+    """List what the report lacks, each with what follows from it."""
+    missing = []
+
+    def add(what: str, so: str) -> None:
+        missing.append({"what": what, "so": so})
+
+    versions, tools = report["versions"], report["tools"]
+    if versions["mfac_hf"] is None:
+        add("mfac_hf", "it runs from a folder and is not installed: pip install -e . in that folder")
+    for name in PACKAGES:
+        if versions[name] is None and name != "mfac_hf":
+            add(name, f"parts of mfac_hf fail without it: pip install {name}")
+    if not report["cuda"]:
+        so = f"training runs on {report['accelerate_device']}"
+        if versions["torch_cuda"] is None and shutil.which("nvidia-smi"):
+            so += "; nvidia-smi is here, but this torch is built without CUDA: install a build with it to use the GPU"
+        add("CUDA device", so)
+    fallback = "kernels cannot be built here; PyTorch's own operations do the work. To change it:"
+    if tools["ninja"] is None:
+        add("ninja", f"native {fallback} pip install ninja")
+    if tools["cxx"] is None:
+        add("C++ compiler", f"native {fallback} install one, such as g++ or clang++, or name it in CXX")
+    if tools["nvcc"] is None and report["cuda"]:  # without a CUDA device nothing follows from it
+        add("nvcc", f"CUDA {fallback} install the CUDA toolkit, or name its folder in CUDA_HOME")
+    if importlib.util.find_spec("matplotlib") is None:
+        add("matplotlib", "no loss-curve pictures: pip install 'mfac_hf[plots]'")
+    return missing
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    """Print the report for people."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+
+    def show(title: str, rows: list[tuple[str, str]]) -> None:
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for key, value in rows:
+            table.add_row(key, Text(value))  # Text: a path with [brackets] is no markup
+        console.print(table)
+
+    versions = dict(report["versions"])
+    versions["CUDA of torch"] = versions.pop("torch_cuda") or "none: a build without CUDA"
+    show("Versions", [(name, version or "not installed") for name, version in versions.items()])
+
+    cpu = report["cpu"]
+    devices = [
+        (
+            "CPU",
+            f"{cpu['name']}, cores: {cpu['physical_cores'] or 'unknown'} ({cpu['logical_cores']} logical), "
+            f"torch threads: {cpu['torch_threads']}, memory: {cpu['memory_gib']} GiB "
+            f"({cpu['available_gib']} available)",
+        )
+    ]
+    for index, device in enumerate(report["cuda"]):
+        capability = f"compute capability {device['compute_capability']}"
+        devices.append((f"cuda:{index}", f"{device['name']}, memory: {device['memory_gib']} GiB, {capability}"))
+    devices.append(("accelerate uses", report["accelerate_device"]))
+    show("Devices", devices)
+
+    titles = {"cxx": "C++ compiler"}
+    tools = [
+        (titles.get(name, name), f"{tool['version']} ({tool['path']})" if tool else "not found")
+        for name, tool in report["tools"].items()
+    ]
+    show("Build tools", tools)
+
+    if report["missing"]:
+        show("Missing", [(entry["what"], entry["so"]) for entry in report["missing"]])
+    else:
+        console.print("Nothing is missing.")

@@ -1,0 +1,1 @@
+"""Tasks: data to features, and predictions to metrics."""

@@ -1,0 +1,33 @@
+"""Settings and fixtures that every test shares."""
+
+import os
+
+# Before any Hugging Face import, which reads them once: a look-up of a name that is not on disk then fails at once
+# instead of retrying against the Hub, and tokenizers do not warn about worker processes that fork after their use.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+SHARED_DATA_VARIABLE = "MFAC_SHARED_DATA"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets and weights; a test that asks for it is skipped where there is none."""
+    named = os.environ.get(SHARED_DATA_VARIABLE)
+    if named:
+        folder = Path(named).resolve()  # some tests run scripts in another folder
+        if not folder.is_dir():
+            # Not a skip: whoever sets the variable wants these tests to run.
+            pytest.fail(f"{SHARED_DATA_VARIABLE} is {named!r}, not a folder: correct it or unset it", pytrace=False)
+        return folder
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(
+            f"needs real data: set {SHARED_DATA_VARIABLE} to a folder that holds glue/, squad/, models/, … laid out "
+            "like the Hub repositories, or put one at ../shared/data beside the checkout"
+        )
+    return folder

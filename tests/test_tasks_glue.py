@@ -1,0 +1,295 @@
+"""GLUE tasks: data, checks, features, metrics and prediction files, on synthetic data in the Hub's layout."""
+
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import BertTokenizer, DataCollatorWithPadding, EvalPrediction
+
+from mfac_hf.tasks import glue
+
+WORDS = "the film plot was good bad long short not very a man saw it and slept".split()
+ROWS = 20
+
+
+def write_glue(directory, task, *, columns=None, labels=None, names=None, splits=None, rows=ROWS):
+    """Write one task in the layout of ``nyu-mll/glue``: parquet files, and a README.md that lists them.
+
+    ``labels`` replaces the labels of the first split; test splits hold hidden labels.
+    """
+    task = glue.get_task(task)
+    columns = columns or task.text_columns
+    splits = splits or ("train", *task.validation_splits, *task.server_files)
+    label = Value("float32") if task.is_regression else ClassLabel(names=list(names or task.label_names))
+    listing = [f"- config_name: {task.name}", "  data_files:"]
+    for seed, split in enumerate(splits):
+        rng = np.random.default_rng(seed)
+        content = {name: [" ".join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(rows)] for name in columns}
+        if split.startswith("test"):
+            content["label"] = [-1] * rows
+        elif task.is_regression:
+            content["label"] = rng.uniform(0, 5, rows).tolist()
+        else:
+            content["label"] = [int(i) for i in rng.permutation(np.arange(rows) % task.num_labels)]
+        kind = label
+        if labels is not None and seed == 0:
+            content["label"] = labels
+            kind = Value("float32") if isinstance(labels[0], float) else Value("int64")
+        content["idx"] = list(range(rows))
+        features = Features({**dict.fromkeys(columns, Value("string")), "label": kind, "idx": Value("int32")})
+        folder = Path(directory) / task.name
+        folder.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(content, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        listing += [f"  - split: {split}", f"    path: {task.name}/{split}-*"]
+    readme = Path(directory) / "README.md"
+    body = readme.read_text().removeprefix("---\nconfigs:\n").removesuffix("---\n") if readme.exists() else ""
+    readme.write_text("---\nconfigs:\n" + body + "\n".join(listing) + "\n---\n")
+    return str(directory)
+
+
+def make_tokenizer(directory):
+    """A WordPiece tokenizer over the synthetic words."""
+    vocab = Path(directory) / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    return BertTokenizer(vocab=str(vocab))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A folder for Arrow files that ends with the test."""
+    return str(tmp_path / "cache")
+
+
+def test_nine_tasks_with_the_shapes_of_the_benchmark():
+    """Text columns, outputs and selection metrics are those of GLUE; WNLI's classes stand the other way round."""
+    expected = {
+        "cola": (1, 2, "matthews_correlation"),
+        "sst2": (1, 2, "accuracy"),
+        "mrpc": (2, 2, "f1"),
+        "stsb": (2, 1, "pearson"),
+        "qqp": (2, 2, "f1"),
+        "mnli": (2, 3, "accuracy"),
+        "qnli": (2, 2, "accuracy"),
+        "rte": (2, 2, "accuracy"),
+        "wnli": (2, 2, "accuracy"),
+    }
+    seen = {n: (len(t.text_columns), t.num_labels, t.selection_metric) for n, t in glue.TASKS.items()}
+    assert seen == expected
+    assert glue.TASKS["wnli"].label_names == glue.TASKS["rte"].label_names[::-1]
+
+
+@pytest.mark.parametrize("name", glue.TASKS)
+def test_every_task_loads_and_becomes_features(name, tmp_path, cache):
+    """Features equal the tokenizer's own output, truncated, padded by batch, with the label in the right type."""
+    task = glue.get_task(name)
+    data = glue.load_glue(write_glue(tmp_path / "glue", name), name, cache_dir=cache)
+    assert set(data) == {"train", *task.validation_splits, *task.server_files}
+
+    tokenizer = make_tokenizer(tmp_path)
+    features = glue.tokenize(data["train"], task, tokenizer, max_seq_length=12)
+    assert set(features.column_names) == {"label", "input_ids", "token_type_ids", "attention_mask"}
+    assert features["label"][:] == data["train"]["label"][:]
+    lengths = [len(ids) for ids in features["input_ids"]]
+    assert max(lengths) <= 12 and min(lengths) < max(lengths), "truncated and not padded"
+    first = data["train"][0]
+    by_hand = tokenizer(*(first[column] for column in task.text_columns), truncation=True, max_length=12)
+    assert features[0]["input_ids"] == by_hand["input_ids"]
+    segments = 1 + max(features[0]["token_type_ids"])
+    assert segments == len(task.text_columns)
+
+    batch = DataCollatorWithPadding(tokenizer)([features[i] for i in range(4)])
+    assert batch["input_ids"].shape == (4, max(lengths[:4])), "padded to the longest of the batch"
+    assert batch["labels"].is_floating_point() == task.is_regression
+
+
+def test_a_directory_with_several_tasks_gives_the_one_asked_for(tmp_path, cache):
+    """One directory holds several tasks, as on the Hub."""
+    for name in ("rte", "qqp"):
+        write_glue(tmp_path / "glue", name)
+    assert "question1" in glue.load_glue(tmp_path / "glue", "qqp", cache_dir=cache)["train"].column_names
+
+
+def test_unknown_task_names_the_known_ones():
+    """A misspelt task is refused before anything is loaded."""
+    with pytest.raises(ValueError, match=r"unknown GLUE task 'sst-2'; expected one of cola, sst2"):
+        glue.load_glue("nyu-mll/glue", "sst-2")
+
+
+def test_directory_without_the_task(tmp_path, cache):
+    """The error tells which tasks the directory has."""
+    write_glue(tmp_path / "glue", "rte")
+    with pytest.raises(ValueError, match=r"cannot load GLUE task 'qqp'.*rte"):
+        glue.load_glue(tmp_path / "glue", "qqp", cache_dir=cache)
+
+
+def test_missing_column_is_named(tmp_path, cache):
+    """The error names the missing column and those that are there."""
+    write_glue(tmp_path / "glue", "qqp", columns=("question1", "question"))
+    with pytest.raises(ValueError, match=r"'qqp', split 'train': no column 'question2' among .*'question'"):
+        glue.load_glue(tmp_path / "glue", "qqp", cache_dir=cache)
+
+
+def test_reversed_classes_are_refused(tmp_path, cache):
+    """Ids that mean something else would train and score without a sign of it."""
+    write_glue(tmp_path / "glue", "wnli", names=("entailment", "not_entailment"))
+    with pytest.raises(ValueError, match=r"classes are \['entailment', 'not_entailment'\]; expected \['not_ent"):
+        glue.load_glue(tmp_path / "glue", "wnli", cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        ("mnli", [0, 1, 2, 3, 3], r"label 3 in row 3 \(2 such rows\) is out of range; expected 0 to 2"),
+        ("sst2", [0, 1, 1, 0, -1], r"label -1 in row 4 .*hidden labels of a test split only"),
+        ("stsb", [0.0, 5.0, 2.5, 5.5, 1.0], r"label 5.5 in row 3 .*expected 0.0 to 5.0"),
+        ("stsb", [0.0, float("nan"), 2.5, 1.5, 1.0], r"label nan in row 1 "),
+        ("rte", [0.0, 1.0, 1.0, 0.0, 1.0], r"labels such as .*0.0.* \(float32\); expected integers from 0 to 1"),
+    ],
+)
+def test_labels_out_of_range_are_named(task, labels, message, tmp_path, cache):
+    """The error gives the value, its row and the range."""
+    write_glue(tmp_path / "glue", task, labels=labels, rows=5)
+    with pytest.raises(ValueError, match=rf"'{task}', split 'train': {message}"):
+        glue.load_glue(tmp_path / "glue", task, cache_dir=cache)
+
+
+def test_labels_may_be_hidden_or_absent_in_test_only(tmp_path, cache):
+    """-1 and a missing column pass in a test split and nowhere else."""
+    write_glue(tmp_path / "glue", "rte", splits=("test",))
+    assert set(glue.load_glue(tmp_path / "glue", "rte", cache_dir=cache)["test"]["label"]) == {-1}
+    without = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"]})
+    glue._check_split(glue.TASKS["rte"], "test", without)
+    with pytest.raises(ValueError, match="no column 'label'"):
+        glue._check_split(glue.TASKS["rte"], "validation", without)
+
+
+def test_hold_out_is_a_fixed_partition_of_the_training_split():
+    """Deterministic whatever the global seed, disjoint, complete and drawn at random."""
+    train = Dataset.from_dict({"idx": list(range(1000))})
+    np.random.seed(0)
+    rest, held_out = glue.hold_out(train, 0.1)
+    np.random.seed(1)
+    again, held_out_again = glue.hold_out(train, 0.1)
+    assert held_out["idx"][:] == held_out_again["idx"][:] and rest["idx"][:] == again["idx"][:]
+    assert len(held_out) == 100
+    assert sorted(rest["idx"][:] + held_out["idx"][:]) == list(range(1000)), "disjoint, and nothing is lost"
+    assert 300 < np.mean(held_out["idx"][:]) < 700, "drawn at random, not cut off one end"
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 0.0, 1.0, 1.5, 0.001, 0.999, float("nan")])
+def test_hold_out_refuses_an_empty_part(fraction):
+    """Neither part may be empty."""
+    with pytest.raises(ValueError, match=f"holdout_fraction {fraction} of 100"):
+        glue.hold_out(Dataset.from_dict({"idx": list(range(100))}), fraction)
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "references", "expected"),
+    [
+        # 2 true positives, 1 true negative, 1 false positive, 1 false negative
+        ("mrpc", [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], {"f1": 2 / 3, "accuracy": 3 / 5}),
+        ("cola", [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], {"matthews_correlation": (2 - 1) / 6, "accuracy": 3 / 5}),
+        ("mnli", [0, 1, 2, 2], [0, 1, 2, 1], {"accuracy": 0.75}),
+        ("stsb", [1.0, 2.0, 3.0], [1.0, 2.0, 4.0], {"pearson": 3 / (28 / 3) ** 0.5, "spearmanr": 1.0}),
+        # the value that scipy's documentation gives for these ranks with ties; Pearson by hand
+        ("stsb", [1, 2, 3, 4, 5], [5, 6, 7, 8, 7], {"pearson": 6 / 52**0.5, "spearmanr": 0.8207826816681233}),
+    ],
+)
+def test_metrics_by_hand(task, predictions, references, expected):
+    """Values worked out by hand or published."""
+    assert glue.GlueMetric(task).compute(predictions=predictions, references=references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "references", "expected"),
+    [
+        ("cola", [1, 1, 1, 1], [1, 0, 1, 0], {"matthews_correlation": 0.0, "accuracy": 0.5}),
+        ("cola", [1, 1], [1, 1], {"matthews_correlation": 0.0, "accuracy": 1.0}),
+        ("mrpc", [0, 0, 0], [1, 0, 1], {"f1": 0.0, "accuracy": 1 / 3}),
+        ("mrpc", [0, 0], [0, 0], {"f1": 0.0, "accuracy": 1.0}),
+        ("stsb", [2.5, 2.5, 2.5], [1.0, 2.0, 3.0], {"pearson": 0.0, "spearmanr": 0.0}),
+        ("stsb", [1.0, 2.0, 3.0], [4.0, 4.0, 4.0], {"pearson": 0.0, "spearmanr": 0.0}),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_metrics_of_constants_are_defined(task, predictions, references, expected):
+    """A constant answer scores 0 and warns of nothing, where the textbook formula divides by zero."""
+    assert glue.GlueMetric(task).compute(predictions=predictions, references=references) == pytest.approx(expected)
+
+
+def test_metric_is_an_evaluate_metric_and_takes_batches():
+    """``add`` and ``add_batch`` work as for any metric of ``evaluate``."""
+    metric = glue.GlueMetric("mrpc")
+    assert isinstance(metric, evaluate.Metric)
+    metric.add_batch(predictions=[1, 1, 1], references=[1, 1, 0])
+    metric.add(prediction=0, reference=1)
+    metric.add(prediction=0, reference=0)
+    assert metric.compute() == pytest.approx({"f1": 2 / 3, "accuracy": 3 / 5})
+
+
+def test_stsb_scores_keep_double_precision():
+    """Scores that differ in the eleventh digit still correlate."""
+    references = np.linspace(0, 5, 50)
+    predictions = 1e6 + 1e-4 * references
+    scores = glue.GlueMetric("stsb").compute(predictions=predictions, references=references)
+    assert scores["pearson"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_compute_metrics_takes_logits_tuples_and_scores():
+    """Trainer hands over logits, a tuple that starts with them, or scores in a column."""
+    logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, -1.0]])
+    labels = np.array([0, 1, 1])
+    compute = glue.make_compute_metrics(glue.TASKS["sst2"])
+    assert compute(EvalPrediction(logits, labels)) == pytest.approx({"accuracy": 2 / 3})
+    assert compute(EvalPrediction((logits, np.zeros(3)), labels)) == pytest.approx({"accuracy": 2 / 3})
+    scores = np.array([[1.0], [2.0], [3.0]], dtype=np.float32)
+    compute = glue.make_compute_metrics(glue.TASKS["stsb"])
+    assert compute(EvalPrediction(scores, np.array([2.0, 4.0, 6.0])))["pearson"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_outputs_that_are_not_finite_are_an_error(task):
+    """Taking the argmax would turn NaN into class 0 in silence."""
+    outputs = np.full((4, glue.TASKS[task].num_labels), 0.5)
+    outputs[2, 0] = np.nan
+    with pytest.raises(ValueError, match=rf"1 of {outputs.size} model outputs are not finite: training diverged"):
+        glue.make_compute_metrics(glue.TASKS[task])(EvalPrediction(outputs, np.zeros(4)))
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "predictions", "name", "body"),
+    [
+        ("sst2", "test", [1, 0], "SST-2.tsv", "0\t1\n1\t0\n"),
+        ("rte", "test", [1, 0], "RTE.tsv", "0\tnot_entailment\n1\tentailment\n"),
+        ("wnli", "test", [1, 0], "WNLI.tsv", "0\t1\n1\t0\n"),
+        ("mnli", "test_mismatched", [2, 1], "MNLI-mm.tsv", "0\tcontradiction\n1\tneutral\n"),
+        ("stsb", "test", [-0.25, 1.23456, 7.0], "STS-B.tsv", "0\t0.000\n1\t1.235\n2\t5.000\n"),
+    ],
+)
+def test_prediction_files_have_the_form_that_the_server_takes(task, split, predictions, name, body, tmp_path):
+    """Header, numbering, class names or ids, clipped scores."""
+    path = glue.write_predictions(tmp_path, glue.TASKS[task], split, np.array(predictions))
+    assert path.name == name and path.read_text() == "index\tprediction\n" + body
+
+
+def test_prediction_file_of_another_split_is_refused(tmp_path):
+    """MNLI has no plain test split; nothing is written."""
+    with pytest.raises(ValueError, match="no prediction file for split 'test' of mnli"):
+        glue.write_predictions(tmp_path, glue.TASKS["mnli"], "test", np.array([0]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"), [("cola", 1043), ("mrpc", 408), ("qnli", 5463), ("rte", 277), ("stsb", 1500), ("wnli", 71)]
+)
+def test_real_data(task, rows, shared_data, cache):
+    """The real splits pass every check and have the official sizes."""
+    data = glue.load_glue(shared_data / "glue", task, cache_dir=cache)
+    assert len(data["validation"]) == rows
+    if task == "wnli":
+        # a constant answer scores the share of its class
+        answers = np.zeros(rows, dtype=int)
+        scores = glue.GlueMetric(task).compute(predictions=answers, references=data["validation"]["label"][:])
+        assert scores == pytest.approx({"accuracy": 40 / 71})
