@@ -1,8 +1,25 @@
 """Second-order fine-tuning and pruning for Hugging Face transformers, after M-FAC."""
 
-from mfac_hf.memory import MemoryEstimate, memory_estimate
-from mfac_hf.optim import MFAC
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mfac_hf.memory import MemoryEstimate, memory_estimate
+    from mfac_hf.optim import MFAC
 
 __version__ = "0.1.0"
 
+# Imported when first asked for, so that the command line's --help need not wait for torch.
+_MODULES = {"MFAC": "mfac_hf.optim", "MemoryEstimate": "mfac_hf.memory", "memory_estimate": "mfac_hf.memory"}
+
 __all__ = ["MFAC", "MemoryEstimate", "__version__", "memory_estimate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

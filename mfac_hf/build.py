@@ -1,16 +1,16 @@
 """Builds the native kernels of `mfac_hf/csrc` just in time, for the device that is used.
 
-Nothing is compiled at import or at installation. The first window on a kind of device asks for its kernels; until they are built
-(once, some ten seconds), or where they cannot be, the PyTorch implementation in `mfac_hf.ops` answers, with the same results up to
-rounding. The environment variable ``MFAC_NATIVE`` chooses:
+Nothing is compiled at import or at installation. The first window on a kind of device asks for its kernels; until they
+are built (once, some ten seconds), or where they cannot be, the PyTorch implementation in `mfac_hf.ops` answers, with
+the same results up to rounding. The environment variable ``MFAC_NATIVE`` chooses:
 
 - ``auto`` (default): build and use them; where that fails, warn once with the reason and go on without;
 - ``force``: raise where that fails;
 - ``off``: never.
 
-A build lives in a directory of its own, named after a hash of everything that it depends on (sources, flags, torch, compiler,
-processor), under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``. Several processes build it once: a lock on an open file orders them, and
-disappears with the process that holds it.
+A build lives in a directory of its own, named after a hash of everything that it depends on (sources, flags, torch,
+compiler, processor), under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``. Several processes build it once: a lock on an open
+file orders them, and disappears with the process that holds it.
 """
 
 import fcntl
@@ -28,7 +28,14 @@ __all__ = ["NativeBuildError", "build_directory", "load_native", "missing_tools"
 
 SOURCES = {"cpu": "mfac_cpu.cpp"}
 CSRC = Path(__file__).parent / "csrc"
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
 
 # The kernels use torch's stable ABI, of which they need a part that came with this version.
 OLDEST_TORCH = (2, 10)
@@ -41,7 +48,8 @@ class NativeBuildError(RuntimeError):
 
 
 def load_native(device_type: str) -> bool:
-    """Make sure that the kernels for a kind of device are registered, if there are any and ``MFAC_NATIVE`` allows them.
+    """Make sure that the kernels for a kind of device are registered, if there are any and ``MFAC_NATIVE`` allows
+    them.
 
     Returns:
         Whether they are in use.
@@ -56,7 +64,9 @@ def load_native(device_type: str) -> bool:
     if mode not in ("auto", "force", "off"):
         raise ValueError(f"MFAC_NATIVE is {mode!r}; expected auto, force or off")
     if mode == "off" or (mode == "auto" and device_type not in SOURCES):
-        _outcome[device_type] = "switched off by MFAC_NATIVE=off" if mode == "off" else "there are none for this device"
+        _outcome[device_type] = (
+            "switched off by MFAC_NATIVE=off" if mode == "off" else "there are none for this device"
+        )
         return False
     try:
         torch.ops.load_library(str(_library(device_type)))
@@ -86,7 +96,9 @@ def missing_tools(device_type: str) -> list[str]:
     if device_type not in SOURCES:
         return [f"there are no native kernels for {device_type}"]
     if _torch_version() < OLDEST_TORCH:
-        missing.append(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}: pip install -U torch")
+        missing.append(
+            f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}: pip install -U torch"
+        )
     if _ninja() is None:
         missing.append("ninja was not found: pip install ninja")
     if _compiler() is None:
@@ -95,7 +107,8 @@ def missing_tools(device_type: str) -> list[str]:
 
 
 def build_directory(device_type: str) -> Path:
-    """Where the kernels for a kind of device are built: one directory for each combination of all that they depend on."""
+    """Where the kernels for a kind of device are built: one directory for each combination of all that they depend
+    on."""
     root = Path(os.environ.get("MFAC_CACHE") or Path.home() / ".cache" / "mfac_hf")
     compiler = _compiler()
     parts = [
@@ -133,7 +146,10 @@ def _library(device_type: str) -> Path:
 
 
 def _build(device_type: str, directory: Path, library: Path) -> None:
-    from torch.utils.cpp_extension import include_paths, library_paths  # here: a slow import that most processes never need
+    from torch.utils.cpp_extension import (
+        include_paths,
+        library_paths,
+    )  # here: a slow import that most processes never need
 
     includes = " ".join(f"-isystem {_escaped(path)}" for path in include_paths())
     libraries = " ".join(f"-L{_escaped(path)}" for path in library_paths())
@@ -152,7 +168,8 @@ def _build(device_type: str, directory: Path, library: Path) -> None:
 
 
 def _escaped(text: str, *, path: bool = False) -> str:
-    """Text for a build file of ninja: dollars and, in a path, spaces and colons carry a dollar; in a command spaces a backslash."""
+    """Text for a build file of ninja: dollars and, in a path, spaces and colons carry a dollar; in a command spaces a
+    backslash."""
     text = text.replace("$", "$$")
     return text.replace(" ", "$ ").replace(":", "$:") if path else text.replace(" ", "\\ ")
 
@@ -163,7 +180,8 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _ninja() -> str | None:
-    """The ninja on the path, or that of the Python package, which a virtual environment has also when it is not activated."""
+    """The ninja on the path, or that of the Python package, which a virtual environment has also when it is not
+    activated."""
     found = shutil.which("ninja")
     if found is None:
         try:
@@ -180,7 +198,9 @@ def _compiler() -> str | None:
 
 
 def _compiler_version(compiler: str) -> str:
-    result = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False
+    )
     return result.stdout.strip()
 
 

@@ -33,8 +33,8 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """Memory of the window that `MFAC` would allocate, m * d numbers for dense parameters.
 
-    Embedding tables are stored by the rows that each batch looks up. How many those are depends on the data: about 250 for
-    SST-2 in batches of 32, about 1,500 for SQuAD in batches of 12.
+    Embedding tables are stored by the rows that each batch looks up. How many those are depends on the data: about 250
+    for SST-2 in batches of 32, about 1,500 for SQuAD in batches of 12.
 
     Args:
         model_or_numel: a model, whose trainable parameters are counted, or the number of (dense) parameters.
@@ -58,7 +58,9 @@ def memory_estimate(
             rows = min(embedding_rows or 0, table.shape[0])
             size = num_grads * rows * (table.shape[1] * 4 + 8)
             total += size
-            lines.append(f"{name}: {num_grads} x {rows} of {table.shape[0]:,} rows x {table.shape[1]} = {size / GIB:.2f} GiB")
+            lines.append(
+                f"{name}: {num_grads} x {rows} of {table.shape[0]:,} rows x {table.shape[1]} = {size / GIB:.2f} GiB"
+            )
         sparse = {id(table) for table in tables.values()}
         dense = sum(p.numel() for key, p in parameters.items() if key not in sparse)
     if dense + total < 1:
@@ -87,7 +89,8 @@ ROW_SPARSE_MIN_NUMEL = 1 << 15
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device, in bytes: on a CPU the least that the system and its control group allow."""
+    """Memory that can still be taken on a device, in bytes: on a CPU the least that the system and its control group
+    allow."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -5,12 +5,13 @@ Each step stores the new gradient g in a window of the last m, and moves the par
 .. math:: v \leftarrow \beta v + (1 - \beta) F^{-1} g, \qquad \theta \leftarrow \theta - \eta v, \qquad
           F = \lambda I + \tfrac{1}{n} \sum_{i=1}^{m} g_i g_i^\top
 
-(`mfac_hf.fisher.window` has the algebra.) While :math:`n\lambda` is small against the part of g that is orthogonal to the other
-stored gradients, :math:`g_\perp`, the direction is about :math:`n g_\perp / |g_\perp|^2`: it grows with the window and shrinks with
-the gradient. Tune ``lr * num_grads``, not ``lr``.
+(`mfac_hf.fisher.window` has the algebra.) While :math:`n\lambda` is small against the part of g that is orthogonal to
+the other stored gradients, :math:`g_\perp`, the direction is about :math:`n g_\perp / |g_\perp|^2`: it grows with the
+window and shrinks with the gradient. Tune ``lr * num_grads``, not ``lr``.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -41,34 +42,40 @@ _WINDOW_OPTIONS = (
 class MFAC(torch.optim.Optimizer):
     r"""Matrix-free approximate natural-gradient descent with the dynamic algorithm of M-FAC.
 
-    Usage with the Hugging Face Trainer: ``Trainer(..., optimizers=(MFAC(model.parameters(), lr=1e-3), None))``. The learning rate
-    is this optimizer's own (``TrainingArguments.learning_rate`` is not used), and Trainer adds its schedule to it. Trainer clips
-    gradients to ``max_grad_norm`` (1.0) before they enter the window, as in the published runs.
+    Usage with the Hugging Face Trainer: ``Trainer(..., optimizers=(MFAC(model.parameters(), lr=1e-3), None))``. The
+    learning rate is this optimizer's own (``TrainingArguments.learning_rate`` is not used), and Trainer adds its
+    schedule to it. Trainer clips gradients to ``max_grad_norm`` (1.0) before they enter the window, as in the
+    published runs.
 
-    Memory: m * d numbers of ``window_dtype`` for dense parameters, allocated at the first step; embeddings are stored exactly by
-    the rows that each batch touched. See `mfac_hf.memory_estimate`.
+    Memory: m * d numbers of ``window_dtype`` for dense parameters, allocated at the first step; embeddings are stored
+    exactly by the rows that each batch touched. See `mfac_hf.memory_estimate`.
 
     Args:
-        params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay and
-            decoupled_weight_decay; everything else is common to all.
+        params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay
+            and decoupled_weight_decay; everything else is common to all.
         lr: learning rate, >= 0.
         num_grads: gradients in the window, m >= 1.
         damping: :math:`\lambda > 0`.
         momentum: :math:`\beta` in [0, 1), exponential average of the *directions*.
-        weight_decay: coefficient >= 0 of the L2 penalty, added to the gradient before it enters the window, as in the paper's
-            code. That makes the gradient of an embedding dense.
+        weight_decay: coefficient >= 0 of the L2 penalty, added to the gradient before it enters the window, as in the
+            paper's code. That makes the gradient of an embedding dense.
         decoupled_weight_decay: multiply the parameters by (1 - lr * weight_decay) instead.
-        normalize: ``"num_grads"`` divides the sum in F by m always (the paper); ``"count"`` divides by the gradients held so far,
-            which makes the first steps shorter: a warm-up that needs no schedule. The same once the window is full.
+        normalize: ``"num_grads"`` divides the sum in F by m always (the paper); ``"count"`` divides by the gradients
+            held so far, which makes the first steps shorter: a warm-up that needs no schedule. The same once the
+            window is full.
         grad_decay: :math:`\gamma` in [0, 1): precondition the average of the stored gradients with weights
             :math:`\gamma^{age}` instead of the newest alone. Costs no memory and no pass.
         window_dtype: torch.float32, torch.bfloat16 (half the memory; embeddings stay float32) or torch.float64.
-        window_device: None for the parameters' device, another device such as ``"cpu"``, or a list to split the window over.
-        masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in the window.
-        process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one window:
-            each keeps the columns of some parameters. The window is then not part of ``state_dict`` and refills after a resume.
+        window_device: None for the parameters' device, another device such as ``"cpu"``, or a list to split the window
+            over.
+        masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in
+            the window.
+        process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one
+            window: each keeps the columns of some parameters. Not needed under FSDP2, where each rank keeps the
+            columns of its shards. In both cases the window is not part of ``state_dict`` and refills after a resume.
         row_sparse: store gradients with few non-zero rows by these rows. Exact; turn it off for fixed state shapes.
-        save_window: put the window into ``state_dict``. Without it checkpoints are small, and the window refills after a resume.
+        save_window: put the window into ``state_dict``. Without it checkpoints are small, and the window refills after
+            a resume.
 
     Raises:
         ValueError: for an option or a mask out of range, before anything changes.
@@ -172,17 +179,23 @@ class MFAC(torch.optim.Optimizer):
                     "else. Use DistributedDataParallel with MFAC(process_group=...), or FSDP2, instead"
                 )
             if getattr(p, "_is_flat_param", False):
-                raise ValueError("FSDP1 flattens parameters, which MFAC does not support. Use FSDP2 (fsdp_version: 2) instead")
+                raise ValueError(
+                    "FSDP1 flattens parameters, which MFAC does not support. Use FSDP2 (fsdp_version: 2) instead"
+                )
         devices = {p.device for p in parameters}
         if len(devices) > 1:
             names = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"parameters on several devices ({names}); move the model to one device before building MFAC")
+            raise ValueError(
+                f"parameters on several devices ({names}); move the model to one device before building MFAC"
+            )
 
     def _set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for parameter, mask in masks.items():
             if id(parameter) not in known:
-                raise ValueError(f"a mask for a parameter of shape {tuple(parameter.shape)} that this optimizer does not have")
+                raise ValueError(
+                    f"a mask for a parameter of shape {tuple(parameter.shape)} that this optimizer does not have"
+                )
             if mask.shape != parameter.shape or mask.dtype != torch.bool:
                 raise ValueError(
                     f"a mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for a parameter of shape "
@@ -196,7 +209,8 @@ class MFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Store the gradients and move the parameters; those without a gradient stay where they are.
 
-        A gradient with a NaN or infinite entry is skipped: neither window nor parameters change, and ``skipped_steps`` counts it.
+        A gradient with a NaN or infinite entry is skipped: neither window nor parameters change, and ``skipped_steps``
+        counts it.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -238,24 +252,40 @@ class MFAC(torch.optim.Optimizer):
                         f"a sparse gradient with {grad.sparse_dim()} sparse dimensions for a parameter of shape "
                         f"{tuple(p.shape)}; MFAC takes the row-sparse ones of torch.nn.Embedding(sparse=True)"
                     )
-                gradients[p] = p.mul(decay).add_(grad) if decay else grad
+                gradients[p] = _local(p).mul(decay).add_(_local(grad)) if decay else _local(grad)
         return gradients
 
-    @staticmethod
-    def _finite(gradients: dict[Tensor, Tensor]) -> bool:
+    def _window_group(self, p: Any) -> dist.ProcessGroup | None:
+        """The ranks whose columns make up one window: those that share it, or over which FSDP2 has sharded the
+        parameters."""
+        if not _is_sharded(p):
+            return self._process_group
+        if self._process_group is not None or p.device_mesh.ndim != 1:
+            raise ValueError(
+                f"parameters sharded over a device mesh of {p.device_mesh.ndim} dimensions with process_group="
+                f"{self._process_group}: MFAC takes FSDP2's shards over a mesh of one dimension, and no process_group then"
+            )
+        return p.device_mesh.get_group()
+
+    def _finite(self, gradients: dict[Tensor, Tensor]) -> bool:
         values = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients.values()]
         norms = torch._foreach_norm(values, 2, dtype=torch.float32)
-        return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
+        total = torch.stack(norms).sum()
+        group = self._window_group(next(iter(gradients)))
+        if group is not None:  # all ranks skip, or none
+            dist.all_reduce(total, group=group)
+        return bool(total.isfinite())
 
     def _masks(self) -> dict[Tensor, Tensor]:
         return {p: state["mask"].to(p.device) for p, state in self.state.items() if "mask" in state}
 
     def _place(self, gradients: dict[Tensor, Tensor]) -> GradientWindow:
-        """The window, with columns for every parameter that has a gradient (and is this rank's, if ranks share the window)."""
+        """The window, with columns for every parameter that has a gradient (and is this rank's, if ranks share the
+        window)."""
         options = self.defaults
         new = {p: grad for p, grad in gradients.items() if p not in self._owners}
         if new:
-            where = options["window_device"] or next(iter(gradients)).device
+            where = options["window_device"] or next(iter(gradients.values())).device
             owners = self._assign(new)
             rank = 0 if self._process_group is None else dist.get_rank(self._process_group)
             placements = place(
@@ -267,11 +297,11 @@ class MFAC(torch.optim.Optimizer):
                 row_sparse=options["row_sparse"],
             )
             self._owners.update(owners)
-            self._add_placements(placements)
+            self._add_placements(placements, self._window_group(next(iter(gradients))))
         assert self._window is not None  # every parameter with a gradient has an owner, so the first step built it
         return self._window
 
-    def _add_placements(self, placements: dict[Tensor, Placement]) -> None:
+    def _add_placements(self, placements: dict[Tensor, Placement], group: dist.ProcessGroup | None = None) -> None:
         options = self.defaults
         columns = distinct_columns(placements.values())
         if self._window is None:
@@ -283,7 +313,7 @@ class MFAC(torch.optim.Optimizer):
                 damping=options["damping"],
                 normalize=options["normalize"],
                 dtype=options["window_dtype"],
-                process_group=self._process_group,
+                process_group=group,
             )
         else:
             for store in columns:
@@ -307,11 +337,14 @@ class MFAC(torch.optim.Optimizer):
         parts: dict[int, list[Any]] = {id(columns): [] for columns in window.columns}
         for p, placement in list(self._placements.items()):
             mask = self.state[p]["mask"].to(p.device) if "mask" in self.state[p] else None
-            part = placement.part(gradients.get(p), p, mask)
-            if isinstance(placement.columns, RowSparseColumns) and len(part[0]) > ROW_SPARSE_DENSIFY * p.shape[0]:
+            part = placement.part(gradients.get(p), p.device, mask)
+            if (
+                isinstance(placement.columns, RowSparseColumns)
+                and len(part[0]) > ROW_SPARSE_DENSIFY * placement.shape[0]
+            ):
                 placement = self._densify(window, p, placement)
                 parts[id(placement.columns)] = []
-                part = placement.part(gradients[p], p, mask)
+                part = placement.part(gradients[p], p.device, mask)
             parts[id(placement.columns)].append(part)
         # Parameters that share a dense buffer were placed in the order of its columns.
         window.push(
@@ -327,7 +360,7 @@ class MFAC(torch.optim.Optimizer):
         assert isinstance(placement.columns, RowSparseColumns)
         dense = to_dense(placement.columns, window.count, self.defaults["window_dtype"])
         window.columns[window.columns.index(placement.columns)] = dense
-        self._placements[p] = Placement(dense, 0, p.numel())
+        self._placements[p] = Placement(dense, placement.shape, 0, placement.size)
         for name in ("window_rows", "window_values"):
             self.state[p].pop(name, None)
         return self._placements[p]
@@ -350,8 +383,8 @@ class MFAC(torch.optim.Optimizer):
                 continue
             flat = combined[id(placement.columns)][placement.start : placement.start + placement.size].to(p.device)
             if placement.keep is not None:
-                flat = flat.new_zeros(p.numel()).index_copy_(0, placement.keep, flat)
-            directions[p] = flat.view(p.shape)
+                flat = flat.new_zeros(placement.shape.numel()).index_copy_(0, placement.keep, flat)
+            directions[p] = flat.view(placement.shape)
         return directions if self._process_group is None else self._share(directions, gradients)
 
     def _share(self, directions: dict[Tensor, Any], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Any]:
@@ -368,7 +401,9 @@ class MFAC(torch.optim.Optimizer):
             else:
                 flat = torch.empty(sum(p.numel() for p in owned), device=owned[0].device)
             dist.broadcast(flat, group=group, group_src=rank)
-            shared.update({p: part.view(p.shape) for p, part in zip(owned, flat.split([p.numel() for p in owned]), strict=True)})
+            shared.update(
+                {p: part.view(p.shape) for p, part in zip(owned, flat.split([p.numel() for p in owned]), strict=True)}
+            )
         return shared
 
     def _apply(self, gradients: dict[Tensor, Tensor], directions: dict[Tensor, Any]) -> None:
@@ -376,17 +411,18 @@ class MFAC(torch.optim.Optimizer):
             lr, momentum = group["lr"], group["momentum"]
             moved = [p for p in group["params"] if p in gradients]
             if group["decoupled_weight_decay"] and group["weight_decay"]:
-                torch._foreach_mul_(moved, 1 - lr * group["weight_decay"])
+                torch._foreach_mul_([_local(p) for p in moved], 1 - lr * group["weight_decay"])
             dense_moved, dense_directions = [], []
             for p in moved:
                 state, direction = self.state[p], directions[p]
                 state["step"] = state.get("step", 0) + 1
                 if momentum:
                     direction = _average(state, direction, momentum, p)
+                target = _local(p)
                 if isinstance(direction, tuple):
-                    p.index_add_(0, direction[0], direction[1].to(p.dtype), alpha=-lr)
+                    target.index_add_(0, direction[0], direction[1].to(p.dtype), alpha=-lr)
                 else:
-                    dense_moved.append(p)
+                    dense_moved.append(target)
                     dense_directions.append(direction.to(p.dtype))
             if dense_moved:
                 torch._foreach_add_(dense_moved, dense_directions, alpha=-lr)
@@ -397,7 +433,7 @@ class MFAC(torch.optim.Optimizer):
             return
         stores = {id(columns): i for i, columns in enumerate(self._window.columns)}
         for p, placement in self._placements.items():
-            self.state[p].update(placement.state(self.defaults["num_grads"], p))
+            self.state[p].update(placement.state(self.defaults["num_grads"]))
             self.state[p]["window_store"] = stores[id(placement.columns)]
             self.state[p]["window_start"] = placement.start
         if self._placements:
@@ -409,7 +445,8 @@ class MFAC(torch.optim.Optimizer):
             )
 
     def window_stats(self) -> dict[str, float]:
-        """Figures for a log: share of the window filled, condition number of K (an estimate), counts, and size in GiB."""
+        """Figures for a log: share of the window filled, condition number of K (an estimate), counts, and size in
+        GiB."""
         window = self._window
         return {
             "window_fill": 0.0 if window is None else window.count / window.num_grads,
@@ -422,7 +459,8 @@ class MFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the window too, unless ``save_window=False`` or several ranks share it."""
         state_dict = super().state_dict()
-        if not self.defaults["save_window"] or self._process_group is not None:
+        shared = self._window is not None and self._window.process_group is not None
+        if shared or not self.defaults["save_window"]:
             state_dict["state"] = {
                 key: {name: value for name, value in state.items() if name not in WINDOW_KEYS}
                 for key, state in state_dict["state"].items()
@@ -433,12 +471,12 @@ class MFAC(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state exactly: window, Gram matrix and counters continue to the bit.
 
-        The saved tensors are used as they are where the layout allows it, so that a large window is not held twice. A state
-        without a window (``save_window=False``) is loaded too; the window then refills.
+        The saved tensors are used as they are where the layout allows it, so that a large window is not held twice. A
+        state without a window (``save_window=False``) is loaded too; the window then refills.
 
         Raises:
-            ValueError: if the state is of another model, window length, dtype or mask, or parts of it are missing; names what
-                differs, and leaves the optimizer as it was.
+            ValueError: if the state is of another model, window length, dtype or mask, or parts of it are missing;
+                names what differs, and leaves the optimizer as it was.
         """
         saved = check_state(self, state_dict)
         super().load_state_dict({**state_dict, "state": {}})
@@ -471,8 +509,10 @@ class MFAC(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep; a window shared by ranks cannot be copied by one of them."""
-        if self._process_group is not None:
-            raise TypeError("an MFAC whose window is shared by several ranks cannot be pickled or deep-copied by one of them")
+        if self._process_group is not None or (self._window is not None and self._window.process_group is not None):
+            raise TypeError(
+                "an MFAC whose window is shared by several ranks cannot be pickled or deep-copied by one of them"
+            )
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -480,6 +520,17 @@ class MFAC(torch.optim.Optimizer):
         super().__setstate__(state)
         self._process_group = None
         self._restore_window()
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    # Importing the module takes a second; where nobody has, there are no such tensors.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's shard of a tensor that FSDP2 has sharded; any other tensor as it is."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _dense(direction: Any, p: Tensor) -> Tensor:
@@ -490,11 +541,12 @@ def _dense(direction: Any, p: Tensor) -> Tensor:
 
 
 def _average(state: dict[str, Any], direction: Any, momentum: float, p: Tensor) -> Tensor:
-    """Exponential average of the directions, v <- momentum * v + (1 - momentum) * direction, kept in the window's arithmetic."""
+    """Exponential average of the directions, v <- momentum * v + (1 - momentum) * direction, kept in the window's
+    arithmetic."""
     if "momentum_buffer" not in state:
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        state["momentum_buffer"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-    buffer = state["momentum_buffer"]
+        state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+    buffer = _local(state["momentum_buffer"])
     if isinstance(direction, tuple):
         rows, values = direction
         return buffer.mul_(momentum).index_add_(0, rows, values.to(buffer.dtype), alpha=1 - momentum)

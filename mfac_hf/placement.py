@@ -1,9 +1,9 @@
 """Which columns of the gradient window belong to which parameter.
 
-A parameter gets its columns when its first gradient arrives, so frozen and unused parameters cost nothing, and one that is
-unfrozen late joins then (with zeros in the rows already stored, which is exact). Parameters placed together share one dense
-buffer, so that the two passes over the window stay two products; tables whose gradients have few non-zero rows get row-sparse
-columns of their own.
+A parameter gets its columns when its first gradient arrives, so frozen and unused parameters cost nothing, and one
+that is unfrozen late joins then (with zeros in the rows already stored, which is exact). Parameters placed together
+share one dense buffer, so that the two passes over the window stay two products; tables whose gradients have few
+non-zero rows get row-sparse columns of their own.
 """
 
 from collections.abc import Iterable
@@ -26,31 +26,35 @@ ROW_SPARSE_DENSIFY = 0.5
 
 @dataclass
 class Placement:
-    """Columns of one parameter: ``size`` of them from ``start`` in ``columns``; ``keep`` are the flat positions not masked."""
+    """Columns of one parameter (of this rank's shard of it): ``size`` of them from ``start`` in ``columns``.
+
+    ``shape`` is the parameter's, ``keep`` the flat positions that its mask keeps.
+    """
 
     columns: DenseColumns | RowSparseColumns
+    shape: torch.Size
     start: int
     size: int
     keep: Tensor | None = None
 
-    def part(self, grad: Tensor | None, parameter: Tensor, mask: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> Any:
         """The gradient as these columns store it: (size,) or (row numbers, values); zeros for None."""
         if isinstance(self.columns, RowSparseColumns):
             if grad is None:
-                return torch.zeros(0, dtype=torch.int64), torch.zeros(0, parameter.shape[1])
+                return torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.shape[1])
             rows, values = nonzero_rows(grad)
             return rows, values if mask is None else values * mask[rows]
         if grad is None:
-            return torch.zeros(self.size, device=parameter.device)
+            return torch.zeros(self.size, device=device)
         flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
         return _widened(flat if self.keep is None else flat[self.keep])
 
-    def state(self, num_grads: int, parameter: Tensor) -> dict[str, Any]:
+    def state(self, num_grads: int) -> dict[str, Any]:
         """The window of this parameter for the optimizer's state: views of the buffers, no copies."""
         if isinstance(self.columns, RowSparseColumns):
             return {"window_rows": self.columns.rows_MN, "window_values": self.columns.values_MNH}
         view = self.columns.buffer_MD[:, self.start : self.start + self.size]
-        return {"window": view if self.keep is not None else view.view(num_grads, *parameter.shape)}
+        return {"window": view if self.keep is not None else view.view(num_grads, *self.shape)}
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -58,7 +62,8 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def nonzero_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending numbers of the rows that are not all zero, and the rows themselves, of a 2-d dense or sparse gradient."""
+    """Ascending numbers of the rows that are not all zero, and the rows themselves, of a 2-d dense or sparse
+    gradient."""
     if grad.is_sparse:
         grad = grad.coalesce()
         return grad.indices()[0], _widened(grad.values())
@@ -75,14 +80,14 @@ def place(
     devices: list[torch.device],
     row_sparse: bool,
 ) -> dict[Tensor, Placement]:
-    """Columns for parameters that have none yet, judged by their first gradients.
+    """Columns for parameters that have none yet, judged by their first gradients (a parameter's own, or its shard's).
 
     Raises:
         MemoryError: if they do not fit, with the numbers; nothing is allocated then.
     """
     tables = {p: g for p, g in gradients.items() if row_sparse and _is_row_sparse(g)}
     dense = {p: _keep(masks.get(p)) for p in gradients if p not in tables}
-    sizes = {p: p.numel() if keep is None else len(keep) for p, keep in dense.items()}
+    sizes = {p: gradients[p].numel() if keep is None else len(keep) for p, keep in dense.items()}
 
     # Largest first onto the least loaded device, then back into the given order within each device.
     device_of: dict[Tensor, torch.device] = {}
@@ -93,7 +98,7 @@ def place(
 
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     slots = {p: max(1, min(g.shape[0], len(nonzero_rows(g)[0]) * 5 // 4)) for p, g in tables.items()}
-    table_bytes = sum(num_grads * n * (p.shape[1] * table_dtype.itemsize + 8) for p, n in slots.items())
+    table_bytes = sum(num_grads * n * (tables[p].shape[1] * table_dtype.itemsize + 8) for p, n in slots.items())
     for device in devices:
         extra = table_bytes if device == devices[0] else 0
         words = f"{num_grads} gradients x {load[device]:,} parameters in {dtype}"
@@ -102,19 +107,18 @@ def place(
 
     placements = {}
     for device in devices:
-        if load[device] == 0:
+        if device not in device_of.values():
             continue
         columns = DenseColumns(num_grads, load[device], dtype=dtype, device=device)
         start = 0
         for parameter, keep in dense.items():
             if device_of[parameter] == device:
-                placements[parameter] = Placement(columns, start, sizes[parameter], keep)
+                placements[parameter] = Placement(columns, gradients[parameter].shape, start, sizes[parameter], keep)
                 start += sizes[parameter]
     for parameter, count in slots.items():
-        store = RowSparseColumns(
-            num_grads, (parameter.shape[0], parameter.shape[1]), dtype=table_dtype, device=devices[0], slots=count
-        )
-        placements[parameter] = Placement(store, 0, parameter.numel())
+        shape = tables[parameter].shape
+        store = RowSparseColumns(num_grads, (shape[0], shape[1]), dtype=table_dtype, device=devices[0], slots=count)
+        placements[parameter] = Placement(store, shape, 0, shape.numel())
     return placements
 
 

@@ -3,7 +3,8 @@
 The state of a parameter p holds plain tensors and numbers only:
 
 - ``window`` (m, *p.shape), a view of the buffer that p shares with others ((m, kept) if p has a mask), or
-  ``window_rows`` (m, n) and ``window_values`` (m, n, h) for row-sparse columns; ``window_store`` and ``window_start`` say where;
+  ``window_rows`` (m, n) and ``window_values`` (m, n, h) for row-sparse columns; ``window_store`` and ``window_start``
+      say where;
 - ``step``; ``momentum_buffer`` and ``mask`` where there are any;
 - for the first parameter with columns also ``gram`` (m, m), ``pushed``, ``skipped_steps`` and ``jitter_escalations``.
 """
@@ -24,7 +25,8 @@ WINDOW_KEYS = ("window", "window_rows", "window_values", "window_store", "window
 
 
 def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """The saved state of each parameter of the optimizer; a ValueError that names the first thing that does not fit."""
+    """The saved state of each parameter of the optimizer; a ValueError that names the first thing that does not
+    fit."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the optimizer state has no {key!r}: it is truncated, or not an optimizer's state")
@@ -38,7 +40,9 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     for saved, own in zip(saved_groups, groups, strict=True):
         if "param_names" in saved and "param_names" in own and saved["param_names"] != own["param_names"]:
             first = next((a, b) for a, b in zip(saved["param_names"], own["param_names"], strict=True) if a != b)
-            raise ValueError(f"parameters in another order: the saved state has {first[0]!r} where this optimizer has {first[1]!r}")
+            raise ValueError(
+                f"parameters in another order: the saved state has {first[0]!r} where this optimizer has {first[1]!r}"
+            )
     ids = chain.from_iterable(group["params"] for group in saved_groups)
     parameters = chain.from_iterable(group["params"] for group in groups)
     names = chain.from_iterable(group.get("param_names", [None] * len(group["params"])) for group in groups)
@@ -62,7 +66,9 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
             raise ValueError("the saved window has no Gram matrix or counters: the state is truncated")
         num_grads = optimizer.defaults["num_grads"]
         if leads[0]["gram"].shape != (num_grads, num_grads):
-            raise ValueError(f"the saved Gram matrix is {tuple(leads[0]['gram'].shape)}; expected {(num_grads, num_grads)}")
+            raise ValueError(
+                f"the saved Gram matrix is {tuple(leads[0]['gram'].shape)}; expected {(num_grads, num_grads)}"
+            )
     return result
 
 
@@ -70,7 +76,9 @@ def _check_mask(label: str, saved: Tensor | None, own: Tensor | None) -> None:
     if saved is None and own is None:
         return
     if saved is None or own is None or not torch.equal(saved.cpu(), own.cpu()):
-        raise ValueError(f"the mask of {label} differs from the saved one; pass the masks that the saved optimizer had")
+        raise ValueError(
+            f"the mask of {label} differs from the saved one; pass the masks that the saved optimizer had"
+        )
 
 
 def _check_window(label: str, state: dict[str, Any], p: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
@@ -90,17 +98,24 @@ def _check_window(label: str, state: dict[str, Any], p: Tensor, mask: Tensor | N
         found, found_dtype = values.shape, values.dtype
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if found[0] != num_grads:
-        raise ValueError(f"the saved window holds {found[0]} gradients, this optimizer {num_grads}; pass num_grads={found[0]}")
+        raise ValueError(
+            f"the saved window holds {found[0]} gradients, this optimizer {num_grads}; pass num_grads={found[0]}"
+        )
     if tuple(found) != tuple(expected):
-        raise ValueError(f"the saved window of {label} has shape {tuple(found)}; expected {tuple(expected)}: another model or order")
+        raise ValueError(
+            f"the saved window of {label} has shape {tuple(found)}; expected {tuple(expected)}: another model or order"
+        )
     if found_dtype != dtype:
-        raise ValueError(f"the saved window of {label} is {found_dtype}, expected {dtype}; pass the saved window_dtype")
+        raise ValueError(
+            f"the saved window of {label} is {found_dtype}, expected {dtype}; pass the saved window_dtype"
+        )
 
 
 def restore_placements(
     states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: dict[str, Any]
 ) -> tuple[dict[Tensor, Placement], dict[str, Any] | None]:
-    """Placements in the order of their columns from per-parameter states, and the state that has the Gram matrix, if any."""
+    """Placements in the order of their columns from per-parameter states, and the state that has the Gram matrix, if
+    any."""
     placed = {p: state for p, state in states.items() if "window_store" in state}
     if not placed:
         return {}, None
@@ -111,16 +126,18 @@ def restore_placements(
         first, state = next(iter(members.items()))
         if "window_rows" in state:
             rows, values = state["window_rows"], state["window_values"]
-            table = RowSparseColumns(options["num_grads"], (first.shape[0], first.shape[1]), dtype=values.dtype, device="meta")
+            table = RowSparseColumns(
+                options["num_grads"], (first.shape[0], first.shape[1]), dtype=values.dtype, device="meta"
+            )
             table.restore(rows, values)
-            placements[first] = Placement(table, 0, first.numel())
+            placements[first] = Placement(table, first.shape, 0, first.numel())
             continue
         views = [s["window"].flatten(1) if p not in masks else s["window"] for p, s in members.items()]
         columns = DenseColumns(options["num_grads"], 0, buffer=_shared_buffer(views))
         columns.dim = columns.buffer_MD.shape[1]
         for (p, s), view in zip(members.items(), views, strict=True):
             keep = masks[p].reshape(-1).nonzero().squeeze(1) if p in masks else None
-            placements[p] = Placement(columns, s["window_start"], view.shape[1], keep)
+            placements[p] = Placement(columns, p.shape, s["window_start"], view.shape[1], keep)
     return placements, next(state for state in placed.values() if "gram" in state)
 
 

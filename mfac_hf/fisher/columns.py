@@ -1,14 +1,14 @@
 """Where the gradient window keeps its numbers: dense columns, and the exact row-sparse columns of embeddings.
 
-The window G is an M x D matrix, one stored gradient a row. Its columns (the parameters) are dealt out to one or more stores.
-The two passes over G that the dynamic algorithm makes are sums (``dots``) or concatenations (``combine``) over stores, so a
-store may sit on any device and choose its own format.
+The window G is an M x D matrix, one stored gradient a row. Its columns (the parameters) are dealt out to one or more
+stores. The two passes over G that the dynamic algorithm makes are sums (``dots``) or concatenations (``combine``) over
+stores, so a store may sit on any device and choose its own format.
 
-The gradient of an embedding table is zero outside the rows that the batch looked up (1-5 % of them). `RowSparseColumns` holds
-just those rows, which loses nothing: two gradients meet only in the rows that both have.
+The gradient of an embedding table is zero outside the rows that the batch looked up (1-5 % of them).
+`RowSparseColumns` holds just those rows, which loses nothing: two gradients meet only in the rows that both have.
 
-Shape suffixes: M stored gradients, D parameters of the store, V rows of the table, H width of a row, N slots for rows per
-gradient, U distinct rows in the window, E entries (pairs of gradient and row).
+Shape suffixes: M stored gradients, D parameters of the store, V rows of the table, H width of a row, N slots for rows
+per gradient, U distinct rows in the window, E entries (pairs of gradient and row).
 """
 
 import warnings
@@ -78,8 +78,8 @@ class DenseColumns:
 class RowSparseColumns:
     """Columns of a (v, h) table whose gradients have few non-zero rows, stored exactly.
 
-    Each gradient has the same number of slots, which grows when a gradient needs more. Values are float32 also in a bfloat16
-    window (they are the small part of it), float64 in a float64 one.
+    Each gradient has the same number of slots, which grows when a gradient needs more. Values are float32 also in a
+    bfloat16 window (they are the small part of it), float64 in a float64 one.
 
     Args:
         num_grads: rows of the window, m.
@@ -104,6 +104,7 @@ class RowSparseColumns:
         self.rows_MN = torch.full((num_grads, slots), shape[0], dtype=torch.int64, device=device)
         self.values_MNH = torch.zeros(num_grads, slots, shape[1], dtype=dtype, device=device)
         self._index: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._index_count = 0
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +121,8 @@ class RowSparseColumns:
         self.rows_MN, self.values_MNH, self._index = rows_MN, values_MNH, None
 
     def write(self, row: int, grad: tuple[Tensor, Tensor]) -> None:
-        """Store a gradient given as (row numbers (n,), values (n, h)) as row ``row``; the numbers differ and ascend."""
+        """Store a gradient given as (row numbers (n,), values (n, h)) as row ``row``; the numbers differ and
+        ascend."""
         rows, values = grad
         if len(rows) > self.rows_MN.shape[1]:
             self._grow(len(rows))
@@ -133,21 +135,23 @@ class RowSparseColumns:
         num_grads, slots = self.rows_MN.shape
         extra = max(needed, slots * 5 // 4) - slots
         self.rows_MN = torch.cat([self.rows_MN, self.rows_MN.new_full((num_grads, extra), self.shape[0])], dim=1)
-        self.values_MNH = torch.cat([self.values_MNH, self.values_MNH.new_zeros(num_grads, extra, self.shape[1])], dim=1)
+        self.values_MNH = torch.cat(
+            [self.values_MNH, self.values_MNH.new_zeros(num_grads, extra, self.shape[1])], dim=1
+        )
 
     def _sorted(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Entries of the first ``count`` gradients sorted by table row.
 
-        Returns the flat slots and the gradients of the entries (E,), the distinct rows (U,) and the bounds of their runs
-        (U + 1,).
+        Returns the flat slots and the gradients of the entries (E,), the distinct rows (U,) and the bounds of their
+        runs (U + 1,).
         """
-        if self._index is None:
+        if self._index is None or self._index_count != count:
             rows_E, slots_E = torch.sort(self.rows_MN[:count].flatten(), stable=True)
             used = int(torch.searchsorted(rows_E, self.shape[0]))
             slots_E = slots_E[:used]
             rows_U, runs_U = torch.unique_consecutive(rows_E[:used], return_counts=True)
             bounds = torch.cat([runs_U.new_zeros(1), runs_U.cumsum(0)])
-            self._index = slots_E, slots_E // self.rows_MN.shape[1], rows_U, bounds
+            self._index, self._index_count = (slots_E, slots_E // self.rows_MN.shape[1], rows_U, bounds), count
         return self._index
 
     def dots(self, row: int, count: int) -> Tensor:
@@ -158,20 +162,24 @@ class RowSparseColumns:
     def project(self, x_D: Tensor, count: int) -> Tensor:
         """Dot products of any vector of v * h numbers with the first ``count`` rows; float64."""
         rows_U = self._sorted(count)[2]
-        x_UH = x_D.view(self.shape)[rows_U.to(x_D.device)].to(self.device)
+        wide = torch.promote_types(x_D.dtype, self.values_MNH.dtype)
+        x_UH = x_D.view(self.shape)[rows_U.to(x_D.device)].to(self.device, wide)
         return self._sampled_dots(rows_U, x_UH, count)
 
     def _sampled_dots(self, rows_N: Tensor, x_NH: Tensor, count: int) -> Tensor:
-        """Dot products of the stored rows with a vector that is ``x_NH`` in the table's rows ``rows_N``, zero elsewhere.
+        """Dot products of the stored rows with a vector that is ``x_NH`` in the table's rows ``rows_N``, zero
+        elsewhere.
 
-        Only entries whose table row is among ``rows_N`` count: a sampled matrix product in CSR form whose row n lists the
-        entries of table row ``rows_N[n]``, which are one run of the sorted order.
+        Only entries whose table row is among ``rows_N`` count: a sampled matrix product in CSR form whose row n lists
+        the entries of table row ``rows_N[n]``, which are one run of the sorted order.
         """
         slots_E, owners_E, rows_U, bounds = self._sorted(count)
         place_N = torch.searchsorted(rows_U, rows_N)
         first_N, sizes_N = bounds[place_N], bounds[place_N + 1] - bounds[place_N]
         starts = torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)])
-        entries = torch.repeat_interleave(first_N - starts[:-1], sizes_N) + torch.arange(int(starts[-1]), device=self.device)
+        entries = torch.repeat_interleave(first_N - starts[:-1], sizes_N) + torch.arange(
+            int(starts[-1]), device=self.device
+        )
         columns = slots_E[entries]
         values_EH = self.values_MNH.view(-1, self.shape[1])
         if x_NH.dtype != values_EH.dtype:
@@ -182,7 +190,11 @@ class RowSparseColumns:
             with warnings.catch_warnings():  # CSR tensors announce themselves as beta
                 warnings.simplefilter("ignore")
                 pattern = torch.sparse_csr_tensor(
-                    starts, columns, x_NH.new_zeros(len(columns)), size=(len(rows_N), len(values_EH)), check_invariants=False
+                    starts,
+                    columns,
+                    x_NH.new_zeros(len(columns)),
+                    size=(len(rows_N), len(values_EH)),
+                    check_invariants=False,
                 )
                 products = torch.sparse.sampled_addmm(pattern, x_NH.contiguous(), values_EH.t(), beta=0.0).values()
         # A gradient has a table row at most once, so every cell is written once: no atomics, the same sum each time.
@@ -191,7 +203,8 @@ class RowSparseColumns:
         return table.sum(dim=1)
 
     def combine_rows(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Combination of the first ``len(weights_M)`` rows: (row numbers (u,), values (u, h)), ascending and distinct."""
+        """Combination of the first ``len(weights_M)`` rows: (row numbers (u,), values (u, h)), ascending and
+        distinct."""
         slots_E, owners_E, rows_U, bounds = self._sorted(len(weights_M))
         values_EH = self.values_MNH.view(-1, self.shape[1]).to(dtype or self.values_MNH.dtype)
         if len(slots_E) == 0:

@@ -1,8 +1,8 @@
 r"""What the fast algorithms are checked against: the dense oracle, and the paper's own recursions.
 
-None of this is used in training or pruning. The oracle is float64 and forms the matrix. The recursions follow the paper (Frantar,
-Kurtic and Alistarh, NeurIPS 2021, sections 3.1 and 3.2) in the working precision of their input, so that tests and benchmarks show
-what that costs.
+None of this is used in training or pruning. The oracle is float64 and forms the matrix. The recursions follow the
+paper (Frantar, Kurtic and Alistarh, NeurIPS 2021, sections 3.1 and 3.2) in the working precision of their input, so
+that tests and benchmarks show what that costs.
 
 Shape suffixes: M stored gradients, D parameters.
 """
@@ -25,7 +25,8 @@ def paper_static_solve(grads_MD: Tensor, x_D: Tensor, damping: float) -> Tensor:
     r"""`F⁻¹ x` by m Sherman-Morrison updates (section 3.1), in the dtype of the gradients.
 
     With :math:`v_i = F_{i-1}^{-1} g_i` and :math:`F_0 = \lambda I`:
-    :math:`F_i^{-1} x = F_{i-1}^{-1} x - v_i\, (v_i^\top x) / (m + g_i^\top v_i)`. O(d m²) to set up, O(d m) per product.
+    :math:`F_i^{-1} x = F_{i-1}^{-1} x - v_i\, (v_i^\top x) / (m + g_i^\top v_i)`. O(d m²) to set up, O(d m) per
+    product.
     """
     num_grads = len(grads_MD)
     vectors_MD = torch.empty_like(grads_MD)
@@ -40,11 +41,14 @@ def paper_static_solve(grads_MD: Tensor, x_D: Tensor, damping: float) -> Tensor:
 class PaperDynamicInverse:
     r"""The paper's dynamic algorithm (section 3.2) in the dtype of its window.
 
-    With :math:`M = G G^\top / \lambda + m I = L U` (no pivoting), :math:`U_{ij} = g_i^\top F_{i-1}^{-1} g_j` right of the diagonal
-    and :math:`U_{ii} = m + g_i^\top F_{i-1}^{-1} g_i`; the rows of :math:`B = L^{-1} / \lambda` are the coefficients of
-    :math:`F_{i-1}^{-1} g_i` over the stored gradients. Then :math:`F^{-1} x = x / \lambda - G^\top B^\top \mathrm{diag}(U)^{-1} B G x`.
+    With :math:`M = G G^\top / \lambda + m I = L U` (no pivoting), :math:`U_{ij} = g_i^\top F_{i-1}^{-1} g_j` right of
+    the diagonal and :math:`U_{ii} = m + g_i^\top F_{i-1}^{-1} g_i`; the rows of :math:`B = L^{-1} / \lambda` are the
+    coefficients of
+    :math:`F_{i-1}^{-1} g_i` over the stored gradients. Then :math:`F^{-1} x = x / \lambda - G^\top B^\top
+    \mathrm{diag}(U)^{-1} B G x`.
 
-    M is symmetric, so the factors are read off a Cholesky factorisation: the same numbers as LU without pivoting, also on a CPU.
+    M is symmetric, so the factors are read off a Cholesky factorisation: the same numbers as LU without pivoting, also
+    on a CPU.
 
     Args:
         num_grads: length of the window, m.

@@ -1,18 +1,19 @@
 r"""The dynamic algorithm: a sliding window of gradients and the inverse of its damped empirical Fisher.
 
-With the stored gradients as rows of G (m x d), the damped empirical Fisher is :math:`F = \lambda I + G^\top G / n`. It is never
-formed. Everything wanted from its inverse follows from the small matrix :math:`K = n\lambda I + G G^\top` (m x m):
+With the stored gradients as rows of G (m x d), the damped empirical Fisher is :math:`F = \lambda I + G^\top G / n`. It
+is never formed. Everything wanted from its inverse follows from the small matrix :math:`K = n\lambda I + G G^\top` (m
+x m):
 
-- a vector in the row span, :math:`x = G^\top w`, has :math:`F^{-1} x = n\, G^\top K^{-1} w` (push-through identity). The
-  optimizer preconditions gradients that it has just stored, so its step is a plain combination of stored gradients: nothing
-  is subtracted from anything, and small damping costs no digits;
+- a vector in the row span, :math:`x = G^\top w`, has :math:`F^{-1} x = n\, G^\top K^{-1} w` (push-through identity).
+  The optimizer preconditions gradients that it has just stored, so its step is a plain combination of stored
+  gradients: nothing is subtracted from anything, and small damping costs no digits;
 - any other vector has :math:`F^{-1} x = (x - G^\top K^{-1} G x) / \lambda` (Woodbury identity).
 
-Each step makes two passes over G: one for the new row's dot products, which also are the new row and column of the Gram matrix,
-and one for the combination. K is factored anew each step in float64, which never drifts.
+Each step makes two passes over G: one for the new row's dot products, which also are the new row and column of the
+Gram matrix, and one for the combination. K is factored anew each step in float64, which never drifts.
 
-Source: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021, section
-3.2 (the dynamic algorithm), whose recursion is in `mfac_hf.fisher.reference`.
+Source: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021,
+section 3.2 (the dynamic algorithm), whose recursion is in `mfac_hf.fisher.reference`.
 
 Shape suffixes: M stored gradients, D parameters.
 """
@@ -38,11 +39,13 @@ class GradientWindow:
         num_grads: length of the window, m >= 1.
         dim: number of parameters, d; or the column stores to use, in order.
         damping: :math:`\lambda > 0`, in units of a squared gradient entry.
-        normalize: n in :math:`F = \lambda I + G^\top G / n`: ``"num_grads"`` divides by m always, as the paper does, also while
-            the window is filling; ``"count"`` divides by the gradients held so far. The same once the window is full.
+        normalize: n in :math:`F = \lambda I + G^\top G / n`: ``"num_grads"`` divides by m always, as the paper does,
+            also while the window is filling; ``"count"`` divides by the gradients held so far. The same once the
+            window is full.
         dtype: storage of the window: float32, bfloat16 or float64.
         device: a device, or a list of devices to split the columns over.
-        process_group: ranks that each hold their own columns; dot products are summed over them, everything else is local.
+        process_group: ranks that each hold their own columns; dot products are summed over them, everything else is
+            local.
 
     Raises:
         ValueError: for a value out of range.
@@ -72,7 +75,8 @@ class GradientWindow:
                 raise ValueError("device is an empty list; name at least one device, or leave it out")
             sizes = [dim // len(devices) + (i < dim % len(devices)) for i in range(len(devices))]
             self.columns: list[DenseColumns | RowSparseColumns] = [
-                DenseColumns(num_grads, size, dtype=dtype, device=where) for size, where in zip(sizes, devices, strict=True)
+                DenseColumns(num_grads, size, dtype=dtype, device=where)
+                for size, where in zip(sizes, devices, strict=True)
             ]
         else:
             self.columns = list(dim)
@@ -104,16 +108,20 @@ class GradientWindow:
         """Store a gradient in place of the oldest one.
 
         Args:
-            grad: shape (d,), or one part for each column store: a vector, or (row numbers, values) for row-sparse columns.
+            grad: shape (d,), or one part for each column store: a vector, or (row numbers, values) for row-sparse
+                columns.
 
         Raises:
-            ValueError: if the shape is wrong or an entry of a whole gradient is not finite; the window stays as it was.
+            ValueError: if the shape is wrong or an entry of a whole gradient is not finite; the window stays as it
+                was.
         """
         if isinstance(grad, Tensor):
             if grad.shape != (self.dim,):
                 raise ValueError(f"gradient of shape {tuple(grad.shape)}; this window takes ({self.dim},)")
             if not grad.isfinite().all():
-                raise ValueError("the gradient has a NaN or infinite entry; it would spoil every later step: skip it instead")
+                raise ValueError(
+                    "the gradient has a NaN or infinite entry; it would spoil every later step: skip it instead"
+                )
             grad = grad.split([columns.dim for columns in self.columns])
         row = self.pushed % self.num_grads
         for columns, part in zip(self.columns, grad, strict=True):
@@ -133,8 +141,8 @@ class GradientWindow:
         r"""Coefficients c of the direction :math:`F^{-1} g = G^\top c` for the newest gradient g; (count,), float64.
 
         Args:
-            grad_decay: :math:`\beta` in [0, 1): precondition the average :math:`\sum_i \beta^{age(i)} g_i / \sum_i \beta^{age(i)}`
-                of the stored gradients in place of the newest alone, at no extra pass.
+            grad_decay: :math:`\beta` in [0, 1): precondition the average :math:`\sum_i \beta^{age(i)} g_i / \sum_i
+                \beta^{age(i)}` of the stored gradients in place of the newest alone, at no extra pass.
         """
         if self.pushed == 0:
             raise RuntimeError("the window is empty: push a gradient before asking for a direction")
@@ -143,17 +151,19 @@ class GradientWindow:
         return self._divisor() * self._solve_gram(target_M / target_M.sum())
 
     def direction(self, grad_decay: float = 0.0) -> Tensor:
-        """`F⁻¹ g` for the newest gradient g; shape (d,), float32 (float64 for a float64 window), on the first device."""
+        """`F⁻¹ g` for the newest gradient g; shape (d,), float32 (float64 for a float64 window), on the first
+        device."""
         weights_M = self.direction_weights(grad_decay)
         parts = [columns.combine(weights_M) for columns in self.columns]
         return torch.cat([part.to(parts[0].device) for part in parts])
 
     def solve(self, x_D: Tensor) -> Tensor:
-        """`F⁻¹ x` for any vector; shape (d,), in the dtype and on the device of ``x_D``; computed in float64 throughout.
+        """`F⁻¹ x` for any vector; shape (d,), in the dtype and on the device of ``x_D``; computed in float64
+        throughout.
 
-        Many times slower than `direction`: for other vectors the Woodbury identity subtracts nearly equal numbers, and the Gram
-        matrix, right to about 1e-8, is too coarse for that. So K is applied through float64 passes over the window, and the
-        factor of the Gram matrix only preconditions the conjugate gradients.
+        Many times slower than `direction`: for other vectors the Woodbury identity subtracts nearly equal numbers, and
+        the Gram matrix, right to about 1e-8, is too coarse for that. So K is applied through float64 passes over the
+        window, and the factor of the Gram matrix only preconditions the conjugate gradients.
 
         Raises:
             ValueError: if the shape is wrong.
@@ -168,7 +178,9 @@ class GradientWindow:
 
     def _project(self, x_D: Tensor) -> Tensor:
         parts = x_D.split([columns.dim for columns in self.columns])
-        return self._sum([columns.project(part, self.count) for columns, part in zip(self.columns, parts, strict=True)])
+        return self._sum(
+            [columns.project(part, self.count) for columns, part in zip(self.columns, parts, strict=True)]
+        )
 
     def _combine(self, weights_M: Tensor) -> Tensor:
         """Combination of the stored gradients in float64, on the first device."""
@@ -176,7 +188,8 @@ class GradientWindow:
         return torch.cat([part.to(parts[0].device) for part in parts])
 
     def _solve_exactly(self, rhs_M: Tensor, tolerance: float = 1e-13, iterations: int = 50) -> Tensor:
-        """Solve K a = rhs by conjugate gradients, K applied by passes over the window, preconditioned by the Gram's factor."""
+        """Solve K a = rhs by conjugate gradients, K applied by passes over the window, preconditioned by the Gram's
+        factor."""
         factor_MM = self._factor()
         shift = self._divisor() * self.damping
         solution_M = torch.zeros_like(rhs_M)
@@ -197,7 +210,8 @@ class GradientWindow:
         return solution_M
 
     def condition(self, iterations: int = 20) -> float:
-        """Estimate of the 2-norm condition number of K by power iterations on it and on its inverse (a lower bound)."""
+        """Estimate of the 2-norm condition number of K by power iterations on it and on its inverse (a lower
+        bound)."""
         if self.count == 0:
             return 1.0
         factor_MM = self._factor()
@@ -220,7 +234,8 @@ class GradientWindow:
         return total_M
 
     def _factor(self) -> Tensor:
-        """Cholesky factor of K; where rounding left K indefinite, of K with the smallest jitter that makes it definite."""
+        """Cholesky factor of K; where rounding left K indefinite, of K with the smallest jitter that makes it
+        definite."""
         gram_MM = self.gram_MM[: self.count, : self.count]
         shift = self._divisor() * self.damping
         jitter = 0.0

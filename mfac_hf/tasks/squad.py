@@ -150,9 +150,11 @@ def squad_features(
             "token_ends": [],
         }
         for window, (row, offsets) in enumerate(zip(rows, windows, strict=True)):
-            position = _context_position(encoded.sequence_ids(window), batch["id"][row])
-            length = encoded.sequence_ids(window).count(1)
-            characters = np.array(offsets[position : position + length], dtype=np.int32)
+            parts = encoded.sequence_ids(window)
+            if 1 not in parts:
+                raise ValueError(f"the context of question {batch['id'][row]!r} has no token: filter such rows")
+            position = parts.index(1)
+            characters = np.array(offsets[position : position + parts.count(1)], dtype=np.int32)
             start, end = _label(characters, answers[row])
             added["start_positions"].append(NULL_POSITION if start is None else position + start)
             added["end_positions"].append(NULL_POSITION if end is None else position + end)
@@ -216,12 +218,6 @@ def _answer_characters(name: str, context: str, answers: Mapping[str, Sequence[A
     # blanks around an answer belong to no token
     start = starts[0] + len(texts[0]) - len(texts[0].lstrip())
     return start, start + len(texts[0].strip())
-
-
-def _context_position(sequence_ids: list[int | None], name: str) -> int:
-    if 1 not in sequence_ids:
-        raise ValueError(f"the context of question {name!r} has no token: filter such rows")
-    return sequence_ids.index(1)
 
 
 def _label(characters_T2: np.ndarray, answer: tuple[int, int] | None) -> tuple[int | None, int | None]:

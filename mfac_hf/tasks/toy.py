@@ -28,14 +28,12 @@ LABEL_NAMES = ("negative", "positive")
 
 # fmt: off
 POSITIVE = (
-    "brilliant charming clever compelling crisp dazzling delightful elegant enchanting excellent fascinating fresh "
-    "funny graceful gripping heartfelt inspired joyful lively lovely magical memorable moving original poignant "
-    "radiant sincere stunning superb thoughtful witty wonderful"
+    "brilliant charming clever compelling dazzling delightful elegant enchanting excellent fascinating fresh funny "
+    "graceful gripping heartfelt lively lovely memorable moving original stunning superb thoughtful wonderful"
 ).split()
 NEGATIVE = (
-    "awful awkward banal bland bloated boring clumsy confusing contrived crude dismal dreary dull empty flat "
-    "forgettable grating hollow incoherent lazy lifeless messy muddled pointless pompous predictable shallow sloppy "
-    "stale tedious unbearable wooden"
+    "awful awkward banal bland boring clumsy confusing contrived dismal dreary dull empty flat forgettable grating "
+    "hollow lifeless messy pointless predictable shallow sloppy tedious wooden"
 ).split()
 NEGATORS = ("not", "never", "hardly", "scarcely")
 CONTRASTS = ("but", "although")
@@ -72,7 +70,7 @@ _HEARSAY_RATE = 0.1
 _INTENSIFIER_RATE = 0.4
 # Plain sentences without a negator keep a little of what single adjectives tell, so that a model can start learning.
 # With an exact XOR of adjective and negator it would sit on a plateau for longer than a demonstration may take.
-_NEGATION_RATE = 0.3
+_NEGATION_RATE = 0.25
 _PLAIN_RATE = 0.35
 
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

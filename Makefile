@@ -1,0 +1,55 @@
+# make demo     set up .venv if it is missing, then run the demonstration (no network, minutes on two cores)
+# make test     set up .venv if it is missing, then run every test, the slow ones included
+# make lint     check format, lint and types          make format   rewrite the files in place
+# make clean    remove build products and caches; .venv and outputs/ stay
+#
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+
+# Relative paths only: a checkout whose path holds spaces would split an absolute one into several targets.
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable
+READY := $(VENV)/.mfac-ready
+DEV_READY := $(VENV)/.mfac-dev-ready
+CHECK_VERSION := import sys; sys.exit(sys.version_info < (3, 10) and "mfac_hf needs Python 3.10 or newer, this is \
+	%s: try make PYTHON=python3.12" % sys.version.split()[0])
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	$(RUN) scripts/demo.py
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(DEV_READY)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(DEV_READY)
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+# One install, under the constraints: pip would follow a bare `torch` to its newest release and gigabytes of CUDA.
+# An interrupted or restricted `venv` leaves an environment without pip behind; creating it again repairs it.
+$(READY): pyproject.toml constraints.txt
+	@if ! { test -x $(RUN) && $(RUN) -c 'import pip' 2>/dev/null; }; then \
+		"$(PYTHON)" -c '$(CHECK_VERSION)' && \
+		echo "Creating $(VENV)" && "$(PYTHON)" -m venv $(VENV); \
+	fi
+	@echo "Installing mfac_hf and what it needs into $(VENV) (some minutes the first time)"
+	@$(INSTALL) ".[test,plots]"
+	@touch $@
+
+$(DEV_READY): $(READY)
+	@echo "Adding the tools for development to $(VENV)"
+	@$(INSTALL) ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

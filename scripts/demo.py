@@ -1,0 +1,253 @@
+r"""python scripts/demo.py [--seeds 3] [--steps 1000] [--output_dir outputs/demo].
+
+Train a small BERT from a random start on the generated sentiment task of `mfac_hf.tasks.toy`, where word order decides
+and counting words does not help: once with M-FAC, once with AdamW, from the same weights, on the same batches, under
+the same step budget and schedule (linear, 10 % warm-up). No network. Ends with a table and writes results.json
+and, where matplotlib is installed, curves.png.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import accuracy_score
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from mfac_hf import MFAC
+from mfac_hf.tasks.results import write_results
+from mfac_hf.tasks.toy import toy_dataset, toy_model, toy_tokenizer
+
+LABELS = {"mfac": "M-FAC", "adamw": "AdamW"}
+COLORS = {"mfac": "tab:red", "adamw": "tab:blue"}
+
+
+@dataclass
+class DemoArguments:
+    """What to run."""
+
+    steps: int = field(default=1000, metadata={"help": "Optimizer steps per run."})
+    seed: int = field(default=0, metadata={"help": "First seed: of data, weights and order."})
+    seeds: int = field(default=1, metadata={"help": "Number of seeds; with more than one the table has mean ± std."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Directory for results.json and curves.png."})
+    batch_size: int = field(default=32, metadata={"help": "Sentences per step."})
+    num_validation: int = field(default=1024, metadata={"help": "Sentences to validate on."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the BERT."})
+    num_grads: int = field(default=128, metadata={"help": "Gradients in M-FAC's window."})
+    mfac_lr: float = field(default=1e-2, metadata={"help": "Learning rate of M-FAC."})
+    mfac_damping: float = field(default=1e-3, metadata={"help": "Damping of M-FAC."})
+    mfac_momentum: float = field(default=0.9, metadata={"help": "Momentum of M-FAC."})
+    adamw_lr: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
+    adamw_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
+
+    def __post_init__(self) -> None:
+        """Check what nothing downstream would refuse clearly."""
+        for name in ("steps", "seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass
+class Run:
+    """One training run, as measured."""
+
+    optimizer: str
+    seed: int
+    train_loss: float  # mean over the last logging interval
+    validation_accuracy: float
+    seconds: float
+    ms_per_step: float  # evaluation excluded
+    window_gib: float | None  # None: the optimizer has no window
+    loss_curve: list[tuple[int, float]]
+    accuracy_curve: list[tuple[int, float]]
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's progress bar, with the latest figures on the bar instead of a printed line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Show loss and accuracy."""
+        shown = {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_accuracy")}
+        if self.training_bar is not None and shown:
+            self.shown = {**getattr(self, "shown", {}), **shown}
+            self.training_bar.set_postfix(self.shown)
+
+
+def make_optimizer(name: str, model: PreTrainedModel, args: DemoArguments) -> torch.optim.Optimizer:
+    """The two optimizers side by side: everything else of a run is the same."""
+    if name == "mfac":
+        return MFAC(
+            model.parameters(),
+            lr=args.mfac_lr,
+            num_grads=args.num_grads,
+            damping=args.mfac_damping,
+            momentum=args.mfac_momentum,
+            normalize="count",
+        )
+    return torch.optim.AdamW(model.parameters(), lr=args.adamw_lr, betas=(0.9, args.adamw_beta2), weight_decay=0.0)
+
+
+def make_data(seed: int, args: DemoArguments) -> DatasetDict:
+    """Tokenized splits, with a new training sentence for every place in every batch."""
+    tokenizer = toy_tokenizer()
+    splits = toy_dataset(args.steps * args.batch_size, args.num_validation, seed=seed)
+    return splits.map(lambda rows: tokenizer(rows["sentence"]), batched=True, remove_columns="sentence")
+
+
+def training_arguments(seed: int, args: DemoArguments) -> TrainingArguments:
+    """Trainer's settings, the same for both optimizers."""
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=256,
+        warmup_steps=args.steps // 10,
+        logging_steps=max(1, args.steps // 25),
+        eval_strategy="steps",
+        eval_steps=max(1, args.steps // 10),
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),  # warns where there is no such device
+        seed=seed,
+        logging_nan_inf_filter=False,  # a diverging run must look like one
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of sentences whose larger logit is the label's."""
+    return {"accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))}
+
+
+def train(name: str, seed: int, data: DatasetDict, args: DemoArguments) -> Run:
+    """Train one model with one optimizer through an unmodified Trainer."""
+    model = toy_model(seed=seed, hidden_size=args.hidden_size)
+    optimizer = make_optimizer(name, model, args)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(seed, args),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        data_collator=DataCollatorWithPadding(toy_tokenizer()),
+        compute_metrics=accuracy,
+        optimizers=(optimizer, None),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBar)
+    seconds = trainer.train().metrics["train_runtime"]
+    history = trainer.state.log_history
+    loss_curve = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_accuracy" in entry]
+    evaluation_seconds = sum(entry["eval_runtime"] for entry in evaluations)
+    return Run(
+        optimizer=name,
+        seed=seed,
+        train_loss=loss_curve[-1][1],
+        validation_accuracy=evaluations[-1]["eval_accuracy"],
+        seconds=seconds,
+        ms_per_step=1000 * (seconds - evaluation_seconds) / args.steps,
+        window_gib=optimizer.window_stats()["window_gib"] if isinstance(optimizer, MFAC) else None,
+        loss_curve=loss_curve,
+        accuracy_curve=[(entry["step"], entry["eval_accuracy"]) for entry in evaluations],
+    )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The value, or mean ± sample standard deviation of several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def make_table(runs: Sequence[Run]) -> Table:
+    """One row for each optimizer."""
+    table = Table(title=f"Final figures, {len({run.seed for run in runs})} seed(s)")
+    table.add_column("optimizer")
+    for column in ("train loss", "validation accuracy", "seconds", "ms per step", "window GiB"):
+        table.add_column(column, justify="right")
+    for name, label in LABELS.items():
+        mine = [run for run in runs if run.optimizer == name]
+        windows = [run.window_gib for run in mine if run.window_gib is not None]
+        table.add_row(
+            label,
+            spread([run.train_loss for run in mine], 4),
+            spread([100 * run.validation_accuracy for run in mine], 2) + " %",
+            spread([run.seconds for run in mine], 1),
+            spread([run.ms_per_step for run in mine], 1),
+            spread(windows, 3) if windows else "none",
+        )
+    return table
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Save the curves as a picture, one thin line for each seed.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # an optional dependency
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
+    accuracy_axes.set(title="Validation accuracy", xlabel="step", ylabel="accuracy", ylim=(0.45, 1.0))
+    for name, label in LABELS.items():
+        for number, run in enumerate(run for run in runs if run.optimizer == name):
+            style: dict[str, Any] = {"color": COLORS[name], "label": label if number == 0 else None}
+            loss_axes.plot(*zip(*run.loss_curve, strict=True), **style)
+            accuracy_axes.plot(*zip(*run.accuracy_curve, strict=True), marker=".", **style)
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Run]:
+    """Train, print the table, and write results and picture."""
+    started = time.perf_counter()
+    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(argv)
+    console = Console()
+    runs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        data = make_data(seed, args)
+        if seed == args.seed:
+            for row in toy_dataset(6, 1, seed=seed)["train"]:
+                console.print(f"  {row['label']}  {row['sentence']}")
+        for name, label in LABELS.items():
+            console.print(f"{label}, seed {seed}")
+            runs.append(train(name, seed, data, args))
+    console.print(make_table(runs))
+    results = write_results(
+        args.output_dir,
+        {"runs": [asdict(run) for run in runs]},
+        arguments=[args, training_arguments(args.seed, args)],
+        argv=argv,
+        started=started,
+    )
+    console.print(f"results: {results}")
+    picture = Path(args.output_dir) / "curves.png"
+    try:
+        draw(runs, picture)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        console.print("no picture: matplotlib is not installed (pip install matplotlib)")
+    else:
+        console.print(f"picture: {picture}")
+    return runs
+
+
+if __name__ == "__main__":
+    main()

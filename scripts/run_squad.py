@@ -1,0 +1,255 @@
+"""python scripts/run_squad.py --model_name_or_path MODEL --do_train --do_eval --output_dir outputs/squad.
+
+Fine-tune a BERT (or any model with a span head) on SQuAD v1.1 or v2.0 through an unmodified Trainer, with M-FAC or
+AdamW:
+
+    python scripts/run_squad.py --model_name_or_path google/bert_uncased_L-2_H-128_A-2 --dataset_name rajpurkar/squad \
+        --do_train --do_eval --optim_name mfac --num_grads 1024 --output_dir outputs/squad-mfac
+    python scripts/run_squad.py scripts/recipes/squad_v2_mfac.yaml --seed 1 --output_dir outputs/squad_v2-mfac-1
+
+Model and data are Hub names or local directories, through the same flags. All flags of TrainingArguments work. A
+recipe (YAML or JSON) holds flags; flags after it win. ``--holdout_fraction 0.1`` tunes on a fixed tenth of the
+training articles and leaves the validation split alone. ``--resume_from_checkpoint last`` continues a run that was
+cut off.
+
+Writes ``results.json`` (metrics, command line, arguments, versions, time, memory) into the output directory and, for
+``--do_predict``, the answers to the evaluated questions: ``predictions.json`` and, for v2, ``null_odds.json`` as the
+official evaluation scripts take them, and ``nbest_predictions.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.tasks import squad
+from mfac_hf.tasks.arguments import (
+    ModelArguments,
+    OptimizerArguments,
+    build_optimizer,
+    find_checkpoint,
+    parse_args,
+    require_action,
+    write_results,
+)
+from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
+from mfac_hf.tasks.squad_metric import best_null_threshold
+
+SELECTION_METRIC = "eval_f1"
+
+
+@dataclass
+class SquadArguments:
+    """Which data, how much of it, and how answers are found."""
+
+    dataset_name: str = field(
+        default="rajpurkar/squad", metadata={"help": "Name on the Hub, or a local directory in the same layout."}
+    )
+    train_dataset_name: str | None = field(
+        default=None, metadata={"help": "Where the training split comes from, if not from --dataset_name."}
+    )
+    version_2_with_negative: bool = field(
+        default=False, metadata={"help": "Some questions have no answer (SQuAD v2), and the model may say so."}
+    )
+    max_seq_length: int = field(
+        default=384, metadata={"help": "Tokens of a window: question, part of the context, special tokens."}
+    )
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that consecutive windows of a context share."})
+    max_query_length: int = field(default=64, metadata={"help": "Longer questions are truncated to so many tokens."})
+    n_best_size: int = field(default=20, metadata={"help": "Answers to keep of each question."})
+    max_answer_length: int = field(default=30, metadata={"help": "Longest answer in tokens."})
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={"help": "v2: no answer where its score exceeds that of the best answer by more than this."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on N questions only, drawn from all articles, always the same ones."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on N questions only, drawn from all articles, always the same ones."}
+    )
+    holdout_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "For tuning: train without this fraction of the training articles and evaluate on them, in place "
+            "of the validation split. Which articles these are depends on nothing but their titles and the fraction."
+        },
+    )
+
+
+def choose_splits(
+    data_args: SquadArguments, training_args: TrainingArguments, cache_dir: str | None
+) -> tuple[Dataset | None, Dataset | None]:
+    """Load the questions to train on and those to evaluate.
+
+    Raises:
+        ValueError: The data are unsuitable (`squad.load_squad`), or a limit or the hold-out fraction is out of range.
+    """
+
+    def load(name: str, split: str) -> Dataset:
+        return squad.load_squad(
+            name, split, version_2_with_negative=data_args.version_2_with_negative, cache_dir=cache_dir
+        )
+
+    def limit(examples: Dataset, flag: str, count: int | None) -> Dataset:
+        if count is not None and count < 1:
+            raise ValueError(f"{flag} {count}: expected at least 1")
+        if count is None or count >= len(examples):
+            return examples
+        # the files are sorted by article: their first N questions would be about two or three things
+        return examples.shuffle(seed=squad.HOLDOUT_SEED).select(range(count))
+
+    evaluate = training_args.do_eval or training_args.do_predict
+    train = evaluation = None
+    if training_args.do_train or data_args.holdout_fraction is not None:
+        train = load(data_args.train_dataset_name or data_args.dataset_name, "train")
+    if train is not None and data_args.holdout_fraction is not None:
+        train, evaluation = squad.hold_out_articles(train, data_args.holdout_fraction)
+    elif evaluate:
+        evaluation = load(data_args.dataset_name, "validation")
+    if train is not None:
+        train = limit(train, "--max_train_samples", data_args.max_train_samples)
+    if evaluation is not None:
+        evaluation = limit(evaluation, "--max_eval_samples", data_args.max_eval_samples)
+    return train if training_args.do_train else None, evaluation if evaluate else None
+
+
+def load_model(model_args: ModelArguments, max_seq_length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model, with a span head, and its tokenizer.
+
+    Raises:
+        ValueError: The model has fewer positions than ``max_seq_length``.
+    """
+    # a checkpoint may come from a task with another number of outputs; a span has two
+    config = AutoConfig.from_pretrained(**model_args.model_source, num_labels=2)
+    positions = getattr(config, "max_position_embeddings", max_seq_length)
+    if not 0 < max_seq_length <= positions:
+        raise ValueError(f"--max_seq_length {max_seq_length}: expected 1 to {positions}, the positions of the model")
+    model = AutoModelForQuestionAnswering.from_pretrained(**model_args.model_source, config=config)
+    return model, AutoTokenizer.from_pretrained(**model_args.tokenizer_source)
+
+
+def write_predictions(output_dir: str, predictions: SquadPredictions) -> None:
+    """Write the answers by question id, and beside them the n best and, for v2, the null score differences."""
+    files = {"predictions.json": predictions.texts, "nbest_predictions.json": predictions.nbest}
+    if predictions.null_score_diffs:
+        files["null_odds.json"] = predictions.null_score_diffs
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (Path(output_dir) / name).write_text(text + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what the flags ask for.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+        The metrics: Trainer's ``train_*`` and ``eval_*`` values, the name and value of the metric that selects models
+        and, for v2 with ``--do_predict``, under ``threshold_search`` what the best threshold would have given.
+    """
+    started = time.perf_counter()
+    arguments = parse_args(ModelArguments, SquadArguments, OptimizerArguments, TrainingArguments, argv=argv)
+    model_args, data_args, optimizer_args, training_args = arguments
+    require_action(training_args)
+    checkpoint = find_checkpoint(training_args)
+    train, evaluation = choose_splits(data_args, training_args, model_args.cache_dir)
+    if evaluation is not None and training_args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "--train_sampling_strategy group_by_length also reorders the evaluation, so that logits no longer meet "
+            "their questions: leave it out, or train without --do_eval and --do_predict"
+        )
+
+    # before the model: its span head is drawn at random
+    set_seed(training_args.seed)
+    model, tokenizer = load_model(model_args, data_args.max_seq_length)
+
+    def features(examples: Dataset) -> Dataset:
+        with training_args.main_process_first(desc="cutting into features"):
+            return squad.squad_features(
+                examples,
+                tokenizer,
+                max_seq_length=data_args.max_seq_length,
+                doc_stride=data_args.doc_stride,
+                max_query_length=data_args.max_query_length,
+            )
+
+    eval_features = features(evaluation) if evaluation is not None else None
+    scoring = None
+    if evaluation is not None and eval_features is not None:
+        scoring = SquadEvaluation(
+            evaluation,
+            eval_features,
+            n_best_size=data_args.n_best_size,
+            max_answer_length=data_args.max_answer_length,
+            version_2_with_negative=data_args.version_2_with_negative,
+            null_score_diff_threshold=data_args.null_score_diff_threshold,
+        )
+    if training_args.load_best_model_at_end and training_args.metric_for_best_model == "loss":
+        # TrainingArguments puts "loss" where nothing was given; "eval_loss" still asks for it
+        training_args.metric_for_best_model, training_args.greater_is_better = SELECTION_METRIC, True
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=features(train) if train is not None else None,
+        eval_dataset=eval_features,
+        processing_class=tokenizer,
+        compute_metrics=scoring,
+        optimizers=(build_optimizer(model, optimizer_args, training_args) if training_args.do_train else None, None),
+    )
+    MFACLoggingCallback.attach(trainer)
+
+    results: dict[str, Any] = {"task": "squad_v2" if data_args.version_2_with_negative else "squad"}
+    if training_args.do_train:
+        results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.save_state()
+    if scoring is not None and eval_features is not None:
+        if training_args.do_predict:
+            # one pass over the questions serves --do_eval too
+            output = trainer.predict(eval_features, metric_key_prefix="eval")
+            results |= output.metrics or {}
+            predictions = scoring.answers(output)
+            if trainer.is_world_process_zero():
+                write_predictions(training_args.output_dir, predictions)
+            if data_args.version_2_with_negative:
+                results["threshold_search"] = best_null_threshold(
+                    predictions.best_spans, predictions.null_score_diffs, scoring.references
+                )
+        else:
+            results |= trainer.evaluate()
+        results |= {
+            "evaluated_on": "validation" if data_args.holdout_fraction is None else "held_out",
+            "selection_metric": SELECTION_METRIC,
+            "selection_value": results[SELECTION_METRIC],
+        }
+    if trainer.is_world_process_zero():
+        write_results(training_args.output_dir, results, arguments=arguments, argv=argv, started=started)
+    return results
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mfac_hf").setLevel(logging.INFO)
+    main()

@@ -1,0 +1,53 @@
+"""The paper's two recursions against the dense matrix, and the dense matrix against its definition."""
+
+import pytest
+import torch
+
+from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher, paper_static_solve
+
+
+def draw(m, d, seed=0):
+    return torch.randn(m, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relative_error(found, exact):
+    return float((found - exact).norm() / exact.norm())
+
+
+def test_dense_fisher_is_the_definition():
+    grads = draw(3, 4)
+    expected = 0.1 * torch.eye(4, dtype=torch.float64)
+    for grad in grads:
+        expected += torch.outer(grad, grad) / 3
+    torch.testing.assert_close(dense_fisher(grads.float(), 0.1), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dense_fisher(grads, 0.1), expected)
+    by_five = 3 / 5 * (expected - 0.1 * torch.eye(4)) + 0.1 * torch.eye(4)
+    torch.testing.assert_close(dense_fisher(grads, 0.1, divisor=5), by_five)
+
+
+@pytest.mark.parametrize(("m", "d"), [(1, 1), (1, 7), (5, 7), (12, 7), (33, 40)])
+@pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-5])
+def test_static_recursion(m, d, damping):
+    grads, x = draw(m, d), draw(1, d, seed=1)[0]
+    exact = torch.linalg.solve(dense_fisher(grads, damping), x)
+    assert relative_error(paper_static_solve(grads, x, damping), exact) <= 1e-9
+
+
+@pytest.mark.parametrize(("m", "d"), [(1, 1), (1, 7), (5, 7), (12, 7), (33, 40)])
+@pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-4])
+def test_dynamic_recursion_through_a_wrap_of_the_ring(m, d, damping):
+    """Every step, from the empty window (zero rows, divided by m) until each row was replaced twice."""
+    paper = PaperDynamicInverse(m, d, damping=damping, dtype=torch.float64)
+    pushed = draw(2 * m + 3, d)
+    for step, grad in enumerate(pushed, start=1):
+        exact = torch.linalg.solve(dense_fisher(pushed[max(0, step - m) : step], damping, divisor=m), grad)
+        assert relative_error(paper.step(grad), exact) <= 1e-8
+
+
+def test_recursions_work_in_the_precision_of_their_input():
+    """They show what float32 costs, so they must not widen in silence."""
+    grads = draw(6, 9)
+    assert paper_static_solve(grads.float(), grads[0].float(), 1e-2).dtype == torch.float32
+    paper = PaperDynamicInverse(6, 9, damping=1e-2)
+    assert paper.step(grads[0].float()).dtype == torch.float32
+    assert paper.gram_MM.dtype == torch.float32
