@@ -1,4 +1,4 @@
-"""SQuAD: data, features, answers and metric, on synthetic data and, where there is some, on real data."""
+"""SQuAD: data and features, on synthetic data and, where there is some, on real data."""
 
 import itertools
 import logging
@@ -9,11 +9,10 @@ import pytest
 from datasets import Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertTokenizer, EvalPrediction
+from transformers import AutoTokenizer, BertTokenizer
 
 from mfac_hf.tasks.squad import NULL_POSITION, hold_out_articles, load_squad, squad_features
-from mfac_hf.tasks.squad_answers import SquadEvaluation, extract_answers
-from mfac_hf.tasks.squad_metric import SquadMetric, best_null_threshold, normalize_answer, score_answer
+from mfac_hf.tasks.squad_metric import SquadMetric
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "who what where is was in the a river city king old new north gold built by of near sea 1066".split()
@@ -76,9 +75,6 @@ def labelled_text(feature, context):
     first, last = (feature[key] - feature["context_position"] for key in ("start_positions", "end_positions"))
     assert 0 <= first <= last < len(feature["token_starts"])
     return context[feature["token_starts"][first] : feature["token_ends"][last]]
-
-
-# ---------------------------------------------------------------------------------------------------------- features
 
 
 def test_short_context_is_one_feature_whose_label_decodes_to_the_answer(tokenizer):
@@ -250,9 +246,6 @@ def test_context_without_tokens(tokenizer):
         squad_features(make_examples(make_row("q", " \n ")), tokenizer, **SMALL)
 
 
-# -------------------------------------------------------------------------------------------------------------- data
-
-
 def test_load_takes_a_local_directory_in_the_layout_of_the_hub(tmp_path):
     """Rows come back as they were written."""
     rows = [make_row("a", "the old sea", "sea"), make_row("b", "the old sea")]
@@ -309,293 +302,6 @@ def test_hold_out_refuses_what_it_cannot_split():
         hold_out_articles(articles(1), 0.5)
     with pytest.raises(ValueError, match="needs the column 'title'"):
         hold_out_articles(articles(3).remove_columns("title"), 0.5)
-
-
-# ----------------------------------------------------------------------------------------------------------- answers
-
-
-@pytest.fixture(scope="module")
-def case(tokenizer):
-    """Questions with one and with several windows, answerable and not, and their features."""
-    rng = np.random.default_rng(5)
-    rows = []
-    for i, length in enumerate((4, 50, 12, 30, 9, 40)):
-        words = list(rng.choice(WORDS, length))
-        words[length // 2 : length // 2 + 2] = ["golden", "northern"]
-        rows.append(make_row(f"q{i}", " ".join(words), "golden northern" if i % 3 else None))
-    examples = make_examples(*rows)
-    return examples, squad_features(examples, tokenizer, **SMALL)
-
-
-def make_logits(features, seed=0, width=3):
-    """Random logits, wider than the longest feature as after gathering: the surplus holds Trainer's -100."""
-    longest = max(len(ids) for ids in features["input_ids"])
-    logits = np.random.default_rng(seed).normal(size=(2, len(features), longest + width)).astype(np.float32)
-    for row, ids in enumerate(features["input_ids"]):
-        logits[:, row, len(ids) :] = -100
-    return logits
-
-
-def naive_spans(features, name, start_logits, end_logits, max_answer_length):
-    """All spans of a question with their best score, by the plainest loops."""
-    spans = {}
-    for row, feature in enumerate(features):
-        if feature["example_id"] != name:
-            continue
-        shift, count = feature["context_position"], len(feature["token_starts"])
-        for i in range(count):
-            for j in range(i, min(i + max_answer_length, count)):
-                key = (feature["token_starts"][i], feature["token_ends"][j])
-                score = float(start_logits[row, shift + i] + end_logits[row, shift + j])
-                spans[key] = max(spans.get(key, -1e9), score)
-    return sorted(((score, -start, end) for (start, end), score in spans.items()), reverse=True)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("n_best_size", "max_answer_length"), [(20, 30), (3, 4), (1, 1), (500, 2)])
-def test_answers_are_the_best_spans_of_all_windows(seed, n_best_size, max_answer_length, case):
-    """Against brute force; so no answer is reversed, too long, or outside the context."""
-    examples, features = case
-    start_logits, end_logits = make_logits(features, seed)
-    # the question would win if it were allowed to
-    for row, position in enumerate(features["context_position"]):
-        start_logits[row, 1:position] = end_logits[row, 1:position] = 50
-    found = extract_answers(
-        examples, features, start_logits, end_logits, n_best_size=n_best_size, max_answer_length=max_answer_length
-    )
-    contexts = dict(zip(examples["id"], examples["context"], strict=True))
-    assert found.texts.keys() == found.nbest.keys() == contexts.keys() and found.null_score_diffs == {}
-    for name, entries in found.nbest.items():
-        expected = naive_spans(features, name, start_logits, end_logits, max_answer_length)
-        assert [entry["score"] for entry in entries] == [score for score, *_ in expected[:n_best_size]]
-        assert [entry["text"] for entry in entries] == [contexts[name][-s:e] for _, s, e in expected[:n_best_size]]
-        assert found.texts[name] == entries[0]["text"] == found.best_spans[name] != ""
-        assert all(contexts[name].startswith(entry["text"], entry["start"]) for entry in entries)
-        scores = np.exp([entry["score"] for entry in entries])
-        np.testing.assert_allclose([entry["probability"] for entry in entries], scores / scores.sum(), rtol=1e-6)
-
-
-@pytest.mark.parametrize("version_2", [False, True])
-def test_logits_at_the_labels_give_back_the_gold_answers(version_2, case):
-    """A perfect model scores 100, also over several windows of which only some hold the answer."""
-    examples, features = case
-    if not version_2:
-        keep = [i for i, answers in enumerate(examples["answers"]) if answers["text"]]
-        names = [examples["id"][i] for i in keep]
-        examples = examples.select(keep)
-        features = features.filter(lambda row: row["example_id"] in names)
-    logits = np.zeros((2, len(features), SMALL["max_seq_length"]), dtype=np.float32)
-    for part, column in zip(logits, ("start_positions", "end_positions"), strict=True):
-        part[np.arange(len(features)), features[column][:]] = 10
-    labels = (np.array(features["start_positions"][:]), np.array(features["end_positions"][:]))
-    scores = SquadEvaluation(examples, features, version_2_with_negative=version_2)(
-        EvalPrediction(tuple(logits), labels)
-    )
-    assert scores["exact_match"] == scores["f1"] == 100 and scores["total"] == len(examples)
-    assert ("NoAns_f1" in scores) == version_2 and scores.get("NoAns_f1", 100) == 100
-
-
-def test_null_wins_in_version_2_when_it_is_better_than_the_threshold(case):
-    """The null score is the least over the windows; the best span stays in the list."""
-    examples, features = case
-    start_logits, end_logits = make_logits(features, 1)
-
-    def answers(threshold, **options):
-        return extract_answers(
-            examples, features, start_logits, end_logits, null_score_diff_threshold=threshold, **options
-        )
-
-    plain, found = answers(0.0), answers(0.0, version_2_with_negative=True)
-    assert set(plain.texts.values()).isdisjoint({""}) and found.best_spans == plain.texts
-    for name, diff in found.null_score_diffs.items():
-        rows = [row for row, of in enumerate(features["example_id"]) if of == name]
-        null = min(start_logits[row, 0] + end_logits[row, 0] for row in rows)
-        assert diff == pytest.approx(float(null) - plain.nbest[name][0]["score"], abs=1e-6)
-        assert found.texts[name] == ("" if diff > 0 else plain.texts[name])
-        # at the threshold itself the answer stays
-        assert answers(diff, version_2_with_negative=True).texts[name] == plain.texts[name]
-        below = answers(np.nextafter(diff, -np.inf), version_2_with_negative=True)
-        assert below.texts[name] == "" and below.best_spans[name] == plain.texts[name]
-        entries = found.nbest[name]
-        assert [entry["start"] for entry in entries].count(None) == 1
-        assert sorted(entries, key=lambda entry: -entry["score"]) == entries
-        assert sum(entry["probability"] for entry in entries) == pytest.approx(1)
-    assert answers(-100.0, version_2_with_negative=True).texts == dict.fromkeys(plain.texts, "")
-
-
-def test_logits_that_do_not_fit(case):
-    """Shape, NaN, limits, and features of other questions are all named."""
-    examples, features = case
-    start_logits, end_logits = make_logits(features)
-
-    def answers(examples=examples, features=features, start=start_logits, end=end_logits, **options):
-        return extract_answers(examples, features, start, end, **options)
-
-    with pytest.raises(ValueError, match=f"start_logits have shape .* expected {len(features)} features of >= 23"):
-        answers(start=start_logits[:-1])
-    with pytest.raises(ValueError, match="end_logits have shape"):
-        answers(end=end_logits[:, :20])
-    with pytest.raises(ValueError, match="end_logits have shape"):
-        answers(end=end_logits[0])
-    broken = start_logits.copy()
-    broken[2, 3] = np.nan
-    with pytest.raises(ValueError, match="1 of .* start_logits are not finite"):
-        answers(start=broken)
-    with pytest.raises(ValueError, match="n_best_size 0"):
-        answers(n_best_size=0)
-    with pytest.raises(ValueError, match="max_answer_length 0"):
-        answers(max_answer_length=0)
-    with pytest.raises(ValueError, match="differ in 1 of 5 ids, for instance 'q5'"):
-        answers(examples=examples.select(range(5)))
-    with pytest.raises(ValueError, match="differ in 1 of 6 ids, for instance 'q0'"):
-        answers(features=features.filter(lambda row: row["example_id"] != "q0"))
-
-
-def test_evaluation_refuses_reordered_features(case):
-    """Labels that come back in another order mean logits of other questions."""
-    examples, features = case
-    evaluation = SquadEvaluation(examples, features, version_2_with_negative=True)
-    logits = tuple(make_logits(features))
-    labels = np.array([features["start_positions"][:], features["end_positions"][:]])
-    evaluation(EvalPrediction(logits, tuple(labels)))
-    with pytest.raises(ValueError, match="not those of the .* features in their order"):
-        evaluation(EvalPrediction(logits, tuple(labels[:, ::-1])))
-    with pytest.raises(ValueError, match="not those of the"):
-        evaluation(EvalPrediction(logits, tuple(labels[:, 1:])))
-
-
-# ------------------------------------------------------------------------------------------------------------ metric
-
-
-def compute(predictions, references):
-    """Score ``{id: text}`` against ``{id: [text, ...]}``."""
-    return SquadMetric().compute(
-        predictions=[{"id": name, "prediction_text": text} for name, text in predictions.items()],
-        references=[{"id": n, "answers": {"text": t, "answer_start": [0] * len(t)}} for n, t in references.items()],
-    )
-
-
-def test_published_examples():
-    """The examples of the metric cards of ``evaluate-metric/squad`` and ``squad_v2`` on the Hub."""
-    references = {
-        "56e10a3be3433e1400422b22": ["1976"],
-        "56d2051ce7d4791d0090260b": ["Beyoncé and Bruno Mars"],
-        "5733b5344776f419006610e1": ["climate change"],
-    }
-    predictions = dict(zip(references, ("1976", "Beyonce", "climate change"), strict=True))
-    first = next(iter(references))
-    assert compute({first: "1976"}, {first: ["1976"]}) == {"exact_match": 100.0, "f1": 100.0, "total": 1}
-    assert compute({first: "1999"}, {first: ["1976"]}) == {"exact_match": 0.0, "f1": 0.0, "total": 1}
-    assert compute(predictions, references) == pytest.approx(
-        {"exact_match": 66.66666666666667, "f1": 66.66666666666667, "total": 3}
-    )
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answers", "exact", "f1"),
-    [
-        ("The  Denver Broncos!", ["denver broncos"], 1, 1),
-        # 2 of 3 and 2 of 2 words in common: 2 * 2 / (3 + 2)
-        ("Denver Broncos team", ["Denver Broncos"], 0, 0.8),
-        # a word that occurs once counts once: 2 * 1 / (3 + 1)
-        ("new new new", ["new"], 0, 0.5),
-        # punctuation goes before articles and joins words: "a.b" is "ab", and "theatre" is no article
-        ("a.b theatre", ["ab theatre"], 1, 1),
-        ("U.S.", ["the US"], 1, 1),
-        # each measure takes its own best reference: 2 * 2 / (2 + 3)
-        ("gold coast", ["gold", "the gold coast city"], 0, 0.8),
-        ("café", ["cafe"], 0, 0),
-        ("", ["sea"], 0, 0),
-        ("sea", [], 0, 0),
-        ("", [], 1, 1),
-        # what normalises to nothing is an empty answer
-        ("The", [], 1, 1),
-        (".", ["."], 1, 1),
-        ("", ["the", "sea"], 0, 0),
-    ],
-)
-def test_scores_computed_by_hand(prediction, answers, exact, f1):
-    """Normalisation, multiset overlap, several references, empty answers."""
-    assert score_answer(prediction, answers) == pytest.approx((exact, f1))
-
-
-def test_normalisation():
-    """Case, punctuation, articles as whole words, white space."""
-    assert normalize_answer("  An\tApple, a day\nkeeps THE  'doctor' away! ") == "apple day keeps doctor away"
-    assert normalize_answer("anthem and another") == "anthem and another"
-
-
-def test_break_down_of_version_2():
-    """Headline over all questions, and apart over those with and without an answer."""
-    references = {"a": ["sea"], "b": ["old king", "king"], "c": [], "d": []}
-    scores = compute({"d": "king", "b": "old king now", "a": "sea", "c": ""}, references)
-    assert scores == pytest.approx(
-        {
-            **{"exact_match": 50, "f1": 70, "total": 4},
-            **{"HasAns_exact_match": 50, "HasAns_f1": 90, "HasAns_total": 2},
-            **{"NoAns_exact_match": 50, "NoAns_f1": 50, "NoAns_total": 2},
-        }
-    )
-    assert not any(name.startswith("HasAns") for name in compute({"c": ""}, {"c": []}))
-
-
-def test_predictions_and_references_must_pair():
-    """A missing, a surplus and a double id."""
-    with pytest.raises(ValueError, match="no prediction for 1 of 2 questions, for instance id 'b'"):
-        compute({"a": "sea", "c": "sea"}, {"a": ["sea"], "b": ["sea"]})
-    # evaluate itself refuses another number of them
-    with pytest.raises(ValueError, match=r"predictions \(1\) and references \(2\)"):
-        compute({"a": "sea"}, {"a": ["sea"], "b": ["sea"]})
-    row = {"id": "a", "prediction_text": "sea"}
-    reference = {"id": "a", "answers": {"text": ["sea"], "answer_start": [0]}}
-    with pytest.raises(ValueError, match="predictions have 2 rows of id 'a'"):
-        SquadMetric().compute(predictions=[row, row], references=[reference, {**reference, "id": "b"}])
-    with pytest.raises(ValueError, match="references have 2 rows of id 'a'"):
-        SquadMetric().compute(predictions=[row, {**row, "id": "b"}], references=[reference, reference])
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["sea", "old sea", "king"]), st.sampled_from([[], ["sea"], ["king"]]), st.integers(-3, 3)
-        ),
-        min_size=1,
-        max_size=8,
-    )
-)
-def test_best_threshold_is_the_best_of_all(rows):
-    """Against trying every threshold, with ties; applying what is returned gives the promised score."""
-    spans = {str(i): span for i, (span, _, _) in enumerate(rows)}
-    gold = {str(i): answers for i, (_, answers, _) in enumerate(rows)}
-    diffs = {str(i): float(diff) for i, (_, _, diff) in enumerate(rows)}
-    references = [{"id": n, "answers": {"text": t, "answer_start": [0] * len(t)}} for n, t in gold.items()]
-
-    def mean(threshold):
-        said = {name: "" if diffs[name] > threshold else spans[name] for name in spans}
-        return 100 * np.mean([score_answer(said[name], gold[name]) for name in spans], axis=0)
-
-    found = best_null_threshold(spans, diffs, references)
-    everything = np.array([mean(threshold) for threshold in np.arange(-3.5, 4)])
-    for column, name in enumerate(("best_exact_match", "best_f1")):
-        assert found[name] == pytest.approx(everything[:, column].max())
-        assert mean(found[f"{name}_threshold"])[column] == pytest.approx(found[name])
-
-
-def test_threshold_search_refuses_what_does_not_pair():
-    """Other ids, NaN, nothing."""
-    reference = {"id": "a", "answers": {"text": ["sea"], "answer_start": [0]}}
-    with pytest.raises(ValueError, match="no prediction for 1 of 1"):
-        best_null_threshold({"a": "sea"}, {}, [reference])
-    with pytest.raises(ValueError, match="no reference for 1 of 1 questions, for instance id 'b'"):
-        best_null_threshold({"a": "sea", "b": "sea"}, {"a": 0.0}, [reference])
-    with pytest.raises(ValueError, match="question a is NaN"):
-        best_null_threshold({"a": "sea"}, {"a": float("nan")}, [reference])
-    with pytest.raises(ValueError, match="no references"):
-        best_null_threshold({}, {}, [])
-
-
-# --------------------------------------------------------------------------------------------------------- real data
 
 
 @pytest.mark.parametrize("name", ["squad", "squad_v2"])
