@@ -19,12 +19,21 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import warnings
 from pathlib import Path
 
 import torch
 
-__all__ = ["NativeBuildError", "build_directory", "load_native", "missing_tools"]
+__all__ = [
+    "NativeBuildError",
+    "build_directory",
+    "find_compiler",
+    "find_ninja",
+    "load_native",
+    "missing_tools",
+    "native_status",
+]
 
 SOURCES = {"cpu": "mfac_cpu.cpp"}
 CSRC = Path(__file__).parent / "csrc"
@@ -84,10 +93,15 @@ def load_native(device_type: str) -> bool:
 
 
 def native_status(device_type: str) -> str:
-    """Whether the kernels for a kind of device are in use, and if not, why, in words."""
-    if device_type not in _outcome:
-        return "not asked for yet"
-    return _outcome[device_type] or "in use"
+    """Whether the kernels for a kind of device are in use or can be, in words."""
+    if device_type in _outcome:
+        return _outcome[device_type] or "in use"
+    missing = missing_tools(device_type)
+    if missing:
+        return "; ".join(missing)
+    directory = build_directory(device_type)
+    built = (directory / f"mfac_{device_type}.so").exists()
+    return f"built, in {directory}" if built else f"built at first use, in {directory}"
 
 
 def missing_tools(device_type: str) -> list[str]:
@@ -99,9 +113,9 @@ def missing_tools(device_type: str) -> list[str]:
         missing.append(
             f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}: pip install -U torch"
         )
-    if _ninja() is None:
+    if find_ninja() is None:
         missing.append("ninja was not found: pip install ninja")
-    if _compiler() is None:
+    if find_compiler() is None:
         missing.append("no C++ compiler was found (c++, g++ or clang++): install one, or name it in CXX")
     return missing
 
@@ -110,7 +124,7 @@ def build_directory(device_type: str) -> Path:
     """Where the kernels for a kind of device are built: one directory for each combination of all that they depend
     on."""
     root = Path(os.environ.get("MFAC_CACHE") or Path.home() / ".cache" / "mfac_hf")
-    compiler = _compiler()
+    compiler = find_compiler()
     parts = [
         (CSRC / SOURCES[device_type]).read_text(),
         " ".join(FLAGS),
@@ -155,11 +169,11 @@ def _build(device_type: str, directory: Path, library: Path) -> None:
     libraries = " ".join(f"-L{_escaped(path)}" for path in library_paths())
     (directory / "build.ninja").write_text(
         f"rule library\n"
-        f"  command = {_escaped(_compiler() or '')} {' '.join(FLAGS)} {includes} -shared $in -o $out {libraries} -ltorch_cpu -lc10\n"
+        f"  command = {_escaped(find_compiler() or '')} {' '.join(FLAGS)} {includes} -shared $in -o $out {libraries} -ltorch_cpu -lc10\n"
         f"build mfac.tmp.so: library {_escaped(str(CSRC / SOURCES[device_type]), path=True)}\n"
     )
     # Started in the directory, so that nothing depends on how its own path is spelled.
-    result = subprocess.run([_ninja() or "ninja"], cwd=directory, capture_output=True, text=True, check=False)
+    result = subprocess.run([find_ninja() or "ninja"], cwd=directory, capture_output=True, text=True, check=False)
     log = directory / "build.log"
     log.write_text(result.stdout + result.stderr)
     if result.returncode != 0:
@@ -179,20 +193,13 @@ def _torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _ninja() -> str | None:
-    """The ninja on the path, or that of the Python package, which a virtual environment has also when it is not
-    activated."""
-    found = shutil.which("ninja")
-    if found is None:
-        try:
-            import ninja
-        except ImportError:
-            return None
-        found = shutil.which("ninja", path=ninja.BIN_DIR)
-    return found
+def find_ninja() -> str | None:
+    """Path of ninja: the one on PATH, or beside this interpreter, whose environment need not be activated."""
+    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
 
 
-def _compiler() -> str | None:
+def find_compiler() -> str | None:
+    """Path of the C++ compiler: the one that CXX names, or the first of the usual ones."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next((path for path in map(shutil.which, candidates) if path), None)
 

@@ -14,11 +14,9 @@ import importlib.util
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,13 +61,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Print versions, devices, build tools, and what follows from each thing that is missing.",
     )
     env.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    env.add_argument("--build", action="store_true", help="build the native kernels for accelerate's device now")
     env.set_defaults(run=_run_env)
     return parser
 
 
 def _run_env(arguments: argparse.Namespace) -> None:
-    """Print the report of `environment`, as tables or as JSON."""
+    """Print the report of `environment`, as tables or as JSON, after building what `--build` asks for."""
     try:
+        if arguments.build:
+            from mfac_hf import build
+
+            build.load_native(_accelerate_device().split(":")[0])
         report = environment()
     except ImportError as error:
         raise CommandError(f"{error}. Install mfac_hf again, with what it needs: pip install mfac_hf") from error
@@ -84,8 +87,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         A dictionary of plain JSON types: `versions` (None: not installed, or for `torch_cuda` a build without CUDA),
-        `cpu` and `cuda` (memory in GiB), `accelerate_device` (the device that a `Trainer` would use), `tools` (path
-        and version, None: not found) and `missing`, a list of `{"what": ..., "so": ...}`.
+        `cpu` and `cuda` (memory in GiB), `accelerate_device` (the device that a `Trainer` would use), `native_kernels`
+        (whether they are in use or can be, for each kind of device), `tools` (path and version, None: not found) and `missing`, a list of `{"what": ..., "so": ...}`.
 
     Raises:
         ImportError: a library that the report needs is not installed or does not load.
@@ -93,6 +96,9 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
+    from mfac_hf import build
+
+    device = _accelerate_device()
     report: dict[str, Any] = {
         "versions": {
             "python": platform.python_version(),
@@ -101,10 +107,11 @@ def environment() -> dict[str, Any]:
         },
         "cpu": _cpu(),
         "cuda": _cuda_devices(),
-        "accelerate_device": _accelerate_device(),
+        "accelerate_device": device,
+        "native_kernels": {kind: build.native_status(kind) for kind in dict.fromkeys(["cpu", device.split(":")[0]])},
         "tools": {
-            "ninja": _tool(_find_ninja()),
-            "cxx": _tool(_find_cxx()),
+            "ninja": _tool(build.find_ninja()),
+            "cxx": _tool(build.find_compiler()),
             "nvcc": _tool(_find_nvcc()),
         },
     }
@@ -176,17 +183,6 @@ def _accelerate_device() -> str:
             f"accelerate cannot choose a device: {error}. Check or unset the environment variables that it reads; "
             f"set now: {settings or 'none of ACCELERATE_*'}"
         ) from error
-
-
-def _find_ninja() -> str | None:
-    """Find ninja on PATH or beside this interpreter, whose environment need not be activated."""
-    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
-
-
-def _find_cxx() -> str | None:
-    """Find the C++ compiler that torch's extension builder would call."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["cl" if sys.platform == "win32" else "c++"]
-    return shutil.which(command[0])
 
 
 def _find_nvcc() -> str | None:
@@ -275,6 +271,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         capability = f"compute capability {device['compute_capability']}"
         devices.append((f"cuda:{index}", f"{device['name']}, memory: {device['memory_gib']} GiB, {capability}"))
     devices.append(("accelerate uses", report["accelerate_device"]))
+    devices += [(f"{kind} kernels", status) for kind, status in report["native_kernels"].items()]
     show("Devices", devices)
 
     titles = {"cxx": "C++ compiler"}

@@ -1,6 +1,5 @@
 """What a gradient window costs, said before it is allocated."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +83,9 @@ def _input_embeddings(model: nn.Module, parameters: dict[int, nn.Parameter]) -> 
     }
 
 
+# The memory limits of a container, where there are any.
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 # Below this size a table is cheaper to keep dense than to index.
 ROW_SPARSE_MIN_NUMEL = 1 << 15
 
@@ -97,22 +99,20 @@ def available_bytes(device: torch.device) -> int:
     import psutil  # here: importing the package has to stay light
 
     available = int(psutil.virtual_memory().available)
-    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, usage, details = (CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.exists() and usage.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(usage.read_text()))
-    return available
+        # Files that were read once count as used, although the system drops them from memory when it needs the room.
+        counters = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
+        used = int(usage.read_text()) - int(counters.get("inactive_file", 0))
+        available = min(available, int(limit.read_text()) - used)
+    return max(available, 0)
 
 
-def require_memory(
-    needed: int,
-    device: torch.device,
-    what: str,
-    available: Callable[[torch.device], int] = available_bytes,
-) -> None:
+def require_memory(needed: int, device: torch.device, what: str) -> None:
     """Raise a MemoryError with the numbers and the ways out where ``needed`` bytes do not fit on the device."""
     if device.type not in ("cpu", "cuda"):
         return  # no portable way to ask
-    free = available(device)
+    free = available_bytes(device)
     if needed > free:
         raise MemoryError(
             f"the gradient window needs {needed / GIB:.2f} GiB on {device} ({what}), and {free / GIB:.2f} GiB are free. "

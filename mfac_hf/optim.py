@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
-from mfac_hf.fisher.window import GradientWindow, check_window_options
-from mfac_hf.placement import ROW_SPARSE_DENSIFY, Placement, distinct_columns, place, to_dense
+from mfac_hf.fisher.window import MAX_NORM, GradientWindow, check_window_options
+from mfac_hf.placement import ROW_SPARSE_DENSIFY, Placement, distinct_columns, kept_positions, place, to_dense
 from mfac_hf.window_state import WINDOW_KEYS, check_state, restore_placements
 
 __all__ = ["MFAC"]
@@ -209,8 +209,8 @@ class MFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Store the gradients and move the parameters; those without a gradient stay where they are.
 
-        A gradient with a NaN or infinite entry is skipped: neither window nor parameters change, and ``skipped_steps``
-        counts it.
+        A gradient with a NaN or infinite entry (or a norm above 1e19) is skipped: neither window nor parameters
+        change, and ``skipped_steps`` counts it.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -225,8 +225,8 @@ class MFAC(torch.optim.Optimizer):
         if not self._finite(gradients):
             if self.skipped_steps == 0:
                 warnings.warn(
-                    "a gradient is not finite (or its norm overflows float32): this step is skipped, as will be others like it. "
-                    "They are counted in MFAC.skipped_steps",
+                    f"a gradient is not finite (or its norm is above {MAX_NORM:g}): this step is skipped, as will be "
+                    "others like it. They are counted in MFAC.skipped_steps",
                     stacklevel=2,
                 )
             self.skipped_steps += 1
@@ -269,12 +269,12 @@ class MFAC(torch.optim.Optimizer):
 
     def _finite(self, gradients: dict[Tensor, Tensor]) -> bool:
         values = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients.values()]
-        norms = torch._foreach_norm(values, 2, dtype=torch.float32)
-        total = torch.stack(norms).sum()
+        dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+        total = torch.stack(torch._foreach_norm(values, 2, dtype=dtype)).sum()
         group = self._window_group(next(iter(gradients)))
         if group is not None:  # all ranks skip, or none
             dist.all_reduce(total, group=group)
-        return bool(total.isfinite())
+        return bool(total <= MAX_NORM)  # false for NaN
 
     def _masks(self) -> dict[Tensor, Tensor]:
         return {p: state["mask"].to(p.device) for p, state in self.state.items() if "mask" in state}
@@ -358,9 +358,10 @@ class MFAC(torch.optim.Optimizer):
 
     def _densify(self, window: GradientWindow, p: Tensor, placement: Placement) -> Placement:
         assert isinstance(placement.columns, RowSparseColumns)
-        dense = to_dense(placement.columns, window.count, self.defaults["window_dtype"])
+        keep = kept_positions(self._masks().get(p))
+        dense = to_dense(placement.columns, window.count, self.defaults["window_dtype"], keep)
         window.columns[window.columns.index(placement.columns)] = dense
-        self._placements[p] = Placement(dense, placement.shape, 0, placement.size)
+        self._placements[p] = Placement(dense, placement.shape, 0, dense.dim, keep)
         for name in ("window_rows", "window_values"):
             self.state[p].pop(name, None)
         return self._placements[p]
@@ -368,10 +369,11 @@ class MFAC(torch.optim.Optimizer):
     def _directions(self, window: GradientWindow, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Any]:
         """The direction of each parameter with a gradient: a tensor of its shape, or (row numbers, values)."""
         weights_M = window.direction_weights(self.defaults["grad_decay"])
+        dtype = window.combine_dtype(weights_M)
         combined: dict[int, Any] = {
-            id(columns): columns.combine_rows(weights_M)
+            id(columns): columns.combine_rows(weights_M, dtype=dtype)
             if isinstance(columns, RowSparseColumns)
-            else columns.combine(weights_M)
+            else columns.combine(weights_M, dtype=dtype)
             for columns in window.columns
         }
         directions = {}
@@ -390,16 +392,16 @@ class MFAC(torch.optim.Optimizer):
     def _share(self, directions: dict[Tensor, Any], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Any]:
         """Every parameter's direction on every rank: each rank broadcasts those of its own."""
         group = self._process_group
+        dtype = torch.float64 if self.defaults["window_dtype"] == torch.float64 else torch.float32
         shared: dict[Tensor, Any] = {}
         for rank in range(dist.get_world_size(group)):
             owned = [p for p in gradients if self._owners[p] == rank]
             if not owned:
                 continue
             if rank == dist.get_rank(group):
-                dense = [_dense(directions[p], p).reshape(-1) for p in owned]
-                flat = torch.cat(dense)
+                flat = torch.cat([_dense(directions[p], p).reshape(-1).to(dtype) for p in owned])
             else:
-                flat = torch.empty(sum(p.numel() for p in owned), device=owned[0].device)
+                flat = torch.empty(sum(p.numel() for p in owned), dtype=dtype, device=owned[0].device)
             dist.broadcast(flat, group=group, group_src=rank)
             shared.update(
                 {p: part.view(p.shape) for p, part in zip(owned, flat.split([p.numel() for p in owned]), strict=True)}
@@ -410,15 +412,18 @@ class MFAC(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             moved = [p for p in group["params"] if p in gradients]
-            if group["decoupled_weight_decay"] and group["weight_decay"]:
-                torch._foreach_mul_([_local(p) for p in moved], 1 - lr * group["weight_decay"])
+            decay = lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             dense_moved, dense_directions = [], []
             for p in moved:
                 state, direction = self.state[p], directions[p]
+                target = _local(p)
+                if decay and "mask" in state:
+                    target.copy_(torch.where(state["mask"].to(p.device), target * (1 - decay), target))
+                elif decay:
+                    target.mul_(1 - decay)
                 state["step"] = state.get("step", 0) + 1
                 if momentum:
                     direction = _average(state, direction, momentum, p)
-                target = _local(p)
                 if isinstance(direction, tuple):
                     target.index_add_(0, direction[0], direction[1].to(p.dtype), alpha=-lr)
                 else:
@@ -442,6 +447,7 @@ class MFAC(torch.optim.Optimizer):
                 pushed=self._window.pushed,
                 skipped_steps=self.skipped_steps,
                 jitter_escalations=self._window.jitter_escalations,
+                window_parameters=len(self._placements),
             )
 
     def window_stats(self) -> dict[str, float]:
@@ -459,8 +465,7 @@ class MFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the window too, unless ``save_window=False`` or several ranks share it."""
         state_dict = super().state_dict()
-        shared = self._window is not None and self._window.process_group is not None
-        if shared or not self.defaults["save_window"]:
+        if self._shares_window() or not self.defaults["save_window"]:
             state_dict["state"] = {
                 key: {name: value for name, value in state.items() if name not in WINDOW_KEYS}
                 for key, state in state_dict["state"].items()
@@ -479,6 +484,9 @@ class MFAC(torch.optim.Optimizer):
                 names what differs, and leaves the optimizer as it was.
         """
         saved = check_state(self, state_dict)
+        if any("gram" in state for state in saved.values()) and self._shares_window():
+            warnings.warn("ranks that share a window do not load a saved one: it refills", stacklevel=2)
+            saved = {p: {k: v for k, v in state.items() if k not in WINDOW_KEYS} for p, state in saved.items()}
         super().load_state_dict({**state_dict, "state": {}})
         for p in [p for p in self.state if p not in saved]:
             del self.state[p]
@@ -507,9 +515,13 @@ class MFAC(torch.optim.Optimizer):
         self.skipped_steps = lead["skipped_steps"]
         self._publish()
 
+    def _shares_window(self) -> bool:
+        """Whether the window's columns are, or will be, spread over several ranks."""
+        return self._process_group is not None or any(_is_sharded(p) for group in self.param_groups for p in group["params"])
+
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep; a window shared by ranks cannot be copied by one of them."""
-        if self._process_group is not None or (self._window is not None and self._window.process_group is not None):
+        if self._shares_window():
             raise TypeError(
                 "an MFAC whose window is shared by several ranks cannot be pickled or deep-copied by one of them"
             )
@@ -518,7 +530,7 @@ class MFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the window from the per-parameter state."""
         super().__setstate__(state)
-        self._process_group = None
+        self._process_group = getattr(self, "_process_group", None)  # kept by load_state_dict, which comes here too
         self._restore_window()
 
 

@@ -85,8 +85,9 @@ def place(
     Raises:
         MemoryError: if they do not fit, with the numbers; nothing is allocated then.
     """
+    devices = list(dict.fromkeys(devices))
     tables = {p: g for p, g in gradients.items() if row_sparse and _is_row_sparse(g)}
-    dense = {p: _keep(masks.get(p)) for p in gradients if p not in tables}
+    dense = {p: kept_positions(masks.get(p)) for p in gradients if p not in tables}
     sizes = {p: gradients[p].numel() if keep is None else len(keep) for p, keep in dense.items()}
 
     # Largest first onto the least loaded device, then back into the given order within each device.
@@ -130,24 +131,28 @@ def _is_row_sparse(grad: Tensor) -> bool:
     return len(nonzero_rows(grad)[0]) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
 
 
-def _keep(mask: Tensor | None) -> Tensor | None:
+def kept_positions(mask: Tensor | None) -> Tensor | None:
+    """Flat positions that a mask keeps; None without a mask."""
     return None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
 
 
-def to_dense(columns: RowSparseColumns, count: int, dtype: torch.dtype) -> DenseColumns:
-    """The same columns as a dense buffer, for gradients that turned out not to be row-sparse.
+def to_dense(columns: RowSparseColumns, count: int, dtype: torch.dtype, keep: Tensor | None = None) -> DenseColumns:
+    """The same columns (those in ``keep``) as a dense buffer, for gradients that turned out not to be row-sparse.
 
     Raises:
         MemoryError: if the buffer does not fit; nothing changes then.
     """
     num_grads = len(columns.rows_MN)
     what = f"an embedding of {columns.shape[0]:,} x {columns.shape[1]} whose gradients are no longer row-sparse"
-    require_memory(num_grads * columns.dim * dtype.itemsize, columns.device, what)
-    dense = DenseColumns(num_grads, columns.dim, dtype=dtype, device=columns.device)
+    dim = columns.dim if keep is None else len(keep)
+    require_memory(num_grads * dim * dtype.itemsize, columns.device, what)
+    dense = DenseColumns(num_grads, dim, dtype=dtype, device=columns.device)
     for row in range(count):
         used = columns.rows_MN[row] < columns.shape[0]
-        table = dense.buffer_MD[row].zero_().view(columns.shape)
-        table[columns.rows_MN[row, used]] = columns.values_MNH[row, used].to(dtype)
+        table_VH = columns.values_MNH.new_zeros(columns.shape)
+        table_VH[columns.rows_MN[row, used]] = columns.values_MNH[row, used]
+        flat_D = table_VH.flatten()
+        dense.write(row, flat_D if keep is None else flat_D[keep.to(flat_D.device)])
     return dense
 
 

@@ -6,7 +6,8 @@ The state of a parameter p holds plain tensors and numbers only:
   ``window_rows`` (m, n) and ``window_values`` (m, n, h) for row-sparse columns; ``window_store`` and ``window_start``
       say where;
 - ``step``; ``momentum_buffer`` and ``mask`` where there are any;
-- for the first parameter with columns also ``gram`` (m, m), ``pushed``, ``skipped_steps`` and ``jitter_escalations``.
+- for the first parameter with columns also ``gram`` (m, m), ``pushed``, ``skipped_steps``, ``jitter_escalations`` and
+  ``window_parameters``, the number of parameters with columns.
 """
 
 from itertools import chain
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
-from mfac_hf.placement import Placement
+from mfac_hf.placement import Placement, kept_positions
 
 __all__ = ["WINDOW_KEYS", "check_state", "restore_placements"]
 
-LEAD_KEYS = ("gram", "pushed", "skipped_steps", "jitter_escalations")
+LEAD_KEYS = ("gram", "pushed", "skipped_steps", "jitter_escalations", "window_parameters")
+GROUP_KEYS = ("lr", "momentum", "weight_decay", "decoupled_weight_decay")
 WINDOW_KEYS = ("window", "window_rows", "window_values", "window_store", "window_start", *LEAD_KEYS)
 
 
@@ -38,6 +40,9 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
             "build the optimizer from the same model with the same groups"
         )
     for saved, own in zip(saved_groups, groups, strict=True):
+        missing = [key for key in GROUP_KEYS if key not in saved]
+        if missing:
+            raise ValueError(f"the saved parameter groups lack {', '.join(missing)}: the state of another optimizer")
         if "param_names" in saved and "param_names" in own and saved["param_names"] != own["param_names"]:
             first = next((a, b) for a, b in zip(saved["param_names"], own["param_names"], strict=True) if a != b)
             raise ValueError(
@@ -53,6 +58,9 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         own_mask = optimizer.state[p].get("mask") if p in optimizer.state else None
         label = f"parameter {name or position} of shape {tuple(p.shape)}"
         _check_mask(label, state.get("mask"), own_mask)
+        if "momentum_buffer" in state and state["momentum_buffer"].shape != p.shape:
+            found = tuple(state["momentum_buffer"].shape)
+            raise ValueError(f"the saved momentum of {label} has shape {found}: another model or order")
         if "window" in state or "window_rows" in state:
             _check_window(label, state, p, own_mask, optimizer.defaults)
             with_window.append(state)
@@ -64,6 +72,11 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         leads = [state for state in with_window if "gram" in state]
         if len(leads) != 1 or any(key not in leads[0] for key in LEAD_KEYS):
             raise ValueError("the saved window has no Gram matrix or counters: the state is truncated")
+        if len(with_window) != leads[0]["window_parameters"]:
+            raise ValueError(
+                f"the saved window is of {leads[0]['window_parameters']} parameters, but {len(with_window)} have their "
+                "columns in the state: the state is truncated"
+            )
         num_grads = optimizer.defaults["num_grads"]
         if leads[0]["gram"].shape != (num_grads, num_grads):
             raise ValueError(
@@ -109,6 +122,11 @@ def _check_window(label: str, state: dict[str, Any], p: Tensor, mask: Tensor | N
         raise ValueError(
             f"the saved window of {label} is {found_dtype}, expected {dtype}; pass the saved window_dtype"
         )
+    if "window_rows" in state:
+        rows, height = state["window_rows"], p.shape[0]
+        ascending = (rows[:, 1:] > rows[:, :-1]) | (rows[:, 1:] == height)
+        if rows.shape != found[:2] or int(rows.min()) < 0 or int(rows.max()) > height or not ascending.all():
+            raise ValueError(f"the saved rows of {label} are not those of such a table: another model, or a damaged file")
 
 
 def restore_placements(
@@ -120,23 +138,28 @@ def restore_placements(
     if not placed:
         return {}, None
     placements = {}
+    devices = options["window_device"] or next(iter(placed)).device
+    load = {torch.device(device): 0 for device in (devices if isinstance(devices, list) else [devices])}
     for store in sorted({state["window_store"] for state in placed.values()}):
         members = {p: s for p, s in placed.items() if s["window_store"] == store}
         members = dict(sorted(members.items(), key=lambda item: item[1]["window_start"]))
         first, state = next(iter(members.items()))
+        device = min(load, key=lambda device: load[device])
         if "window_rows" in state:
-            rows, values = state["window_rows"], state["window_values"]
+            rows, values = state["window_rows"].to(device), state["window_values"].to(device)
+            load[device] += values.nbytes
             table = RowSparseColumns(
                 options["num_grads"], (first.shape[0], first.shape[1]), dtype=values.dtype, device="meta"
             )
             table.restore(rows, values)
             placements[first] = Placement(table, first.shape, 0, first.numel())
             continue
-        views = [s["window"].flatten(1) if p not in masks else s["window"] for p, s in members.items()]
-        columns = DenseColumns(options["num_grads"], 0, buffer=_shared_buffer(views))
-        columns.dim = columns.buffer_MD.shape[1]
+        views = [s["window"].reshape(len(s["window"]), s["window"][0].numel()) for s in members.values()]
+        buffer_MD = _shared_buffer(views).to(device)
+        load[device] += buffer_MD.nbytes
+        columns = DenseColumns(options["num_grads"], buffer_MD.shape[1], buffer=buffer_MD)
         for (p, s), view in zip(members.items(), views, strict=True):
-            keep = masks[p].reshape(-1).nonzero().squeeze(1) if p in masks else None
+            keep = kept_positions(masks.get(p))
             placements[p] = Placement(columns, p.shape, s["window_start"], view.shape[1], keep)
     return placements, next(state for state in placed.values() if "gram" in state)
 
@@ -147,7 +170,8 @@ def _shared_buffer(views: list[Tensor]) -> Tensor:
     start = 0
     storage = views[0].untyped_storage().data_ptr()
     for view in views:
-        placed = view.storage_offset() == start and (num_grads == 1 or view.stride() == (dim, 1) or view.shape[1] == 0)
+        rows_apart = num_grads == 1 or view.stride(0) == dim
+        placed = view.storage_offset() == start and rows_apart and (view.shape[1] <= 1 or view.stride(1) == 1)
         if view.untyped_storage().data_ptr() != storage or not placed:
             return torch.cat(views, dim=1)
         start += view.shape[1]

@@ -6,6 +6,7 @@ the same step budget and schedule (linear, 10 % warm-up). No network. Ends with 
 and, where matplotlib is installed, curves.png.
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import DatasetDict
 from rich.console import Console
@@ -30,7 +32,7 @@ from transformers import (
 
 from mfac_hf import MFAC
 from mfac_hf.tasks.results import write_results
-from mfac_hf.tasks.toy import toy_dataset, toy_model, toy_tokenizer
+from mfac_hf.tasks.toy import LABEL_NAMES, toy_dataset, toy_model, toy_tokenizer
 
 LABELS = {"mfac": "M-FAC", "adamw": "AdamW"}
 COLORS = {"mfac": "tab:red", "adamw": "tab:blue"}
@@ -48,9 +50,9 @@ class DemoArguments:
     num_validation: int = field(default=1024, metadata={"help": "Sentences to validate on."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the BERT."})
     num_grads: int = field(default=128, metadata={"help": "Gradients in M-FAC's window."})
-    mfac_lr: float = field(default=1e-2, metadata={"help": "Learning rate of M-FAC."})
+    mfac_lr: float = field(default=3e-3, metadata={"help": "Learning rate of M-FAC."})
     mfac_damping: float = field(default=1e-3, metadata={"help": "Damping of M-FAC."})
-    mfac_momentum: float = field(default=0.9, metadata={"help": "Momentum of M-FAC."})
+    mfac_grad_decay: float = field(default=0.95, metadata={"help": "Weight that M-FAC's gradients lose per step."})
     adamw_lr: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
     adamw_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
 
@@ -95,7 +97,7 @@ def make_optimizer(name: str, model: PreTrainedModel, args: DemoArguments) -> to
             lr=args.mfac_lr,
             num_grads=args.num_grads,
             damping=args.mfac_damping,
-            momentum=args.mfac_momentum,
+            grad_decay=args.mfac_grad_decay,
             normalize="count",
         )
     return torch.optim.AdamW(model.parameters(), lr=args.adamw_lr, betas=(0.9, args.adamw_beta2), weight_decay=0.0)
@@ -129,7 +131,7 @@ def training_arguments(seed: int, args: DemoArguments) -> TrainingArguments:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of sentences whose larger logit is the label's."""
-    return {"accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))}
+    return {"accuracy": float(accuracy_score(prediction.label_ids, np.argmax(prediction.predictions, axis=-1)))}
 
 
 def train(name: str, seed: int, data: DatasetDict, args: DemoArguments) -> Run:
@@ -149,7 +151,7 @@ def train(name: str, seed: int, data: DatasetDict, args: DemoArguments) -> Run:
     trainer.add_callback(ProgressBar)
     seconds = trainer.train().metrics["train_runtime"]
     history = trainer.state.log_history
-    loss_curve = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    loss_curve = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_accuracy" in entry]
     evaluation_seconds = sum(entry["eval_runtime"] for entry in evaluations)
     return Run(
@@ -161,7 +163,7 @@ def train(name: str, seed: int, data: DatasetDict, args: DemoArguments) -> Run:
         ms_per_step=1000 * (seconds - evaluation_seconds) / args.steps,
         window_gib=optimizer.window_stats()["window_gib"] if isinstance(optimizer, MFAC) else None,
         loss_curve=loss_curve,
-        accuracy_curve=[(entry["step"], entry["eval_accuracy"]) for entry in evaluations],
+        accuracy_curve=[(int(entry["step"]), entry["eval_accuracy"]) for entry in evaluations],
     )
 
 
@@ -192,12 +194,8 @@ def make_table(runs: Sequence[Run]) -> Table:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Save the curves as a picture, one thin line for each seed.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure  # an optional dependency
+    """Save the curves as a picture, one line for each optimizer and seed."""
+    from matplotlib.figure import Figure  # here, because matplotlib is an optional dependency
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
@@ -223,8 +221,9 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     for seed in range(args.seed, args.seed + args.seeds):
         data = make_data(seed, args)
         if seed == args.seed:
+            console.print("Some sentences of the task:")
             for row in toy_dataset(6, 1, seed=seed)["train"]:
-                console.print(f"  {row['label']}  {row['sentence']}")
+                console.print(f"  {LABEL_NAMES[row['label']]}: {row['sentence']}", soft_wrap=True)
         for name, label in LABELS.items():
             console.print(f"{label}, seed {seed}")
             runs.append(train(name, seed, data, args))
@@ -236,16 +235,13 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         argv=argv,
         started=started,
     )
-    console.print(f"results: {results}")
+    console.print(f"results: {results}", soft_wrap=True)
     picture = Path(args.output_dir) / "curves.png"
-    try:
+    if importlib.util.find_spec("matplotlib"):
         draw(runs, picture)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        console.print("no picture: matplotlib is not installed (pip install matplotlib)")
+        console.print(f"picture: {picture}", soft_wrap=True)
     else:
-        console.print(f"picture: {picture}")
+        console.print("no picture: matplotlib is not installed (pip install matplotlib)", soft_wrap=True)
     return runs
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mfac_hf.fisher import GradientWindow
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher
+from mfac_hf.fisher.window import MAX_NORM
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # The error of the Gram matrix (float32 products, or float64 ones) over the damping that the tests below use.
@@ -153,7 +154,7 @@ def test_error_where_published_runs_are(norm, damping):
     assert error <= 1e-3
     assert cosine(half.direction(), oracle_in_span(half)) >= 0.999
     assert narrow.jitter_escalations == half.jitter_escalations == 0
-    if norm == 10.0 or damping == 1e-8:
+    if damping <= 1.1e-7 * norm**2:
         assert not relative_error(direction, exact) <= max(100 * error, 1e-2)
 
 
@@ -191,14 +192,35 @@ def test_degenerate_gradients_never_give_nan(dtype, damping, normalize):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_repeated_gradient_has_a_known_direction(dtype):
-    """With k copies of g among m rows, F⁻¹g = g / (λ + k|g|²/m): duplicates must not change more than that."""
-    grad = torch.tensor([3.0, 0.0, 4.0])
-    window = GradientWindow(8, 3, damping=1e-9, dtype=dtype)
-    for copies in range(1, 12):
+@pytest.mark.parametrize("damping", [1e-3, 1e-6, 1e-8])
+def test_repeated_gradient_has_a_known_direction(dtype, damping):
+    """With k copies of g in the window, F⁻¹g = g / (λ + k|g|²/m).
+
+    The coefficients of the copies cancel to one part in k|g|²/(mλ), which their rounding to float32 does not survive.
+    """
+    grad = draw(1, 500, dtype=dtype)[0].double()
+    grad = (grad / grad.norm()).to(dtype)
+    square = float(grad.double().square().sum())
+    window = GradientWindow(64, 500, damping=damping, dtype=dtype)
+    for copies in range(1, 80):
         window.push(grad)
-        expected = grad / (1e-9 + min(copies, 8) * 25.0 / 8)
-        torch.testing.assert_close(window.direction().float(), expected, rtol=1e-5, atol=0)
+        direction = window.direction()
+        assert direction.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        expected = grad.double() / (damping + min(copies, 64) * square / 64)
+        assert relative_error(direction, expected) <= 1e-3
+
+
+def test_float64_arithmetic_only_where_it_is_needed():
+    """It costs a second reading of the window's worth of time, and ordinary gradients do not cancel."""
+    ordinary = GradientWindow(64, 3000, damping=1e-8)
+    for grad in hard_gradients(70, 3000, 1.0):
+        ordinary.push(grad)
+        assert ordinary.combine_dtype(ordinary.direction_weights()) is None
+    ordinary.push(torch.zeros(3000))
+    assert ordinary.combine_dtype(ordinary.direction_weights()) is None
+    for _ in range(3):
+        ordinary.push(grad)
+    assert ordinary.combine_dtype(ordinary.direction_weights()) == torch.float64
 
 
 def snapshot(window):
@@ -206,28 +228,29 @@ def snapshot(window):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("spoiled", "message"),
-    [
-        (float("nan"), "not finite|NaN"),
-        (float("inf"), "not finite|NaN"),
-        (-float("inf"), "not finite|NaN"),
-        (3e38, "overflow"),  # finite, but its square is not, and an infinite Gram matrix has no factor
-    ],
-)
-def test_a_spoiled_gradient_is_refused(dtype, spoiled, message):
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), -float("inf"), 2e19, 1e200])
+def test_a_spoiled_gradient_is_refused(dtype, spoiled):
+    """Also a finite one whose square is infinite: an infinite Gram matrix has no factor."""
     window = GradientWindow(3, 4, damping=1e-3, dtype=dtype)
     for grad in draw(4, 4):
         window.push(grad)
     before, direction = snapshot(window), window.direction()
-    grad = torch.ones(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    grad[2] = 1e200 if dtype == torch.float64 and spoiled == 3e38 else spoiled
-    with pytest.raises(ValueError, match=message):
+    grad = torch.ones(4, dtype=torch.float64)
+    grad[2] = spoiled
+    with pytest.raises(ValueError, match="norm of the gradient is (nan|inf|2e\\+19|1e\\+200)"):
         window.push(grad)
     for saved, now in zip(before[0], snapshot(window)[0], strict=True):
         assert torch.equal(saved, now)
     assert torch.equal(before[1], window.gram_MM) and before[2] == window.pushed
     assert torch.equal(direction, window.direction())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_gradients_still_work(dtype):
+    window = GradientWindow(3, 4, damping=1e-3, dtype=dtype)
+    for _ in range(4):
+        window.push(torch.full((4,), 0.49 * MAX_NORM))
+        assert window.direction().isfinite().all() and window.gram_MM.isfinite().all()
 
 
 def test_a_gradient_of_another_shape_is_refused():
@@ -271,7 +294,7 @@ def test_jitter_mends_an_indefinite_gram_matrix(size):
     for grad in draw(6, 20, seed=2):
         window.push(grad)
     healed = window.jitter_escalations
-    assert relative_error(window.direction(), oracle(window)) <= 1e-6
+    assert relative_error(window.direction(), oracle_in_span(window)) <= 1e-6
     assert window.jitter_escalations == healed
 
 
@@ -285,15 +308,14 @@ def test_no_jitter_where_none_is_needed():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_condition_estimate(seed):
-    """Within a few percent below the true condition number, and never above it."""
+def test_condition(seed):
     m, d = [(4, 10), (16, 12), (30, 200), (64, 500), (12, 40), (3, 3)][seed]
     window = GradientWindow(m, d, damping=10.0 ** -(seed % 3 + 2), dtype=torch.float64)
     for grad in draw(m + seed, d, seed=seed) * torch.logspace(0, 1, d):
         window.push(grad)
-    system = window.gram_MM.numpy() + m * window.damping * np.eye(m)
-    exact = np.linalg.cond(system)
-    assert 0.9 * exact <= window.condition() <= exact * (1 + 1e-6)
+    exact = np.linalg.cond(window.gram_MM.numpy() + m * window.damping * np.eye(m))
+    assert window.condition() == pytest.approx(exact, rel=1e-4)
+    assert window.jitter_escalations == 0  # looking changes nothing
 
 
 def test_condition_of_duplicates():
@@ -318,7 +340,9 @@ def test_row_sparse_and_dense_stores_side_by_side(dtype):
         plain.push(torch.cat([grad[:5], table.flatten()]))
         tolerance = TOLERANCE[dtype]
         assert relative_error(mixed.direction(), plain.direction().double()) <= tolerance
-        assert relative_error(mixed.solve(grad), plain.solve(grad).double()) <= (1e-6 if dtype == torch.float32 else 1e-9)
+        assert relative_error(mixed.solve(grad), plain.solve(grad).double()) <= (
+            1e-6 if dtype == torch.float32 else 1e-9
+        )
     assert mixed.dim == 23
 
 
@@ -332,7 +356,9 @@ def test_added_columns_are_zero_in_the_rows_already_stored(store):
         window.push(grad[:5])
         plain.push(torch.cat([grad[:5], torch.zeros(3)]))
     if store == "dense":
-        window.add_columns(DenseColumns(4, 3, dtype=torch.float64, buffer=torch.full((4, 3), torch.nan, dtype=torch.float64)))
+        window.add_columns(
+            DenseColumns(4, 3, dtype=torch.float64, buffer=torch.full((4, 3), torch.nan, dtype=torch.float64))
+        )
     else:
         window.add_columns(RowSparseColumns(4, (1, 3), dtype=torch.float64))
     for grad in grads[3:]:

@@ -51,6 +51,11 @@ class DenseColumns:
         return self.buffer_MD.device
 
     @property
+    def result_dtype(self) -> torch.dtype:
+        """What products with the stored gradients are returned in: float64 for float64 storage, else float32."""
+        return torch.float64 if self.buffer_MD.dtype == torch.float64 else torch.float32
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self.buffer_MD.nbytes
@@ -110,6 +115,11 @@ class RowSparseColumns:
     def device(self) -> torch.device:
         """Device of the buffers."""
         return self.values_MNH.device
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """What products with the stored gradients are returned in: the type of the values."""
+        return self.values_MNH.dtype
 
     @property
     def nbytes(self) -> int:

@@ -139,7 +139,7 @@ def toy_dataset(num_train: int = 32768, num_validation: int = 1024, *, seed: int
     seen: set[str] = set()
     splits = {}
     for name, size in sizes.items():
-        rows = []
+        rows: list[dict[str, str | int]] = []
         while len(rows) < size:
             label = len(rows) % 2
             sentence = _sentence(rng, label)

@@ -1,0 +1,188 @@
+"""Compare optimizers on one task, tuned equally: ``python scripts/compare_optimizers.py STUDY.yaml``.
+
+A study names a training script, the flags that all runs share, and for each contender a grid of flags:
+
+    name: sst2-bert-tiny
+    script: run_glue.py
+    flags: {model_name_or_path: MODEL, dataset_name: DATA, task_name: sst2, num_train_epochs: 2}
+    seeds: [1, 2, 3]
+    tuning: {holdout_fraction: 0.1, seed: 0}
+    contenders:
+      adamw: {flags: {optim_name: adamw}, grid: [{learning_rate: 1e-4}, {learning_rate: 3e-4}]}
+      mfac: {flags: {optim_name: mfac, num_grads: 512}, grid: [{learning_rate: 1e-3}, {learning_rate: 3e-3}]}
+
+Every point of every grid is trained once without a held-out part of the *training* split and judged on that part, by the task's
+own metric or by ``tuning: {metric: eval_loss}``; ``tuning: {flags: {...}}`` makes these runs shorter, for all alike. The best
+point of each contender is then trained with every seed and judged on the validation split, which nothing before has seen.
+Each run is a process of its own. Finished runs are kept in ``OUTPUT/NAME.jsonl``, with their command lines, and are not
+repeated, so a study that was cut off goes on where it stopped. ``OUTPUT/NAME.md`` has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SCRIPTS = Path(__file__).parent
+SHARED_FLAGS = {"do_train": True, "do_eval": True, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run what the study still lacks, write its table, and return its summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="YAML file of the study")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
+    parser.add_argument("--only", nargs="+", default=None, help="contenders to run now (default: all)")
+    args = parser.parse_args(argv)
+    study = load_study(args.study)
+    log = args.output / f"{study['name']}.jsonl"
+    args.output.mkdir(parents=True, exist_ok=True)
+    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for contender, spec in study["contenders"].items():
+        if args.only is not None and contender not in args.only:
+            continue
+        tuning = study["tuning"]
+        for point in spec["grid"]:
+            flags = {**study["flags"], **spec["flags"], **point, **tuning["flags"], "seed": tuning["seed"]}
+            flags["holdout_fraction"] = tuning["holdout_fraction"]
+            run_once(study, contender, "tuning", point, flags, runs, log)
+        best = best_point(runs, contender, spec["grid"], tuning["metric"])
+        for seed in study["seeds"]:
+            run_once(study, contender, "final", best, {**study["flags"], **spec["flags"], **best, "seed": seed}, runs, log)
+    summary = summarize(study, runs)
+    table = format_table(study, summary)
+    (args.output / f"{study['name']}.md").write_text(table)
+    print(table)
+    return summary
+
+
+def load_study(path: Path) -> dict[str, Any]:
+    """Read a study; a ValueError names the first thing that is missing."""
+    study = yaml.safe_load(path.read_text())
+    for key in ("name", "script", "flags", "seeds", "tuning", "contenders"):
+        if key not in study:
+            raise ValueError(f"{path} has no {key!r}; the head of this script shows what a study looks like")
+    study["tuning"] = {"metric": "selection_value", "flags": {}, **study["tuning"]}
+    for name, spec in study["contenders"].items():
+        if not spec.get("grid"):
+            raise ValueError(f"{path}: contender {name!r} has an empty grid; one point is the least")
+        spec.setdefault("flags", {})
+    return study
+
+
+def run_once(
+    study: dict[str, Any],
+    contender: str,
+    phase: str,
+    point: dict[str, Any],
+    flags: dict[str, Any],
+    runs: list[dict[str, Any]],
+    log: Path,
+) -> None:
+    """Train and evaluate once, unless the log has this very run; a run that fails counts as the worst result."""
+    key = {"contender": contender, "phase": phase, "flags": flags}
+    if any(run["key"] == key for run in runs):
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        command = [str(SCRIPTS / study["script"])]
+        for name, value in {**SHARED_FLAGS, **flags}.items():
+            command += [f"--{name}", os.path.expandvars(str(value))]
+        print(f"{study['name']} {contender} {phase} {point} seed {flags['seed']}", flush=True)
+        result = subprocess.run(
+            [sys.executable, *command, "--output_dir", directory, "--disable_tqdm", "true"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        record: dict[str, Any] = {"key": key, "point": point, "value": None}
+        if result.returncode == 0:
+            written = json.loads((Path(directory) / "results.json").read_text())
+            record |= {name: written[name] for name in ("results", "versions", "device", "threads", "peak_memory_gib")}
+            record["value"] = written["results"]["selection_value"]
+            record["metric"] = written["results"]["selection_metric"]
+        else:
+            record["error"] = result.stderr.strip().splitlines()[-1:]
+        shown = f"{record['value']:.4f}" if record["value"] is not None else f"failed: {record['error']}"
+        print(f"  -> {shown}", flush=True)
+    runs.append(record)
+    with log.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def best_point(runs: list[dict[str, Any]], contender: str, grid: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The point of the grid with the best value on the held-out part; of a loss, the lowest is the best."""
+    sign = -1 if metric.endswith("loss") else 1
+    tuned = [run for run in runs if run["key"]["contender"] == contender and run["key"]["phase"] == "tuning"]
+    values = {json.dumps(run["point"]): sign * run["results"][metric] for run in tuned if run["value"] is not None}
+    values = {point: value for point, value in values.items() if math.isfinite(value)}
+    if not values:
+        raise RuntimeError(f"every tuning run of {contender} failed; its last error: {tuned[-1].get('error')}")
+    return max((point for point in grid if json.dumps(point) in values), key=lambda point: values[json.dumps(point)])
+
+
+def summarize(study: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, seconds per epoch and tuning values of each contender."""
+    summary = {}
+    for contender in study["contenders"]:
+        mine = [run for run in runs if run["key"]["contender"] == contender]
+        final = [run for run in mine if run["key"]["phase"] == "final" and run["value"] is not None]
+        tuning = [run for run in mine if run["key"]["phase"] == "tuning"]
+        if not final:
+            continue
+        values = [run["value"] for run in final]
+        epochs = study["flags"].get("num_train_epochs", 3)
+        summary[contender] = {
+            "point": final[0]["point"],
+            "values": values,
+            "mean": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "seconds_per_epoch": statistics.mean(run["results"]["train_runtime"] / epochs for run in final),
+            "peak_memory_gib": max(run["peak_memory_gib"] for run in final),
+            "metric": final[0]["metric"],
+            "tuning": [(run["point"], run.get("results", {}).get(study["tuning"]["metric"])) for run in tuning],
+        }
+    return summary
+
+
+def format_table(study: dict[str, Any], summary: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        f"# {study['name']}",
+        "",
+        f"`{study['script']}` with {', '.join(f'{k}={v}' for k, v in study['flags'].items())}; seeds {study['seeds']}.",
+        f"Tuned with one run per point (seed {study['tuning']['seed']}) on a held-out "
+        f"{study['tuning']['holdout_fraction']:g} of the training split, by {study['tuning']['metric']}"
+        f"{', with ' + str(study['tuning']['flags']) if study['tuning']['flags'] else ''}; "
+        "the first table is on the evaluation split.",
+        "",
+        "| optimizer | chosen | metric | mean ± std | each seed | s / epoch | peak GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in summary.items():
+        values = ", ".join(f"{100 * v:.2f}" if abs(v) <= 1 else f"{v:.2f}" for v in row["values"])
+        scale = 100 if abs(row["mean"]) <= 1 else 1
+        chosen = ", ".join(f"{k} {v}" for k, v in row["point"].items())
+        lines.append(
+            f"| {name} | {chosen} | {row['metric'].removeprefix('eval_')} | {scale * row['mean']:.2f} ± "
+            f"{scale * row['std']:.2f} | {values} | {row['seconds_per_epoch']:.0f} | {row['peak_memory_gib']:.2f} |"
+        )
+    lines += ["", "| optimizer | tuning point | held-out value |", "| --- | --- | --- |"]
+    for name, row in summary.items():
+        for point, value in row["tuning"]:
+            shown = "failed" if value is None else f"{value:.4f}"
+            lines.append(f"| {name} | {', '.join(f'{k} {v}' for k, v in point.items())} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Runs a function on several processes that talk over gloo on the loopback interface."""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(function, directory, *args, ranks=2):
+    """Call ``function(rank, *args)`` on each rank; a failure on any of them is raised here with its traceback."""
+    mp.spawn(_run, (function, f"file://{directory / 'rendezvous'}", ranks, args), nprocs=ranks)
+
+
+def _run(rank, function, rendezvous, ranks, args):
+    torch.set_num_threads(1)
+    if "lo" in [name for _, name in socket.if_nameindex()]:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    try:
+        function(rank, *args)
+    finally:
+        dist.destroy_process_group()

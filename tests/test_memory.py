@@ -1,0 +1,147 @@
+"""What the window costs is said right, before it is allocated, and refused where it does not fit."""
+
+import pytest
+import torch
+from torch import nn
+
+from mfac_hf import MFAC, memory, memory_estimate
+from mfac_hf.memory import available_bytes, require_memory
+
+GIB = 1 << 30
+
+
+class Tiny(nn.Module):
+    """An embedding large enough for row-sparse storage, a small one, and a frozen layer."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        self.words = nn.Embedding(4096, 16)
+        self.types = nn.Embedding(2, 16)
+        self.hidden = nn.Linear(16, 8)
+        self.frozen = nn.Linear(100, 100).requires_grad_(False)
+        if tied:
+            self.head = nn.Linear(16, 4096)
+            self.head.weight = self.words.weight
+
+
+def test_a_number_of_parameters():
+    estimate = memory_estimate(4_400_000, 1024)
+    assert estimate.bytes == 1024 * 4_400_000 * 4
+    assert "1024 x 4,400,000 x 4 bytes" in estimate.breakdown and "total: 16.78 GiB" in estimate.breakdown
+    assert memory_estimate(4_400_000, 1024, torch.bfloat16).bytes == estimate.bytes // 2
+    assert memory_estimate(10, 1, torch.float64).bytes == 80
+
+
+def test_a_model_is_what_the_optimizer_allocates():
+    """Frozen parameters cost nothing, the large table its rows, the rest is dense."""
+    model = Tiny()
+    dense = 2 * 16 + 16 * 8 + 8
+    table = 64 * 512 * (16 * 4 + 8)
+    estimate = memory_estimate(model, 64)
+    assert estimate.bytes == 64 * dense * 4 + table
+    assert "words: 64 x 512 of 4,096 rows x 16" in estimate.breakdown
+    assert memory_estimate(model, 64, embedding_rows=None).bytes == 64 * (dense + 4096 * 16) * 4
+    assert memory_estimate(model, 64, embedding_rows=10**9).bytes == 64 * dense * 4 + 64 * 4096 * (16 * 4 + 8)
+
+    optimizer = MFAC(model.parameters(), num_grads=64)
+    model.hidden(model.words(torch.arange(512)) + model.types(torch.zeros(512, dtype=torch.int64))).sum().backward()
+    optimizer.step()
+    held = optimizer._window.nbytes
+    assert (
+        estimate.bytes <= held <= 64 * dense * 4 + table * 5 // 4
+    )  # room for a quarter more rows than the first batch
+    assert optimizer.window_stats()["window_gib"] == held / GIB
+
+
+def test_a_table_shared_with_an_output_layer_is_dense():
+    model = Tiny(tied=True)
+    numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory_estimate(model, 8).bytes == 8 * numel * 4
+    assert "of 4,096 rows" not in memory_estimate(model, 8).breakdown
+
+
+@pytest.mark.parametrize("call", [lambda: memory_estimate(10, 0), lambda: memory_estimate(0, 10)])
+def test_bad_sizes(call):
+    with pytest.raises(ValueError, match="expected at least 1"):
+        call()
+
+
+def test_nothing_to_optimize():
+    with pytest.raises(ValueError, match="0 parameters"):
+        memory_estimate(nn.Linear(2, 2).requires_grad_(False), 4)
+
+
+def test_refusal_names_the_numbers_and_the_ways_out(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * GIB)
+    require_memory(3 * GIB, torch.device("cpu"), "just fits")
+    with pytest.raises(MemoryError) as refusal:
+        require_memory(3 * GIB + (GIB >> 1), torch.device("cpu"), "1024 gradients")
+    for part in (
+        "3.50 GiB on cpu (1024 gradients)",
+        "3.00 GiB are free",
+        "num_grads",
+        "bfloat16",
+        "freezing",
+        "process_group",
+    ):
+        assert part in str(refusal.value)
+    require_memory(1 << 60, torch.device("meta"), "a device that cannot be asked")
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_step_that_does_not_fit_changes_nothing_and_a_later_one_works(monkeypatch, sparse):
+    table = nn.Embedding(100, 8, sparse=sparse)
+    model = nn.Sequential(table, nn.Linear(8, 3))
+    optimizer = MFAC(model.parameters(), lr=0.1, num_grads=5, momentum=0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.tensor([1, 2])).sum().backward()
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 100)
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="5 gradients x"):
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert not optimizer.state and optimizer._window is None
+    monkeypatch.undo()
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert optimizer._window.count == 1
+
+
+def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch):
+    first, late = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))
+    optimizer = MFAC([first, late], lr=0.1, num_grads=5)
+    first.grad = torch.ones(4)
+    optimizer.step()
+    late.grad = torch.ones(6)
+    before = first.detach().clone()
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * 6 * 4 - 1)
+    with pytest.raises(MemoryError, match="5 gradients x 6 parameters"):
+        optimizer.step()
+    assert torch.equal(before, first) and not late.any() and optimizer._window.pushed == 1
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * 6 * 4)
+    optimizer.step()
+    assert late.any() and optimizer._window.pushed == 2
+
+
+def write_limits(folder, limit, used, **counters):
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    if counters:
+        (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in counters.items()))
+
+
+def test_available_memory_respects_a_container(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    system = available_bytes(cpu)
+    assert system > 1 << 20
+    write_limits(tmp_path, 1000, 400)
+    assert available_bytes(cpu) == 600
+    write_limits(tmp_path, 1000, 400, anon=100, inactive_file=250, active_file=50)
+    assert available_bytes(cpu) == 850  # files that were read, such as the data set, make way
+    write_limits(tmp_path, 1000, 1400, inactive_file=0)
+    assert available_bytes(cpu) == 0
+    write_limits(tmp_path, "max", 400)
+    assert available_bytes(cpu) > 1 << 20
+    write_limits(tmp_path, 1 << 60, 400)
+    assert available_bytes(cpu) < 1 << 60  # no more than the machine has
