@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["MemoryEstimate", "memory_estimate", "require_memory"]
 
@@ -70,7 +70,7 @@ def memory_estimate(
     return MemoryEstimate(total, "\n".join([*lines, f"total: {total / GIB:.2f} GiB"]))
 
 
-def _input_embeddings(model: nn.Module, parameters: dict[int, nn.Parameter]) -> dict[str, nn.Parameter]:
+def _input_embeddings(model: nn.Module, parameters: dict[int, nn.Parameter]) -> dict[str, Tensor]:
     """Trainable embedding tables large enough to be stored by rows, without those that an output layer shares."""
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     return {
@@ -91,8 +91,10 @@ ROW_SPARSE_MIN_NUMEL = 1 << 15
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device, in bytes: on a CPU the least that the system and its control group
-    allow."""
+    """Memory that can still be taken on a device, in bytes.
+
+    On a CPU the least that the system and its control group allow.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -115,7 +117,8 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
     free = available_bytes(device)
     if needed > free:
         raise MemoryError(
-            f"the gradient window needs {needed / GIB:.2f} GiB on {device} ({what}), and {free / GIB:.2f} GiB are free. "
-            "Ways out: a smaller num_grads (and lr raised by the same factor), window_dtype=torch.bfloat16, freezing the "
-            "embeddings, window_device='cpu' for host memory or a list of devices, more ranks with process_group"
+            f"the gradient window needs {needed / GIB:.2f} GiB on {device} ({what}), and {free / GIB:.2f} GiB are "
+            "free. Ways out: a smaller num_grads (and lr raised by the same factor), window_dtype=torch.bfloat16, "
+            "freezing the embeddings, window_device='cpu' for host memory or a list of devices, more ranks with "
+            "process_group"
         )

@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
-from mfac_hf.fisher.window import MAX_NORM, GradientWindow, check_window_options
-from mfac_hf.placement import ROW_SPARSE_DENSIFY, Placement, distinct_columns, kept_positions, place, to_dense
+from mfac_hf.fisher.window import MAX_NORM, check_window_options
+from mfac_hf.parameter_window import ParameterWindow
 from mfac_hf.window_state import WINDOW_KEYS, check_state, restore_placements
 
 __all__ = ["MFAC"]
@@ -133,9 +132,8 @@ class MFAC(torch.optim.Optimizer):
         self._set_masks(masks or {})
 
     def _reset_window(self) -> None:
-        self._window: GradientWindow | None = None
-        self._placements: dict[Tensor, Placement] = {}  # of the parameters whose columns this rank keeps
-        self._owners: dict[Tensor, int] = {}  # rank of every parameter that has columns
+        self._window: ParameterWindow | None = None
+        self._rank_loads: list[int] = []  # numbers that each rank keeps for one gradient
         self.skipped_steps = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -175,8 +173,8 @@ class MFAC(torch.optim.Optimizer):
                 )
             if hasattr(p, "ds_id") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
                 raise ValueError(
-                    "DeepSpeed ZeRO partitions and flattens gradients behind the optimizer, so the window would hold something "
-                    "else. Use DistributedDataParallel with MFAC(process_group=...), or FSDP2, instead"
+                    "DeepSpeed ZeRO partitions and flattens gradients behind the optimizer, so the window would hold "
+                    "something else. Use DistributedDataParallel with MFAC(process_group=...), or FSDP2, instead"
                 )
             if getattr(p, "_is_flat_param", False):
                 raise ValueError(
@@ -206,7 +204,7 @@ class MFAC(torch.optim.Optimizer):
             self.state[parameter]["mask"] = mask.detach().clone()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Store the gradients and move the parameters; those without a gradient stay where they are.
 
         A gradient with a NaN or infinite entry (or a norm above 1e19) is skipped: neither window nor parameters
@@ -232,9 +230,15 @@ class MFAC(torch.optim.Optimizer):
             self.skipped_steps += 1
             self._publish()
             return loss
-        window = self._place(gradients)
-        self._push(window, gradients)
-        self._apply(gradients, self._directions(window, gradients))
+        masks = self._masks()
+        if self._window is None:
+            self._window = ParameterWindow.from_gradients(
+                gradients, masks, self.defaults, sharing=self._process_group, shards=self._shards(gradients)
+            )
+        else:
+            self._window.add(gradients, masks)
+        self._window.push_gradients(gradients, masks)
+        self._apply(gradients, self._window.directions(gradients))
         self._publish()
         return loss
 
@@ -255,15 +259,15 @@ class MFAC(torch.optim.Optimizer):
                 gradients[p] = _local(p).mul(decay).add_(_local(grad)) if decay else _local(grad)
         return gradients
 
-    def _window_group(self, p: Any) -> dist.ProcessGroup | None:
-        """The ranks whose columns make up one window: those that share it, or over which FSDP2 has sharded the
-        parameters."""
+    def _shards(self, gradients: dict[Tensor, Tensor]) -> dist.ProcessGroup | None:
+        """The ranks over which FSDP2 has sharded the parameters, if it has."""
+        p: Any = next(iter(gradients))
         if not _is_sharded(p):
-            return self._process_group
+            return None
         if self._process_group is not None or p.device_mesh.ndim != 1:
             raise ValueError(
-                f"parameters sharded over a device mesh of {p.device_mesh.ndim} dimensions with process_group="
-                f"{self._process_group}: MFAC takes FSDP2's shards over a mesh of one dimension, and no process_group then"
+                f"parameters sharded over a device mesh of {p.device_mesh.ndim} dimensions, with process_group="
+                f"{self._process_group}: MFAC takes FSDP2's shards over a mesh of one dimension, without process_group"
             )
         return p.device_mesh.get_group()
 
@@ -271,142 +275,13 @@ class MFAC(torch.optim.Optimizer):
         values = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients.values()]
         dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
         total = torch.stack(torch._foreach_norm(values, 2, dtype=dtype)).sum()
-        group = self._window_group(next(iter(gradients)))
+        group = self._process_group or self._shards(gradients)
         if group is not None:  # all ranks skip, or none
             dist.all_reduce(total, group=group)
         return bool(total <= MAX_NORM)  # false for NaN
 
     def _masks(self) -> dict[Tensor, Tensor]:
         return {p: state["mask"].to(p.device) for p, state in self.state.items() if "mask" in state}
-
-    def _place(self, gradients: dict[Tensor, Tensor]) -> GradientWindow:
-        """The window, with columns for every parameter that has a gradient (and is this rank's, if ranks share the
-        window)."""
-        options = self.defaults
-        new = {p: grad for p, grad in gradients.items() if p not in self._owners}
-        if new:
-            where = options["window_device"] or next(iter(gradients.values())).device
-            owners = self._assign(new)
-            rank = 0 if self._process_group is None else dist.get_rank(self._process_group)
-            placements = place(
-                {p: grad for p, grad in new.items() if owners[p] == rank},
-                self._masks(),
-                num_grads=options["num_grads"],
-                dtype=options["window_dtype"],
-                devices=[torch.device(device) for device in (where if isinstance(where, list) else [where])],
-                row_sparse=options["row_sparse"],
-            )
-            self._owners.update(owners)
-            self._add_placements(placements, self._window_group(next(iter(gradients))))
-        assert self._window is not None  # every parameter with a gradient has an owner, so the first step built it
-        return self._window
-
-    def _add_placements(self, placements: dict[Tensor, Placement], group: dist.ProcessGroup | None = None) -> None:
-        options = self.defaults
-        columns = distinct_columns(placements.values())
-        if self._window is None:
-            # A rank without a parameter of its own still takes part in the sums.
-            columns = columns or [DenseColumns(options["num_grads"], 0, dtype=options["window_dtype"])]
-            self._window = GradientWindow(
-                options["num_grads"],
-                columns,
-                damping=options["damping"],
-                normalize=options["normalize"],
-                dtype=options["window_dtype"],
-                process_group=group,
-            )
-        else:
-            for store in columns:
-                self._window.add_columns(store)
-        self._placements.update(placements)
-
-    def _assign(self, new: dict[Tensor, Tensor]) -> dict[Tensor, int]:
-        """The rank that keeps the columns of each new parameter: largest first, to the rank with the least."""
-        if self._process_group is None:
-            return dict.fromkeys(new, 0)
-        load = [0] * dist.get_world_size(self._process_group)
-        for p, owner in self._owners.items():
-            load[owner] += p.numel()
-        owners = {}
-        for p in sorted(new, key=lambda p: -p.numel()):
-            owners[p] = load.index(min(load))
-            load[owners[p]] += p.numel()
-        return owners
-
-    def _push(self, window: GradientWindow, gradients: dict[Tensor, Tensor]) -> None:
-        parts: dict[int, list[Any]] = {id(columns): [] for columns in window.columns}
-        for p, placement in list(self._placements.items()):
-            mask = self.state[p]["mask"].to(p.device) if "mask" in self.state[p] else None
-            part = placement.part(gradients.get(p), p.device, mask)
-            if (
-                isinstance(placement.columns, RowSparseColumns)
-                and len(part[0]) > ROW_SPARSE_DENSIFY * placement.shape[0]
-            ):
-                placement = self._densify(window, p, placement)
-                parts[id(placement.columns)] = []
-                part = placement.part(gradients[p], p.device, mask)
-            parts[id(placement.columns)].append(part)
-        # Parameters that share a dense buffer were placed in the order of its columns.
-        window.push(
-            [
-                parts[id(columns)][0]
-                if isinstance(columns, RowSparseColumns)
-                else torch.cat(parts[id(columns)] or [torch.zeros(0)])
-                for columns in window.columns
-            ]
-        )
-
-    def _densify(self, window: GradientWindow, p: Tensor, placement: Placement) -> Placement:
-        assert isinstance(placement.columns, RowSparseColumns)
-        keep = kept_positions(self._masks().get(p))
-        dense = to_dense(placement.columns, window.count, self.defaults["window_dtype"], keep)
-        window.columns[window.columns.index(placement.columns)] = dense
-        self._placements[p] = Placement(dense, placement.shape, 0, dense.dim, keep)
-        for name in ("window_rows", "window_values"):
-            self.state[p].pop(name, None)
-        return self._placements[p]
-
-    def _directions(self, window: GradientWindow, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Any]:
-        """The direction of each parameter with a gradient: a tensor of its shape, or (row numbers, values)."""
-        weights_M = window.direction_weights(self.defaults["grad_decay"])
-        dtype = window.combine_dtype(weights_M)
-        combined: dict[int, Any] = {
-            id(columns): columns.combine_rows(weights_M, dtype=dtype)
-            if isinstance(columns, RowSparseColumns)
-            else columns.combine(weights_M, dtype=dtype)
-            for columns in window.columns
-        }
-        directions = {}
-        for p, placement in self._placements.items():
-            if p not in gradients:
-                continue
-            if isinstance(placement.columns, RowSparseColumns):
-                directions[p] = tuple(part.to(p.device) for part in combined[id(placement.columns)])
-                continue
-            flat = combined[id(placement.columns)][placement.start : placement.start + placement.size].to(p.device)
-            if placement.keep is not None:
-                flat = flat.new_zeros(placement.shape.numel()).index_copy_(0, placement.keep, flat)
-            directions[p] = flat.view(placement.shape)
-        return directions if self._process_group is None else self._share(directions, gradients)
-
-    def _share(self, directions: dict[Tensor, Any], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Any]:
-        """Every parameter's direction on every rank: each rank broadcasts those of its own."""
-        group = self._process_group
-        dtype = torch.float64 if self.defaults["window_dtype"] == torch.float64 else torch.float32
-        shared: dict[Tensor, Any] = {}
-        for rank in range(dist.get_world_size(group)):
-            owned = [p for p in gradients if self._owners[p] == rank]
-            if not owned:
-                continue
-            if rank == dist.get_rank(group):
-                flat = torch.cat([_dense(directions[p], p).reshape(-1).to(dtype) for p in owned])
-            else:
-                flat = torch.empty(sum(p.numel() for p in owned), dtype=dtype, device=owned[0].device)
-            dist.broadcast(flat, group=group, group_src=rank)
-            shared.update(
-                {p: part.view(p.shape) for p, part in zip(owned, flat.split([p.numel() for p in owned]), strict=True)}
-            )
-        return shared
 
     def _apply(self, gradients: dict[Tensor, Tensor], directions: dict[Tensor, Any]) -> None:
         for group in self.param_groups:
@@ -433,26 +308,18 @@ class MFAC(torch.optim.Optimizer):
                 torch._foreach_add_(dense_moved, dense_directions, alpha=-lr)
 
     def _publish(self) -> None:
-        """Put the window into the per-parameter state, as views."""
-        if self._window is None:
-            return
-        stores = {id(columns): i for i, columns in enumerate(self._window.columns)}
-        for p, placement in self._placements.items():
-            self.state[p].update(placement.state(self.defaults["num_grads"]))
-            self.state[p]["window_store"] = stores[id(placement.columns)]
-            self.state[p]["window_start"] = placement.start
-        if self._placements:
-            self.state[next(iter(self._placements))].update(
-                gram=self._window.gram_MM,
-                pushed=self._window.pushed,
-                skipped_steps=self.skipped_steps,
-                jitter_escalations=self._window.jitter_escalations,
-                window_parameters=len(self._placements),
-            )
+        """Put the window and the count of skipped steps into the per-parameter state."""
+        states = {} if self._window is None else self._window.state()
+        for i, (p, entries) in enumerate(states.items()):
+            state = self.state[p]
+            for name in [name for name in state if name in WINDOW_KEYS and name not in entries]:
+                del state[name]  # of columns that have become dense
+            state.update(entries)
+            if i == 0:
+                state["skipped_steps"] = self.skipped_steps
 
     def window_stats(self) -> dict[str, float]:
-        """Figures for a log: share of the window filled, condition number of K (an estimate), counts, and size in
-        GiB."""
+        """Figures for a log: share of the window filled, condition number of K, counts, and size in GiB."""
         window = self._window
         return {
             "window_fill": 0.0 if window is None else window.count / window.num_grads,
@@ -506,9 +373,7 @@ class MFAC(torch.optim.Optimizer):
         placements, lead = restore_placements(self.state, self._masks(), self.defaults)
         if lead is None:
             return
-        self._owners = dict.fromkeys(placements, 0)
-        self._add_placements(placements)
-        assert self._window is not None
+        self._window = ParameterWindow(placements, self.defaults)
         self._window.gram_MM.copy_(lead["gram"])
         self._window.pushed = lead["pushed"]
         self._window.jitter_escalations = lead["jitter_escalations"]
@@ -517,7 +382,9 @@ class MFAC(torch.optim.Optimizer):
 
     def _shares_window(self) -> bool:
         """Whether the window's columns are, or will be, spread over several ranks."""
-        return self._process_group is not None or any(_is_sharded(p) for group in self.param_groups for p in group["params"])
+        return self._process_group is not None or any(
+            _is_sharded(p) for group in self.param_groups for p in group["params"]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep; a window shared by ranks cannot be copied by one of them."""
@@ -545,16 +412,8 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
-def _dense(direction: Any, p: Tensor) -> Tensor:
-    if not isinstance(direction, tuple):
-        return direction
-    rows, values = direction
-    return values.new_zeros(p.shape).index_copy_(0, rows, values)
-
-
 def _average(state: dict[str, Any], direction: Any, momentum: float, p: Tensor) -> Tensor:
-    """Exponential average of the directions, v <- momentum * v + (1 - momentum) * direction, kept in the window's
-    arithmetic."""
+    """Exponential average of the directions, v <- momentum * v + (1 - momentum) * direction."""
     if "momentum_buffer" not in state:
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)

@@ -62,8 +62,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def nonzero_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending numbers of the rows that are not all zero, and the rows themselves, of a 2-d dense or sparse
-    gradient."""
+    """Rows of a 2-d gradient, dense or sparse, that are not all zero: their ascending numbers, and the rows themselves."""
     if grad.is_sparse:
         grad = grad.coalesce()
         return grad.indices()[0], _widened(grad.values())
@@ -129,6 +128,13 @@ def _is_row_sparse(grad: Tensor) -> bool:
     if grad.ndim != 2 or grad.numel() < ROW_SPARSE_MIN_NUMEL:
         return False
     return len(nonzero_rows(grad)[0]) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
+
+
+def stored_numbers(grad: Tensor, mask: Tensor | None, row_sparse: bool) -> int:
+    """Numbers that the columns of a parameter with this first gradient hold for each gradient."""
+    if row_sparse and _is_row_sparse(grad):
+        return nonzero_rows(grad)[1].numel()
+    return grad.numel() if mask is None else int(mask.sum())
 
 
 def kept_positions(mask: Tensor | None) -> Tensor | None:

@@ -27,8 +27,7 @@ WINDOW_KEYS = ("window", "window_rows", "window_values", "window_store", "window
 
 
 def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """The saved state of each parameter of the optimizer; a ValueError that names the first thing that does not
-    fit."""
+    """The saved state of each parameter of the optimizer; a ValueError names the first thing that does not fit."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the optimizer state has no {key!r}: it is truncated, or not an optimizer's state")
@@ -74,7 +73,8 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
             raise ValueError("the saved window has no Gram matrix or counters: the state is truncated")
         if len(with_window) != leads[0]["window_parameters"]:
             raise ValueError(
-                f"the saved window is of {leads[0]['window_parameters']} parameters, but {len(with_window)} have their "
+                f"the saved window is of {leads[0]['window_parameters']} parameters, but {len(with_window)} have "
+                "their "
                 "columns in the state: the state is truncated"
             )
         num_grads = optimizer.defaults["num_grads"]
@@ -126,14 +126,15 @@ def _check_window(label: str, state: dict[str, Any], p: Tensor, mask: Tensor | N
         rows, height = state["window_rows"], p.shape[0]
         ascending = (rows[:, 1:] > rows[:, :-1]) | (rows[:, 1:] == height)
         if rows.shape != found[:2] or int(rows.min()) < 0 or int(rows.max()) > height or not ascending.all():
-            raise ValueError(f"the saved rows of {label} are not those of such a table: another model, or a damaged file")
+            raise ValueError(
+                f"the saved rows of {label} are not those of such a table: another model, or a damaged file"
+            )
 
 
 def restore_placements(
     states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: dict[str, Any]
 ) -> tuple[dict[Tensor, Placement], dict[str, Any] | None]:
-    """Placements in the order of their columns from per-parameter states, and the state that has the Gram matrix, if
-    any."""
+    """Placements from per-parameter states, in the order of their columns, and the state with the Gram matrix, if any."""
     placed = {p: state for p, state in states.items() if "window_store" in state}
     if not placed:
         return {}, None

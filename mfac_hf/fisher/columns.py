@@ -131,8 +131,7 @@ class RowSparseColumns:
         self.rows_MN, self.values_MNH, self._index = rows_MN, values_MNH, None
 
     def write(self, row: int, grad: tuple[Tensor, Tensor]) -> None:
-        """Store a gradient given as (row numbers (n,), values (n, h)) as row ``row``; the numbers differ and
-        ascend."""
+        """Store a gradient, as (row numbers (n,), values (n, h)), as row ``row``; the numbers ascend strictly."""
         rows, values = grad
         if len(rows) > self.rows_MN.shape[1]:
             self._grow(len(rows))
@@ -177,8 +176,7 @@ class RowSparseColumns:
         return self._sampled_dots(rows_U, x_UH, count)
 
     def _sampled_dots(self, rows_N: Tensor, x_NH: Tensor, count: int) -> Tensor:
-        """Dot products of the stored rows with a vector that is ``x_NH`` in the table's rows ``rows_N``, zero
-        elsewhere.
+        """Dot products of the stored rows with the vector that is ``x_NH`` in table rows ``rows_N``, else zero.
 
         Only entries whose table row is among ``rows_N`` count: a sampled matrix product in CSR form whose row n lists
         the entries of table row ``rows_N[n]``, which are one run of the sorted order.
@@ -213,8 +211,7 @@ class RowSparseColumns:
         return table.sum(dim=1)
 
     def combine_rows(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Combination of the first ``len(weights_M)`` rows: (row numbers (u,), values (u, h)), ascending and
-        distinct."""
+        """Combination of the first ``len(weights_M)`` rows: (distinct row numbers (u,), ascending; values (u, h))."""
         slots_E, owners_E, rows_U, bounds = self._sorted(len(weights_M))
         values_EH = self.values_MNH.view(-1, self.shape[1]).to(dtype or self.values_MNH.dtype)
         if len(slots_E) == 0:

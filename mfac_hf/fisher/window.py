@@ -124,13 +124,13 @@ class GradientWindow:
             norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
             if not norm <= MAX_NORM:
                 raise ValueError(
-                    f"the norm of the gradient is {norm}; expected a finite one up to {MAX_NORM:g}, whose square float32 "
-                    "can hold. It would spoil every later step: skip it instead"
+                    f"the norm of the gradient is {norm}; expected a finite one up to {MAX_NORM:g}, whose square "
+                    "float32 can hold. It would spoil every later step: skip it instead"
                 )
             grad = grad.split([columns.dim for columns in self.columns])
         row = self.pushed % self.num_grads
         for columns, part in zip(self.columns, grad, strict=True):
-            columns.write(row, part)  # type: ignore[arg-type]
+            columns.write(row, part)
         self.pushed += 1
         dots_M = self._sum([columns.dots(row, self.count) for columns in self.columns])
         self.gram_MM[row, : self.count] = dots_M
@@ -156,8 +156,7 @@ class GradientWindow:
         return self._divisor() * self._solve_gram(target_M / target_M.sum())
 
     def direction(self, grad_decay: float = 0.0) -> Tensor:
-        """`F⁻¹ g` for the newest gradient g; shape (d,), float32 (float64 for a float64 window), on the first
-        device."""
+        """`F⁻¹ g` for the newest gradient g: shape (d,) on the first device, float32 (in a float64 window float64)."""
         weights_M = self.direction_weights(grad_decay)
         dtype = self.combine_dtype(weights_M)
         parts = [columns.combine(weights_M, dtype=dtype).to(columns.result_dtype) for columns in self.columns]
@@ -176,12 +175,12 @@ class GradientWindow:
         return torch.float64 if bool(rounding > 1e-3 * length) else None
 
     def solve(self, x_D: Tensor) -> Tensor:
-        """`F⁻¹ x` for any vector; shape (d,), in the dtype and on the device of ``x_D``; computed in float64
-        throughout.
+        """`F⁻¹ x` for any vector, shape (d,), in the dtype and on the device of ``x_D``.
 
-        Many times slower than `direction`: for other vectors the Woodbury identity subtracts nearly equal numbers, and
-        the Gram matrix, right to about 1e-8, is too coarse for that. So K is applied through float64 passes over the
-        window, and the factor of the Gram matrix only preconditions the conjugate gradients.
+        Computed in float64 throughout, many times slower than `direction`: for other vectors the Woodbury identity
+        subtracts nearly equal numbers, and the Gram matrix, right to about 1e-8, is too coarse for that. So K is
+        applied through float64 passes over the window, and the factor of the Gram matrix only preconditions the
+        conjugate gradients.
 
         Raises:
             ValueError: if the shape is wrong.
@@ -206,14 +205,16 @@ class GradientWindow:
         return torch.cat([part.to(parts[0].device) for part in parts])
 
     def _solve_exactly(self, rhs_M: Tensor, tolerance: float = 1e-13, iterations: int = 50) -> Tensor:
-        """Solve K a = rhs by conjugate gradients, K applied by passes over the window, preconditioned by the Gram's
-        factor."""
+        """Solve K a = rhs by conjugate gradients.
+
+        K is applied by passes over the window; the factor of the Gram matrix preconditions.
+        """
         factor_MM = self._factor()
         shift = self._divisor() * self.damping
         solution_M = torch.zeros_like(rhs_M)
         residual_M = rhs_M.clone()
         search_M = torch.zeros_like(rhs_M)
-        previous = 1.0
+        previous: Tensor | float = 1.0
         for _ in range(iterations):
             if residual_M.norm() <= tolerance * rhs_M.norm():
                 break
@@ -245,8 +246,7 @@ class GradientWindow:
         return total_M
 
     def _factor(self) -> Tensor:
-        """Cholesky factor of K; where rounding left K indefinite, of K with the smallest jitter that makes it
-        definite."""
+        """Cholesky factor of K, with the smallest jitter that makes it definite where rounding left it indefinite."""
         gram_MM = self.gram_MM[: self.count, : self.count]
         shift = self._divisor() * self.damping
         jitter = 0.0

@@ -8,9 +8,9 @@ __all__ = ["masks_from_sparse_model"]
 def masks_from_sparse_model(model: nn.Module) -> dict[Tensor, Tensor]:
     """Masks that keep a sparse model sparse: True where a weight is not zero, for ``MFAC(masks=...)``.
 
-    Only weights of two or more dimensions that have both zeros and non-zeros get a mask. Biases and normalisation parameters
-    are often initialised with zeros, and so are whole matrices (such as LoRA's second factor): a mask read off their values
-    would freeze them for ever.
+    Only weights of two or more dimensions that have both zeros and non-zeros get a mask. Biases and normalisation
+    parameters are often initialised with zeros, and so are whole matrices (such as LoRA's second factor): a mask read
+    off their values would freeze them for ever.
 
     Args:
         model: model with exact zeros where weights were pruned.
