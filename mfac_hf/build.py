@@ -10,16 +10,18 @@ the same results up to rounding. The environment variable ``MFAC_NATIVE`` choose
 
 A build lives in a directory of its own, named after a hash of everything that it depends on (sources, flags, torch,
 compiler, processor), under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``. Several processes build it once: a lock on an open
-file orders them, and disappears with the process that holds it.
+file orders them, and disappears with the process that holds it. The library is made under a temporary name and gets
+its own when it is whole.
 """
 
-import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import torch
 __all__ = [
     "NativeBuildError",
     "build_directory",
+    "build_native",
     "find_compiler",
     "find_ninja",
     "load_native",
@@ -43,6 +46,7 @@ FLAGS = (
     "-march=native",
     "-ffp-contract=fast",
     "-fPIC",
+    "-shared",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 
@@ -57,8 +61,7 @@ class NativeBuildError(RuntimeError):
 
 
 def load_native(device_type: str) -> bool:
-    """Make sure that the kernels for a kind of device are registered, if there are any and ``MFAC_NATIVE`` allows
-    them.
+    """Register the kernels for a kind of device, if there are any and ``MFAC_NATIVE`` allows them.
 
     Returns:
         Whether they are in use.
@@ -69,22 +72,25 @@ def load_native(device_type: str) -> bool:
     """
     if device_type in _outcome:
         return _outcome[device_type] is None
-    mode = os.environ.get("MFAC_NATIVE", "auto")
-    if mode not in ("auto", "force", "off"):
-        raise ValueError(f"MFAC_NATIVE is {mode!r}; expected auto, force or off")
+    mode = _mode()
     if mode == "off" or (mode == "auto" and device_type not in SOURCES):
-        _outcome[device_type] = (
-            "switched off by MFAC_NATIVE=off" if mode == "off" else "there are none for this device"
-        )
+        _outcome[device_type] = native_status(device_type)
         return False
     try:
-        torch.ops.load_library(str(_library(device_type)))
-    except (NativeBuildError, OSError) as error:
+        library = build_native(device_type)
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            raise NativeBuildError(
+                f"{library} does not load ({error.__cause__ or error}); delete {library.parent} to have it built anew"
+            ) from error
+    except NativeBuildError as error:
         if mode == "force":
-            raise NativeBuildError(str(error)) from error
+            raise
         _outcome[device_type] = str(error)
         warnings.warn(
-            f"mfac_hf goes on without native {device_type} kernels (same results, slower): {error}. MFAC_NATIVE=off silences this",
+            f"mfac_hf goes on without native {device_type} kernels (same results, slower): {error}. "
+            "MFAC_NATIVE=off silences this",
             stacklevel=2,
         )
         return False
@@ -93,22 +99,33 @@ def load_native(device_type: str) -> bool:
 
 
 def native_status(device_type: str) -> str:
-    """Whether the kernels for a kind of device are in use or can be, in words."""
+    """Whether the kernels for a kind of device are in use or can be, in words.
+
+    Raises:
+        ValueError: if ``MFAC_NATIVE`` has a value that it cannot have.
+    """
     if device_type in _outcome:
         return _outcome[device_type] or "in use"
+    if _mode() == "off":
+        return "switched off by MFAC_NATIVE=off"
     missing = missing_tools(device_type)
     if missing:
         return "; ".join(missing)
-    directory = build_directory(device_type)
-    built = (directory / f"mfac_{device_type}.so").exists()
+    try:
+        directory = build_directory(device_type)
+    except NativeBuildError as error:
+        return str(error)
+    built = os.path.exists(_library(directory, device_type))  # False also where looking is not allowed
     return f"built, in {directory}" if built else f"built at first use, in {directory}"
 
 
 def missing_tools(device_type: str) -> list[str]:
     """What is missing to build the kernels for a kind of device, each with the way out."""
-    missing = []
     if device_type not in SOURCES:
         return [f"there are no native kernels for {device_type}"]
+    missing = []
+    if os.name != "posix":
+        missing.append(f"native kernels are built on Linux and macOS, not on {platform.system()}")
     if _torch_version() < OLDEST_TORCH:
         missing.append(
             f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}: pip install -U torch"
@@ -116,76 +133,104 @@ def missing_tools(device_type: str) -> list[str]:
     if find_ninja() is None:
         missing.append("ninja was not found: pip install ninja")
     if find_compiler() is None:
-        missing.append("no C++ compiler was found (c++, g++ or clang++): install one, or name it in CXX")
+        sought = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "c++, g++ or clang++"
+        missing.append(f"no C++ compiler was found ({sought}): install one, or name it in CXX")
     return missing
 
 
 def build_directory(device_type: str) -> Path:
-    """Where the kernels for a kind of device are built: one directory for each combination of all that they depend
-    on."""
-    root = Path(os.environ.get("MFAC_CACHE") or Path.home() / ".cache" / "mfac_hf")
-    compiler = find_compiler()
+    """Directory of the kernels for a kind of device, one for each combination of all that they depend on.
+
+    Raises:
+        NativeBuildError: if there are no such kernels, or no home directory while ``MFAC_CACHE`` names no other.
+    """
+    if device_type not in SOURCES:
+        raise NativeBuildError("; ".join(missing_tools(device_type)))
+    try:
+        root = Path(os.environ.get("MFAC_CACHE") or "~/.cache/mfac_hf").expanduser()
+    except RuntimeError as error:
+        raise NativeBuildError(
+            f"no directory to build in ({error}); name one in the environment variable MFAC_CACHE"
+        ) from error
+    compiler = _compiler()
     parts = [
-        (CSRC / SOURCES[device_type]).read_text(),
+        (CSRC / SOURCES[device_type]).read_text(encoding="utf-8"),
         " ".join(FLAGS),
         torch.__version__,
-        f"{compiler} {_compiler_version(compiler)}" if compiler else "",
+        " ".join(compiler),
+        _compiler_version(compiler),
         platform.machine(),
         _processor(),
     ]
     return root / f"{device_type}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
 
 
-def _library(device_type: str) -> Path:
-    """The shared library, built where it is not there yet."""
+def build_native(device_type: str) -> Path:
+    """Build the kernels for a kind of device, where that was not done before; the path of the shared library.
+
+    Raises:
+        NativeBuildError: if something is missing, the directory cannot be written, or the compiler fails.
+    """
     missing = missing_tools(device_type)
     if missing:
         raise NativeBuildError("; ".join(missing))
+    import fcntl  # here: Windows has none
+
     directory = build_directory(device_type)
-    library = directory / f"mfac_{device_type}.so"
-    if library.exists():
+    library = _library(directory, device_type)
+    if os.path.exists(library):
         return library
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / "build.lock", "w")  # noqa: SIM115
+        with open(directory / "build.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():  # another process may have built it while this one waited
+                _build(device_type, library)
     except OSError as error:
         raise NativeBuildError(
-            f"the build directory cannot be written ({error}); name another in the environment variable MFAC_CACHE"
+            f"the build directory {directory} cannot be written ({error}); name another in the environment variable "
+            "MFAC_CACHE"
         ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():  # another process may have built it while this one waited
-            _build(device_type, directory, library)
     return library
 
 
-def _build(device_type: str, directory: Path, library: Path) -> None:
-    from torch.utils.cpp_extension import (
-        include_paths,
-        library_paths,
-    )  # here: a slow import that most processes never need
+def _build(device_type: str, library: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths  # here: slow, and most processes never need it
 
-    includes = " ".join(f"-isystem {_escaped(path)}" for path in include_paths())
-    libraries = " ".join(f"-L{_escaped(path)}" for path in library_paths())
-    (directory / "build.ninja").write_text(
-        f"rule library\n"
-        f"  command = {_escaped(find_compiler() or '')} {' '.join(FLAGS)} {includes} -shared $in -o $out {libraries} -ltorch_cpu -lc10\n"
-        f"build mfac.tmp.so: library {_escaped(str(CSRC / SOURCES[device_type]), path=True)}\n"
-    )
-    # Started in the directory, so that nothing depends on how its own path is spelled.
-    result = subprocess.run([find_ninja() or "ninja"], cwd=directory, capture_output=True, text=True, check=False)
-    log = directory / "build.log"
-    log.write_text(result.stdout + result.stderr)
-    if result.returncode != 0:
-        raise NativeBuildError(f"the compiler failed; its messages are in {log}")
-    (directory / "mfac.tmp.so").replace(library)
+    log = library.with_name("build.log")
+    # A directory of its own: the compiler of a build that was killed may go on writing for a while.
+    with tempfile.TemporaryDirectory(
+        dir=library.parent, prefix="unfinished-", ignore_cleanup_errors=True
+    ) as temporary:
+        command = [*_compiler(), *FLAGS, str(CSRC / SOURCES[device_type]), "-o", library.name]
+        for path in include_paths():
+            command += ["-isystem", path]
+        command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+        escaped = shlex.join(command).replace("$", "$$")  # for the shell, then for ninja
+        (Path(temporary) / "build.ninja").write_text(
+            f"rule library\n  command = {escaped}\nbuild {library.name}: library\n", encoding="utf-8"
+        )
+        with open(log, "wb") as messages:
+            try:
+                result = subprocess.run(
+                    [find_ninja() or "ninja"], cwd=temporary, stdout=messages, stderr=messages, check=False
+                )
+            except OSError as error:
+                raise NativeBuildError(f"ninja does not run ({error}): pip install --force-reinstall ninja") from error
+        if result.returncode != 0:
+            raise NativeBuildError(f"the compiler failed; its messages are in {log}")
+        (Path(temporary) / library.name).replace(library)
 
 
-def _escaped(text: str, *, path: bool = False) -> str:
-    """Text for a build file of ninja: dollars and, in a path, spaces and colons carry a dollar; in a command spaces a
-    backslash."""
-    text = text.replace("$", "$$")
-    return text.replace(" ", "$ ").replace(":", "$:") if path else text.replace(" ", "\\ ")
+def _library(directory: Path, device_type: str) -> Path:
+    return directory / f"mfac_{device_type}.so"
+
+
+def _mode() -> str:
+    mode = os.environ.get("MFAC_NATIVE") or "auto"
+    if mode not in ("auto", "force", "off"):
+        raise ValueError(f"MFAC_NATIVE is {mode!r}; expected auto, force or off")
+    return mode
 
 
 def _torch_version() -> tuple[int, int]:
@@ -200,22 +245,34 @@ def find_ninja() -> str | None:
 
 def find_compiler() -> str | None:
     """Path of the C++ compiler: the one that CXX names, or the first of the usual ones."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    candidates = _cxx()[:1] or ["c++", "g++", "clang++"]
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
-def _compiler_version(compiler: str) -> str:
-    result = subprocess.run(
-        [compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
+def _compiler() -> list[str]:
+    """Command of the C++ compiler, with the arguments that CXX gives it; empty where there is none."""
+    path = find_compiler()
+    return [path, *_cxx()[1:]] if path else []
+
+
+def _cxx() -> list[str]:
+    """Words of CXX: the path of a program, or a program and its arguments, as in `ccache g++`."""
+    value = os.environ.get("CXX", "")
+    return [value] if shutil.which(value) else value.split()
+
+
+def _compiler_version(compiler: list[str]) -> str:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+    except OSError:
+        return ""  # it does not run: the build fails, and its log says why
 
 
 def _processor() -> str:
     """Features of the processor, as far as the system tells: a library built for one must not be loaded on another."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.split(":")[0].strip() in ("flags", "Features"):
                 return line
     return platform.processor()

@@ -70,9 +70,7 @@ def _run_env(arguments: argparse.Namespace) -> None:
     """Print the report of `environment`, as tables or as JSON, after building what `--build` asks for."""
     try:
         if arguments.build:
-            from mfac_hf import build
-
-            build.load_native(_accelerate_device().split(":")[0])
+            _build_native()
         report = environment()
     except ImportError as error:
         raise CommandError(f"{error}. Install mfac_hf again, with what it needs: pip install mfac_hf") from error
@@ -82,23 +80,38 @@ def _run_env(arguments: argparse.Namespace) -> None:
         _print_tables(report)
 
 
+def _build_native() -> None:
+    """Build the native kernels for the device that accelerate chooses, whatever `MFAC_NATIVE` says."""
+    from mfac_hf import build
+
+    try:
+        build.build_native(_accelerate_device().split(":")[0])
+    except build.NativeBuildError as error:
+        raise CommandError(str(error)) from error
+
+
 def environment() -> dict[str, Any]:
     """Collect versions, devices and build tools of this process's environment.
 
     Returns:
         A dictionary of plain JSON types: `versions` (None: not installed, or for `torch_cuda` a build without CUDA),
         `cpu` and `cuda` (memory in GiB), `accelerate_device` (the device that a `Trainer` would use), `native_kernels`
-        (whether they are in use or can be, for each kind of device), `tools` (path and version, None: not found) and `missing`, a list of `{"what": ..., "so": ...}`.
+        (whether they are in use or can be, for each kind of device), `tools` (path and version, None: not found) and
+        `missing`, a list of `{"what": ..., "so": ...}`.
 
     Raises:
         ImportError: a library that the report needs is not installed or does not load.
-        CommandError: accelerate refuses the settings that it finds in the environment variables.
+        CommandError: accelerate, or `MFAC_NATIVE`, has a setting in the environment variables that cannot be.
     """
     import torch
 
     from mfac_hf import build
 
     device = _accelerate_device()
+    try:
+        kernels = {kind: build.native_status(kind) for kind in dict.fromkeys(["cpu", device.split(":")[0]])}
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     report: dict[str, Any] = {
         "versions": {
             "python": platform.python_version(),
@@ -108,7 +121,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cuda": _cuda_devices(),
         "accelerate_device": device,
-        "native_kernels": {kind: build.native_status(kind) for kind in dict.fromkeys(["cpu", device.split(":")[0]])},
+        "native_kernels": kernels,
         "tools": {
             "ninja": _tool(build.find_ninja()),
             "cxx": _tool(build.find_compiler()),

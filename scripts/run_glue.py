@@ -93,7 +93,8 @@ def choose_splits(
     evaluation: dict[str, Dataset] = {}
     test: dict[str, Dataset] = {}
     if data_args.holdout_fraction is not None:
-        rest, held_out = glue.hold_out(split("train", "--holdout_fraction"), data_args.holdout_fraction)
+        phrases = task.text_columns[0] if task.phrases else None
+        rest, held_out = glue.hold_out(split("train", "--holdout_fraction"), data_args.holdout_fraction, phrases)
         train = rest if training_args.do_train else None
         evaluation = {"held_out": held_out} if training_args.do_eval else {}
     elif training_args.do_eval:

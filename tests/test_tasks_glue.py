@@ -178,6 +178,22 @@ def test_hold_out_is_a_fixed_partition_of_the_training_split():
     assert 300 < np.mean(held_out["idx"][:]) < 700, "drawn at random, not cut off one end"
 
 
+def test_held_out_sentences_share_no_phrase_with_the_training_part():
+    """Long examples are held out; their phrases, and what contains them, are in neither part."""
+    words = [f"w{i}" for i in range(400)]
+    sentences = [" ".join(words[i : i + 20]) for i in range(0, 400, 20)]
+    phrases = [" ".join(s.split()[3:8]) + " " for s in sentences]
+    longer = [f"well , {s} !" for s in sentences]
+    train = Dataset.from_dict({"sentence": sentences + phrases + longer})
+    rest, held_out = glue.hold_out(train, 0.1, "sentence")
+    assert len(held_out) == 6 and len(rest) > 0
+    assert (again := glue.hold_out(train, 0.1, "sentence"))[1]["sentence"][:] == held_out["sentence"][:] and again
+    for kept in rest["sentence"][:]:
+        assert not any(kept.strip() in out or out in kept for out in held_out["sentence"][:])
+    untouched = [i for i, s in enumerate(sentences) if not any(s in out for out in held_out["sentence"][:])]
+    assert {phrases[i] for i in untouched} <= set(rest["sentence"][:]), "other sentences keep their phrases"
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 0.0, 1.0, 1.5, 0.001, 0.999, float("nan")])
 def test_hold_out_refuses_an_empty_part(fraction):
     """Neither part may be empty."""
