@@ -217,9 +217,10 @@ def _build(device_type: str, library: Path) -> None:
                 )
             except OSError as error:
                 raise NativeBuildError(f"ninja does not run ({error}): pip install --force-reinstall ninja") from error
-        if result.returncode != 0:
+        made = Path(temporary) / library.name
+        if result.returncode != 0 or not made.exists():
             raise NativeBuildError(f"the compiler failed; its messages are in {log}")
-        (Path(temporary) / library.name).replace(library)
+        made.replace(library)
 
 
 def _library(directory: Path, device_type: str) -> Path:

@@ -43,6 +43,9 @@ def row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
 
     Returns:
         Shape (m,), float64: runs of the products' dtype, added up in float64.
+
+    Raises:
+        ValueError, RuntimeError: if a shape is wrong (by the PyTorch implementation, by a native one).
     """
     if not torch.compiler.is_compiling():
         load_native(grads_MD.device.type)
@@ -63,6 +66,9 @@ def combine(
 
     Returns:
         Shape (d,), float32, or float64 where the window or ``x_D`` is float64.
+
+    Raises:
+        ValueError, RuntimeError: if a shape is wrong (by the PyTorch implementation, by a native one).
     """
     if not torch.compiler.is_compiling():
         load_native(grads_MD.device.type)
@@ -81,7 +87,15 @@ def _column_chunk(grads_MD: Tensor, dtype: torch.dtype) -> int:
     return min(RUN_LENGTH_WIDENED, max(256, WIDEN_ELEMENTS // max(grads_MD.shape[0], 1)))
 
 
+def _check_vector(vector: Tensor, expected: int, name: str, of_window: str) -> None:
+    # Without it a vector that is too long would lose its tail where the window ends with a chunk of columns, and one
+    # of a single number would be spread over all columns.
+    if vector.shape != (expected,):
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}; the window has {expected} {of_window}")
+
+
 def _row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
+    _check_vector(x_D, grads_MD.shape[1], "x", "columns")
     dtype = _compute_dtype(grads_MD, x_D)
     x_D = x_D.to(dtype)
     chunk = _column_chunk(grads_MD, dtype)
@@ -96,6 +110,9 @@ def _row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
 def _combine(
     grads_MD: Tensor, weights_M: Tensor, x_D: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
+    _check_vector(weights_M, grads_MD.shape[0], "weights", "rows")
+    if x_D is not None:
+        _check_vector(x_D, grads_MD.shape[1], "x", "columns")
     dtype = _compute_dtype(grads_MD, x_D)
     weights_M = (beta * weights_M).to(dtype)
     if grads_MD.dtype == dtype:

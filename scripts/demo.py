@@ -52,7 +52,7 @@ class DemoArguments:
     num_grads: int = field(default=128, metadata={"help": "Gradients in M-FAC's window."})
     mfac_lr: float = field(default=3e-3, metadata={"help": "Learning rate of M-FAC."})
     mfac_damping: float = field(default=1e-3, metadata={"help": "Damping of M-FAC."})
-    mfac_grad_decay: float = field(default=0.95, metadata={"help": "Weight that M-FAC's gradients lose per step."})
+    mfac_grad_decay: float = field(default=0.95, metadata={"help": "Share of its weight that a gradient keeps per step in M-FAC."})
     adamw_lr: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
     adamw_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
 
@@ -81,12 +81,16 @@ class Run:
 class ProgressBar(ProgressCallback):
     """Trainer's progress bar, with the latest figures on the bar instead of a printed line for each log."""
 
+    def __init__(self) -> None:
+        """Start with nothing to show."""
+        super().__init__()
+        self.figures: dict[str, float] = {}
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Show loss and accuracy."""
-        shown = {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_accuracy")}
-        if self.training_bar is not None and shown:
-            self.shown = {**getattr(self, "shown", {}), **shown}
-            self.training_bar.set_postfix(self.shown)
+        """Show the newest loss and accuracy."""
+        self.figures |= {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_accuracy")}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.figures)
 
 
 def make_optimizer(name: str, model: PreTrainedModel, args: DemoArguments) -> torch.optim.Optimizer:

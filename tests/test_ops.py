@@ -120,6 +120,24 @@ def test_float64_vector_asks_for_float64_arithmetic(implementation):
     assert (combine(grads, weights, x) - (x + grads.double().T @ weights)).abs().max() <= 1e-12
 
 
+def test_wrong_shapes_are_refused(implementation):
+    """Above all those that arithmetic would accept: one number for all columns, a rest behind whole runs."""
+    row_dots, combine = implementation
+    grads, x, weights = draw(3, 5, torch.float32, torch.float32)
+    long = torch.ones(2, ops.RUN_LENGTH)
+    for call in (
+        lambda: row_dots(grads, x[:4]),
+        lambda: row_dots(grads, x[:, None]),
+        lambda: row_dots(long, torch.ones(ops.RUN_LENGTH + 1)),
+        lambda: row_dots(long.double(), torch.ones(ops.RUN_LENGTH + 1)),
+        lambda: combine(grads, weights[:2]),
+        lambda: combine(grads, weights, x[:1]),
+        lambda: combine(grads, weights, x.expand(5, 5)),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="(x|weights) has .*(the window has|expected a vector)"):
+            call()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("x_dtype", X_DTYPES)
 def test_operators_are_registered_soundly(dtype, x_dtype):

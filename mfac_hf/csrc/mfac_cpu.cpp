@@ -1,8 +1,7 @@
 // CPU kernels for the two passes over the gradient window: row_dots and combine (see mfac_hf/ops.py).
 //
 // Both read the window once and do two operations per number, so memory bandwidth is the limit: the loops keep several rows in
-// flight, touch the vector from cache, and widen bfloat16 in registers. Compiled for the machine that runs it; every inner loop
-// has a fixed number of independent lanes, which the compiler turns into vector instructions without reordering any sum.
+// flight, touch the vector from cache, and widen bfloat16 in registers. Compiled for the machine that runs it.
 //
 // Results do not depend on the number of threads: a thread has whole rows (row_dots) or whole columns (combine).
 
@@ -15,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 using torch::headeronly::ScalarType;
@@ -22,57 +22,120 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t LANES = 32;        // independent partial sums of a dot product
-constexpr int64_t RUN = 2048;        // columns summed in the working precision before they are added in float64
-constexpr int64_t TILE = 8 * RUN;    // columns of the vector kept in cache while rows pass by
-constexpr int64_t ROWS = 4;          // rows of the window read at the same time
-constexpr int64_t COLUMNS = 4096;    // columns of the result kept in cache by combine
+constexpr int64_t RUN = 2048;       // columns summed in the working precision before they are added in float64
+constexpr int64_t TILE = 8 * RUN;   // columns read of a group of rows before the next group
+constexpr int SUMS = 2;             // partial sums of a row: an addition need not wait for the one before
+constexpr int64_t GROUP = 4;        // rows added at the same time by combine
+constexpr int64_t COLUMNS = 4096;   // columns of the result kept in cache by combine
 
 struct BFloat16 {
   uint16_t bits;
 };
 
+// 32 bytes of the working precision A: one register, or two of a processor with smaller ones.
 template <typename A>
-inline A widen(float value) {
-  return static_cast<A>(value);
-}
+struct Lanes {
+  static constexpr int64_t COUNT = 32 / sizeof(A);
+  typedef A Vector __attribute__((vector_size(32)));
+};
+
 template <typename A>
-inline A widen(double value) {
-  return static_cast<A>(value);
-}
-template <typename A>
-inline A widen(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return static_cast<A>(result);
+using Vector = typename Lanes<A>::Vector;
+
+typedef uint16_t Half8 __attribute__((vector_size(16)));
+typedef uint16_t Half4 __attribute__((vector_size(8)));
+typedef uint32_t Word8 __attribute__((vector_size(32)));
+typedef uint32_t Word4 __attribute__((vector_size(16)));
+typedef float Float4 __attribute__((vector_size(16)));
+
+template <typename V>
+inline V raw_load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
 }
 
-// Dot product of n numbers, n <= RUN, in the working precision A.
-template <typename G, typename A>
-inline double dot_run(const G* __restrict g, const A* __restrict x, int64_t n) {
-  A lanes[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    for (int64_t k = 0; k < LANES; ++k) lanes[k] += widen<A>(g[i + k]) * x[i + k];
+// Lanes<A>::COUNT numbers in the working precision.
+template <typename A>
+inline Vector<A> load(const A* p) {
+  return raw_load<Vector<A>>(p);
+}
+template <typename A, std::enable_if_t<std::is_same_v<A, float>, int> = 0>
+inline Vector<A> load(const BFloat16* p) {
+  const Word8 words = __builtin_convertvector(raw_load<Half8>(p), Word8) << 16;
+  return reinterpret_cast<Vector<float>>(words);
+}
+template <typename A, std::enable_if_t<std::is_same_v<A, double>, int> = 0>
+inline Vector<A> load(const float* p) {
+  return __builtin_convertvector(raw_load<Float4>(p), Vector<double>);
+}
+template <typename A, std::enable_if_t<std::is_same_v<A, double>, int> = 0>
+inline Vector<A> load(const BFloat16* p) {
+  const Word4 words = __builtin_convertvector(raw_load<Half4>(p), Word4) << 16;
+  return __builtin_convertvector(reinterpret_cast<Float4>(words), Vector<double>);
+}
+
+// One number in the working precision.
+template <typename A, typename G>
+inline A widen(G value) {
+  if constexpr (std::is_same_v<G, BFloat16>) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return static_cast<A>(result);
+  } else {
+    return static_cast<A>(value);
   }
-  double total = 0;
-  for (; i < n; ++i) total += static_cast<double>(widen<A>(g[i])) * x[i];
-  for (int64_t k = 0; k < LANES; ++k) total += lanes[k];
-  return total;
 }
 
-template <typename G, typename A>
+// totals[k] += dot product of the n numbers at g[k] with x, for COUNT rows; n <= RUN, summed in the working precision A.
+template <int COUNT, typename G, typename A>
+inline void dot_run(const G* const* g, const A* x, int64_t n, double* totals) {
+  constexpr int64_t W = Lanes<A>::COUNT;
+  Vector<A> sums[COUNT][SUMS] = {};
+  int64_t i = 0;
+  for (; i + SUMS * W <= n; i += SUMS * W) {
+#pragma GCC unroll 8
+    for (int j = 0; j < SUMS; ++j) {
+      const Vector<A> v = load<A>(x + i + j * W);
+#pragma GCC unroll 8
+      for (int k = 0; k < COUNT; ++k) sums[k][j] += load<A>(g[k] + i + j * W) * v;
+    }
+  }
+  for (int k = 0; k < COUNT; ++k) {
+    double total = 0;
+    for (int j = 0; j < SUMS; ++j) {
+      for (int64_t lane = 0; lane < W; ++lane) total += sums[k][j][lane];
+    }
+    for (int64_t j = i; j < n; ++j) total += static_cast<double>(widen<A>(g[k][j])) * x[j];
+    totals[k] += total;
+  }
+}
+
+template <int COUNT, typename G, typename A>
+inline void dot_tile(const G* g, int64_t stride, const A* x, int64_t n, double* totals) {
+  for (int64_t start = 0; start < n; start += RUN) {
+    const G* rows[COUNT];
+    for (int k = 0; k < COUNT; ++k) rows[k] = g + k * stride + start;
+    dot_run<COUNT, G, A>(rows, x + start, std::min(RUN, n - start), totals);
+  }
+}
+
+// A thread that has the memory to itself reads four rows at a time, which share every load of the vector; for several threads
+// that makes too many streams, and two are faster. Sums are the same either way.
+template <int ROWS, typename G, typename A>
 void row_dots(const G* g, int64_t stride, int64_t m, int64_t d, const A* x, double* out) {
-  torch::stable::parallel_for(0, m, 1, [=](int64_t begin, int64_t end) {
-    std::fill(out + begin, out + end, 0.0);
+  const int64_t groups = (m + ROWS - 1) / ROWS;
+  torch::stable::parallel_for(0, groups, 1, [=](int64_t begin, int64_t end) {
+    std::fill(out + begin * ROWS, out + std::min(end * ROWS, m), 0.0);
     for (int64_t column = 0; column < d; column += TILE) {
-      const int64_t stop = std::min(column + TILE, d);
-      for (int64_t row = begin; row < end; ++row) {
-        const G* source = g + row * stride;
-        double total = 0;
-        for (int64_t c = column; c < stop; c += RUN) total += dot_run<G, A>(source + c, x + c, std::min(RUN, stop - c));
-        out[row] += total;
+      const int64_t n = std::min(TILE, d - column);
+      for (int64_t row = begin * ROWS; row < std::min(end * ROWS, m); row += ROWS) {
+        if (row + ROWS <= m) {
+          dot_tile<ROWS, G, A>(g + row * stride + column, stride, x + column, n, out + row);
+        } else {
+          for (int64_t k = row; k < m; ++k) dot_tile<1, G, A>(g + k * stride + column, stride, x + column, n, out + k);
+        }
       }
     }
   });
@@ -98,10 +161,10 @@ void combine(const G* g, int64_t stride, int64_t m, int64_t d, const A* w, const
       A* target = out + column;
       for (int64_t i = 0; i < n; ++i) target[i] = x == nullptr ? A(0) : alpha * x[column + i];
       int64_t row = 0;
-      for (; row + ROWS <= m; row += ROWS) {
-        const G* rows[ROWS];
-        for (int64_t k = 0; k < ROWS; ++k) rows[k] = g + (row + k) * stride + column;
-        add_rows<ROWS>(rows, w + row, target, n);
+      for (; row + GROUP <= m; row += GROUP) {
+        const G* rows[GROUP];
+        for (int64_t k = 0; k < GROUP; ++k) rows[k] = g + (row + k) * stride + column;
+        add_rows<GROUP>(rows, w + row, target, n);
       }
       for (; row < m; ++row) {
         const G* rows[1] = {g + row * stride + column};
@@ -120,7 +183,7 @@ std::vector<A> vector_of(const Tensor& t) {
     const double* p = static_cast<const double*>(t.data_ptr());
     for (int64_t i = 0; i < n; ++i) result[i] = static_cast<A>(p[i * stride]);
   } else {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "expected a float32 or float64 vector");
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "a vector is float32 or float64");
     const float* p = static_cast<const float*>(t.data_ptr());
     for (int64_t i = 0; i < n; ++i) result[i] = static_cast<A>(p[i * stride]);
   }
@@ -128,18 +191,26 @@ std::vector<A> vector_of(const Tensor& t) {
 }
 
 void check_window(const Tensor& g) {
-  STD_TORCH_CHECK(g.dim() == 2, "the window is a matrix (m, d)");
-  STD_TORCH_CHECK(g.size(1) <= 1 || g.stride(1) == 1, "the columns of the window are contiguous");
+  STD_TORCH_CHECK(g.dim() == 2, "the window has ", g.dim(), " dimensions; expected a matrix (m, d)");
+  STD_TORCH_CHECK(g.size(1) <= 1 || g.stride(1) == 1, "the columns of the window are ", g.stride(1),
+                  " numbers apart; expected contiguous rows");
 }
 
-// Calls f with a typed pointer to the window.
-template <typename F>
+void check_vector(const Tensor& t, int64_t expected, const char* name, const char* of_window) {
+  STD_TORCH_CHECK(t.dim() == 1, name, " has ", t.dim(), " dimensions; expected a vector");
+  STD_TORCH_CHECK(t.size(0) == expected, name, " has ", t.size(0), " numbers; the window has ", expected, of_window);
+}
+
+// Calls f with a typed pointer to the window; a float64 window is always worked on in float64.
+template <typename A, typename F>
 void with_window(const Tensor& g, F f) {
-  switch (g.scalar_type()) {
-    case ScalarType::Float: f(static_cast<const float*>(g.data_ptr())); break;
-    case ScalarType::BFloat16: f(static_cast<const BFloat16*>(g.data_ptr())); break;
-    case ScalarType::Double: f(static_cast<const double*>(g.data_ptr())); break;
-    default: STD_TORCH_CHECK(false, "the window is float32, bfloat16 or float64");
+  if (g.scalar_type() == ScalarType::Float) {
+    f(static_cast<const float*>(g.data_ptr()));
+  } else if (g.scalar_type() == ScalarType::BFloat16) {
+    f(static_cast<const BFloat16*>(g.data_ptr()));
+  } else {
+    STD_TORCH_CHECK(g.scalar_type() == ScalarType::Double, "the window is float32, bfloat16 or float64");
+    if constexpr (std::is_same_v<A, double>) f(static_cast<const double*>(g.data_ptr()));
   }
 }
 
@@ -148,7 +219,7 @@ bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; 
 Tensor row_dots_cpu(const Tensor& g, const Tensor& x) {
   check_window(g);
   const int64_t m = g.size(0), d = g.size(1);
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == d, "the vector has as many numbers as the window has columns");
+  check_vector(x, d, "x", " columns");
   Tensor out = torch::stable::new_empty(g, {m}, ScalarType::Double);
   double* result = static_cast<double*>(out.data_ptr());
   auto run = [&](auto working) {
@@ -156,7 +227,10 @@ Tensor row_dots_cpu(const Tensor& g, const Tensor& x) {
     const bool direct = (x.stride(0) == 1 || d <= 1) && x.scalar_type() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
     const std::vector<A> copy = direct ? std::vector<A>() : vector_of<A>(x);
     const A* values = direct ? static_cast<const A*>(x.data_ptr()) : copy.data();
-    with_window(g, [&](auto* p) { row_dots(p, g.stride(0), m, d, values, result); });
+    with_window<A>(g, [&](auto* p) {
+      if (torch::stable::get_num_threads() == 1) row_dots<4>(p, g.stride(0), m, d, values, result);
+      else row_dots<2>(p, g.stride(0), m, d, values, result);
+    });
   };
   if (is_double(g) || is_double(x)) run(double{});
   else run(float{});
@@ -166,8 +240,8 @@ Tensor row_dots_cpu(const Tensor& g, const Tensor& x) {
 Tensor combine_cpu(const Tensor& g, const Tensor& w, const std::optional<Tensor>& x, double alpha, double beta) {
   check_window(g);
   const int64_t m = g.size(0), d = g.size(1);
-  STD_TORCH_CHECK(w.dim() == 1 && w.size(0) == m, "one weight for each row of the window");
-  STD_TORCH_CHECK(!x || (x->dim() == 1 && x->size(0) == d), "the vector has as many numbers as the window has columns");
+  check_vector(w, m, "weights", " rows");
+  if (x) check_vector(*x, d, "x", " columns");
   const bool wide = is_double(g) || (x && is_double(*x));
   Tensor out = torch::stable::new_empty(g, {d}, wide ? ScalarType::Double : ScalarType::Float);
   auto run = [&](auto working) {
@@ -176,7 +250,7 @@ Tensor combine_cpu(const Tensor& g, const Tensor& w, const std::optional<Tensor>
     std::vector<A> weights(m);
     for (int64_t i = 0; i < m; ++i) weights[i] = static_cast<A>(beta * scaled[i]);
     const std::vector<A> vector = x ? vector_of<A>(*x) : std::vector<A>();
-    with_window(g, [&](auto* p) {
+    with_window<A>(g, [&](auto* p) {
       combine(p, g.stride(0), m, d, weights.data(), x ? vector.data() : nullptr, static_cast<A>(alpha), static_cast<A*>(out.data_ptr()));
     });
   };
