@@ -2,6 +2,7 @@
 
 `mfac env` reports what this environment has to train with: versions, devices, tools for building native code, and what
 follows from each thing that is missing. `mfac env --json` prints the same facts for programs and bug reports.
+`mfac env --build` first builds the native kernels, which otherwise happens at the first training step.
 
 torch and the Hugging Face libraries are imported by the sub-command that needs them: `mfac --help` stays quick.
 """

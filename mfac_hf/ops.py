@@ -15,13 +15,9 @@ from mfac_hf.build import load_native
 __all__ = ["combine", "row_dots"]
 
 # A float32 dot product is accumulated over at most this many columns before it is added in float64. Over 16,384
-# columns the Gram diagonal was seen to be off by 3e-7 of its value, over 8,192 by 5e-8: the smaller the damping, the
-# more that matters.
-RUN_LENGTH = 8192
-
-# Products of bfloat16 numbers end in few low bits, and squares in biased ones (k * k is 0, 1 or 4 modulo 8): float32
-# runs of their squares lose to rounding in one direction, 4e-6 to 1e-5 of the sum over 8,192 columns, 3e-7 over 1,024.
-RUN_LENGTH_WIDENED = 1024
+# columns the Gram diagonal was seen to be off by 3e-7 of its value, and two equal rows had dot products 6e-8 apart
+# over 8,192: the smaller the damping, the more that matters.
+RUN_LENGTH = 2048
 
 # Elements widened at once where storage and arithmetic differ (bfloat16 windows): 4 MiB of float32, small enough for a
 # cache.
@@ -39,7 +35,7 @@ def row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
 
     Args:
         grads_MD: window of shape (m, d) in float32, bfloat16 or float64; rows may be strided, columns are contiguous.
-        x_D: vector of shape (d,) in float32 or float64. Products are computed in the wider of its dtype and float32.
+        x_D: vector of shape (d,) in float32 or float64. Products are computed in float32 or wider.
 
     Returns:
         Shape (m,), float64: runs of the products' dtype, added up in float64.
@@ -84,7 +80,7 @@ def _column_chunk(grads_MD: Tensor, dtype: torch.dtype) -> int:
     """Columns handled at once: bounded by memory where the window has to be widened."""
     if grads_MD.dtype == dtype:
         return RUN_LENGTH if dtype == torch.float32 else max(grads_MD.shape[1], 1)
-    return min(RUN_LENGTH_WIDENED, max(256, WIDEN_ELEMENTS // max(grads_MD.shape[0], 1)))
+    return max(256, WIDEN_ELEMENTS // max(grads_MD.shape[0], 1))
 
 
 def _check_vector(vector: Tensor, expected: int, name: str, of_window: str) -> None:
@@ -96,7 +92,9 @@ def _check_vector(vector: Tensor, expected: int, name: str, of_window: str) -> N
 
 def _row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
     _check_vector(x_D, grads_MD.shape[1], "x", "columns")
-    dtype = _compute_dtype(grads_MD, x_D)
+    # Squares of bfloat16 numbers round in one direction in float32 (k * k is 0, 1 or 4 modulo 8), up to 1e-5 of a long
+    # sum; widening to float64 costs the same as widening to float32.
+    dtype = torch.float64 if grads_MD.dtype == torch.bfloat16 else _compute_dtype(grads_MD, x_D)
     x_D = x_D.to(dtype)
     chunk = _column_chunk(grads_MD, dtype)
     dots_M = torch.zeros(grads_MD.shape[0], dtype=torch.float64, device=grads_MD.device)

@@ -62,7 +62,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def nonzero_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a 2-d gradient, dense or sparse, that are not all zero: their ascending numbers, and the rows themselves."""
+    """Rows of a 2-d gradient, dense or sparse, that are not all zero: their ascending numbers, and the rows."""
     if grad.is_sparse:
         grad = grad.coalesce()
         return grad.indices()[0], _widened(grad.values())

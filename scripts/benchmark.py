@@ -5,8 +5,9 @@
     python scripts/benchmark.py --optimizer --device cuda        # the same on a GPU
 
 ``--optimizer`` fills a window of m gradients of d numbers and times whole steps of MFAC. The floor is two reads of the
-window at the highest read bandwidth seen in the same run. Every round times each contender once, so that all meet the
-same noise; figures are medians over rounds. Results go to ``--output`` as JSON, with the command line and the machine.
+window, at the pace of the fastest of three ways to read it in the same round. Every round times each contender once,
+so that all meet the same noise; figures are medians over rounds. Results go to ``--output`` as JSON, with the command
+line and the machine.
 """
 
 from __future__ import annotations
@@ -38,10 +39,14 @@ WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmarks that the flags name, print their tables, and return what is written as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--accuracy", action="store_true", help="error of the direction against a dense float64 oracle")
+    parser.add_argument(
+        "--accuracy", action="store_true", help="error of the direction against a dense float64 oracle"
+    )
     parser.add_argument("--optimizer", action="store_true", help="time of an optimizer step")
     parser.add_argument("--num_grads", type=int, nargs="+", default=[128, 512], help="window lengths m to time")
-    parser.add_argument("--dims", type=int, nargs="+", default=[300_000, 4_400_000], help="numbers of parameters d to time")
+    parser.add_argument(
+        "--dims", type=int, nargs="+", default=[300_000, 4_400_000], help="numbers of parameters d to time"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--device", default="cpu")
@@ -172,18 +177,20 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
             for key, run in (contenders | readers).items():
                 times[key].append(seconds(run, device))
         medians = {key: statistics.median(values[1:]) for key, values in times.items()}
-        bandwidth = max(buffer_MD.nbytes / min(times[key][1:]) for key in readers)
-        floor = 2 * buffer_MD.nbytes / bandwidth
+        # The machine's bandwidth changes from second to second: the floor of a round is twice its own fastest read.
+        reads = [min(values) for values in zip(*(times[key][1:] for key in readers), strict=True)]
+        floor = 2 * statistics.median(reads)
+        over_floor = [step / (2 * read) for step, read in zip(times["mfac"][1:], reads, strict=True)]
         rows.append(
             {
                 "num_grads": num_grads,
                 "dim": dim,
                 "window_dtype": name,
                 "window_gib": buffer_MD.nbytes / (1 << 30),
-                "read_gb_per_s": bandwidth / GB,
+                "read_gb_per_s": buffer_MD.nbytes / statistics.median(reads) / GB,
                 "floor_ms": 1e3 * floor,
                 "mfac_ms": 1e3 * medians["mfac"],
-                "mfac_over_floor": medians["mfac"] / floor,
+                "mfac_over_floor": statistics.median(over_floor),
                 "adamw_ms": 1e3 * medians["adamw"],
                 "mfac_over_adamw": medians["mfac"] / medians["adamw"],
                 "paper_over_mfac": medians["paper"] / medians["mfac"] if "paper" in medians else None,
@@ -193,7 +200,7 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
 
 
 def read_kernels(buffer_MD: Tensor) -> dict[str, Callable[[], Any]]:
-    """Ways to read the whole window once; the fastest of them measures the bandwidth."""
+    """Ways to read the whole window once; the fastest of them sets the floor."""
     words = buffer_MD.view(torch.float32) if buffer_MD.shape[1] % 2 == 0 else buffer_MD
     flat = words.reshape(-1)
     x = torch.ones(words.shape[1], dtype=words.dtype, device=words.device)
@@ -215,7 +222,18 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def print_steps(rows: list[dict[str, Any]]) -> None:
     """The step times as a table."""
     table = Table(title="one optimizer step, medians")
-    for heading in ("d", "m", "window", "GiB", "read GB/s", "floor ms", "MFAC ms", "/ floor", "/ AdamW", "paper / MFAC"):
+    for heading in (
+        "d",
+        "m",
+        "window",
+        "GiB",
+        "read GB/s",
+        "floor ms",
+        "MFAC ms",
+        "/ floor",
+        "/ AdamW",
+        "paper / MFAC",
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(

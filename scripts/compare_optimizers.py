@@ -11,11 +11,12 @@ A study names a training script, the flags that all runs share, and for each con
       adamw: {flags: {optim_name: adamw}, grid: [{learning_rate: 1e-4}, {learning_rate: 3e-4}]}
       mfac: {flags: {optim_name: mfac, num_grads: 512}, grid: [{learning_rate: 1e-3}, {learning_rate: 3e-3}]}
 
-Every point of every grid is trained once without a held-out part of the *training* split and judged on that part, by the task's
-own metric or by ``tuning: {metric: eval_loss}``; ``tuning: {flags: {...}}`` makes these runs shorter, for all alike. The best
-point of each contender is then trained with every seed and judged on the validation split, which nothing before has seen.
-Each run is a process of its own. Finished runs are kept in ``OUTPUT/NAME.jsonl``, with their command lines, and are not
-repeated, so a study that was cut off goes on where it stopped. ``OUTPUT/NAME.md`` has the table.
+Every point of every grid is trained once without a held-out part of the *training* split and judged on that part, by
+the task's own metric or by ``tuning: {metric: eval_loss}``; ``tuning: {flags: {...}}`` makes these runs shorter, for
+all alike. The best point of each contender is then trained with every seed and judged on the validation split, which
+nothing before has seen. Each run is a process of its own. Finished runs are kept in ``OUTPUT/NAME.jsonl``, with their
+command lines, and are not repeated, so a study that was cut off goes on where it stopped. ``OUTPUT/NAME.md`` has the
+table.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run_once(study, contender, "tuning", point, flags, runs, log)
         best = best_point(runs, contender, spec["grid"], tuning["metric"])
         for seed in study["seeds"]:
-            run_once(study, contender, "final", best, {**study["flags"], **spec["flags"], **best, "seed": seed}, runs, log)
+            run_once(
+                study, contender, "final", best, {**study["flags"], **spec["flags"], **best, "seed": seed}, runs, log
+            )
     summary = summarize(study, runs)
     table = format_table(study, summary)
     (args.output / f"{study['name']}.md").write_text(table)

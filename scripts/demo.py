@@ -50,9 +50,11 @@ class DemoArguments:
     num_validation: int = field(default=1024, metadata={"help": "Sentences to validate on."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the BERT."})
     num_grads: int = field(default=128, metadata={"help": "Gradients in M-FAC's window."})
-    mfac_lr: float = field(default=3e-3, metadata={"help": "Learning rate of M-FAC."})
-    mfac_damping: float = field(default=1e-3, metadata={"help": "Damping of M-FAC."})
-    mfac_grad_decay: float = field(default=0.95, metadata={"help": "Share of its weight that a gradient keeps per step in M-FAC."})
+    mfac_lr: float = field(default=1e-2, metadata={"help": "Learning rate of M-FAC."})
+    mfac_damping: float = field(default=3e-3, metadata={"help": "Damping of M-FAC."})
+    mfac_grad_decay: float = field(
+        default=0.95, metadata={"help": "Share of its weight that a gradient keeps per step in M-FAC."}
+    )
     adamw_lr: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
     adamw_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
 

@@ -1,4 +1,4 @@
-"""M-FAC as the paper states it, in a few lines of float64 with the dense matrix: what the optimizer is checked against."""
+"""M-FAC as the paper states it, in a few lines of float64 with the dense matrix, to check the optimizer against."""
 
 import torch
 
@@ -9,7 +9,8 @@ class NaiveMFAC:
     """The same steps as `mfac_hf.MFAC` on copies of the parameters, for gradients given explicitly.
 
     Args:
-        groups: dictionaries as for the optimizer, "params" and any of lr, momentum, weight_decay, decoupled_weight_decay.
+        groups: dictionaries as for the optimizer: "params", "lr", and any of momentum, weight_decay and
+            decoupled_weight_decay.
         num_grads: length of the window.
         damping: of the Fisher matrix.
         normalize: "num_grads" or "count".

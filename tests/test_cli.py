@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from mfac_hf import cli
+from mfac_hf import build, cli
 
 
 def run_mfac(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +40,7 @@ def report() -> dict:
         },
         "cuda": [{"name": "A [big] GPU", "memory_gib": 80.0, "compute_capability": "9.0"}],
         "accelerate_device": "cuda",
+        "native_kernels": {"cpu": "in use", "cuda": "built at first use, in [there]"},
         "tools": {"ninja": tool, "cxx": tool, "nvcc": tool},
     }
 
@@ -56,6 +57,7 @@ def test_json_report_holds_the_facts():
     assert len(report["cuda"]) == torch.cuda.device_count()
     assert report["cpu"]["name"] and report["cpu"]["torch_threads"] == 1
     assert 0 < report["cpu"]["available_gib"] <= report["cpu"]["memory_gib"]
+    assert set(report["native_kernels"]) == {"cpu"}, "no other device is used"
     assert set(report["tools"]) == {"ninja", "cxx", "nvcc"}
     assert report["tools"]["ninja"] is not None, "ninja is a dependency of the package"
     assert all(set(entry) == {"what", "so"} for entry in report["missing"])
@@ -78,6 +80,57 @@ def test_library_that_does_not_load_is_one_line_and_exit_code_2(monkeypatch, cap
     assert captured.out == ""
     assert captured.err.startswith("mfac env: error: import of psutil halted")
     assert "pip install mfac_hf" in captured.err
+
+
+def test_build_option_builds_for_the_device_and_reports(tmp_path):
+    """With a shell script as compiler: what a real one makes is tests/test_build.py's matter."""
+    if build.find_ninja() is None:
+        pytest.skip("needs ninja: pip install ninja")
+    compiler = tmp_path / "my++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" ] && [ "$1" != "-o" ]; do shift; done\n[ -z "$2" ] || : > "$2"\n')
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "MFAC_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
+    result = run_mfac("env", "--build", "--json", **environment, MFAC_NATIVE="auto")
+    assert result.returncode == 0, result.stderr
+    (library,) = tmp_path.glob("cache/cpu-*/mfac_cpu.so")
+    assert json.loads(result.stdout)["native_kernels"] == {"cpu": f"built, in {library.parent}"}
+
+
+@pytest.mark.parametrize("mode", ["auto", "force", "off"])
+def test_build_option_that_fails_is_one_line_and_exit_code_2(mode, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_accelerate_device", lambda: "cpu")
+    monkeypatch.setenv("MFAC_NATIVE", mode)
+    monkeypatch.setenv("CXX", "nothing++")
+    monkeypatch.setenv("MFAC_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["env", "--build"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mfac env: error: no C++ compiler was found (CXX is 'nothing++')")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_build_option_for_a_device_without_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_accelerate_device", lambda: "abacus:1")
+    assert cli.main(["env", "--build"]) == 2
+    assert capsys.readouterr().err == "mfac env: error: there are no native kernels for abacus\n"
+
+
+def test_kernels_are_reported_for_the_cpu_and_the_device(monkeypatch):
+    monkeypatch.setattr(cli, "_accelerate_device", lambda: "abacus:1")
+    monkeypatch.setattr(build, "_outcome", {"cpu": "a reason"})
+    monkeypatch.delenv("MFAC_NATIVE", raising=False)
+    kernels = cli.environment()["native_kernels"]
+    assert kernels == {"cpu": "a reason", "abacus": "there are no native kernels for abacus"}
+
+
+def test_wrong_mode_of_the_kernels_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_accelerate_device", lambda: "cpu")
+    monkeypatch.setattr(build, "_outcome", {})
+    monkeypatch.setenv("MFAC_NATIVE", "yes")
+    assert cli.main(["env"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "mfac env: error: MFAC_NATIVE is 'yes'; expected auto, force or off\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["brew"], ["env", "--xml"]])
@@ -153,7 +206,8 @@ def test_tables_show_every_fact(report, monkeypatch, capsys):
     report["tools"]["nvcc"] = None
     cli._print_tables({**report, "missing": [{"what": "nvcc", "so": "nothing [much]"}]})
     printed = capsys.readouterr().out
-    for text in ("transformers", "A CPU", "32.0 GiB", "A [big] GPU", "80.0 GiB", "not found", "nothing [much]"):
+    facts = ["transformers", "A CPU", "32.0 GiB", "A [big] GPU", "80.0 GiB", "not found", "nothing [much]"]
+    for text in [*facts, "cpu kernels", "in use", "cuda kernels", "built at first use, in [there]"]:
         assert text in printed
 
 
@@ -169,8 +223,9 @@ def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
     assert cli._find_nvcc() is None, "another toolkit than the one named must not stand in for it"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("CXX", "my++ -O3")
-    assert cli._find_cxx() == str(tmp_path / "bin" / "my++")
-    assert cli._tool(cli._find_cxx()) == {"path": cli._find_cxx(), "version": "tools, release 13.0, V13.0.1"}
+    compiler = str(tmp_path / "bin" / "my++")
+    assert build.find_compiler() == compiler
+    assert cli._tool(compiler) == {"path": compiler, "version": "tools, release 13.0, V13.0.1"}
 
 
 def test_tool_that_does_not_run_says_so(tmp_path):

@@ -90,7 +90,14 @@ def test_slots_grow_and_keep_what_they_hold():
         dense.write(step % 3, as_dense(grad, sparse.shape))
         check_equal(sparse, dense, step % 3, min(step + 1, 3), generator)
         slots.append(sparse.rows_MN.shape[1])
-    assert slots == [1, 2, 40, 50, 50, 50]  # a quarter more than before where that is enough, so that not every step grows
+    assert slots == [
+        1,
+        2,
+        40,
+        50,
+        50,
+        50,
+    ]  # a quarter more than before where that is enough, so that not every step grows
     assert sparse.nbytes == 3 * 50 * (4 * 4 + 8)
 
 
@@ -154,7 +161,9 @@ def test_dense_columns_round_once(dtype):
     torch.testing.assert_close(store.dots(1, 3), rounded @ rounded[1], **tolerance)
     weights = torch.tensor([1.0, -2.0], dtype=torch.float64)
     torch.testing.assert_close(store.combine(weights).double(), weights @ rounded[:2], **tolerance)
-    torch.testing.assert_close(store.combine(weights, dtype=torch.float64), weights @ rounded[:2], rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(
+        store.combine(weights, dtype=torch.float64), weights @ rounded[:2], rtol=0.0, atol=1e-12
+    )
 
 
 def test_dense_columns_never_read_rows_that_were_not_written():

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfac_hf import ops
 
+RUN = min(ops.RUN_LENGTH, 1 << 14)  # one run of columns, which some shapes below exceed
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 X_DTYPES = (torch.float32, torch.float64)
 # Unit roundoff of the arithmetic, with room for the few additions that follow one another in a blocked sum.
@@ -44,14 +45,16 @@ def check_combine(combine, grads, weights, x, alpha, beta):
     exact = beta * (grads.double().T @ weights) + (0.0 if x is None else alpha * x.double())
     dtype = arithmetic(grads.dtype, None if x is None else x.dtype)
     assert found.dtype == dtype and found.shape == (grads.shape[1],)
-    scale = abs(beta) * (grads.double().abs().T @ weights.abs()) + (0.0 if x is None else abs(alpha) * x.double().abs())
+    scale = abs(beta) * (grads.double().abs().T @ weights.abs()) + (
+        0.0 if x is None else abs(alpha) * x.double().abs()
+    )
     assert ((found - exact).abs() <= ROUNDING[dtype] * scale + 1e-30).all()
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     m=st.integers(1, 40),
-    d=st.one_of(st.integers(1, 70), st.integers(ops.RUN_LENGTH - 3, ops.RUN_LENGTH + 3)),
+    d=st.one_of(st.integers(1, 70), st.integers(RUN - 3, RUN + 3)),
     dtype=st.sampled_from(DTYPES),
     x_dtype=st.sampled_from(X_DTYPES),
     seed=st.integers(0, 1000),
@@ -65,7 +68,7 @@ def test_any_shape_matches_float64(m, d, dtype, x_dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "d"), [(1, 1), (1, 3 * ops.RUN_LENGTH + 1), (7, 2 * ops.RUN_LENGTH), (4099, 259)])
+@pytest.mark.parametrize(("m", "d"), [(1, 1), (1, 3 * RUN + 1), (7, 2 * RUN), (4099, 259)])
 def test_several_runs_match_float64(implementation, dtype, m, d):
     """More columns than one run, also where a tall bfloat16 window makes the runs short."""
     row_dots, combine = implementation
@@ -78,7 +81,7 @@ def test_several_runs_match_float64(implementation, dtype, m, d):
 def test_strided_rows(implementation, dtype):
     """Slices of rows and of columns, as a filling window and parameters that share a buffer give them."""
     row_dots, combine = implementation
-    d = ops.RUN_LENGTH + 13
+    d = RUN + 13
     whole, x, weights = draw(12, d + 9, dtype, torch.float32)
     for view in (whole[:5, :d], whole[2:7, 9:], whole[::2, 4 : 4 + d][:5]):
         assert not view.is_contiguous()
@@ -101,8 +104,8 @@ def test_inputs_stay_as_they_were(implementation, dtype):
 def test_long_positive_sums_keep_seven_digits(implementation, dtype, tolerance):
     """The Gram diagonal is a sum of squares; an error of 1e-6 of it hides what a nearly repeated gradient adds.
 
-    Squares of 8-bit numbers end in few low bits (k * k is 0, 1 or 4 modulo 8), so float32 sums of them lose more by rounding down
-    than they gain by rounding up: over runs of 8,192 columns 1e-5 of the sum, always in the same direction.
+    Squares of 8-bit numbers end in few low bits (k * k is 0, 1 or 4 modulo 8), so float32 sums of them lose more by
+    rounding down than they gain by rounding up: over runs of 8,192 columns 1e-5 of the sum, always in one direction.
     """
     generator = torch.Generator().manual_seed(0)
     grads = (0.5 + torch.rand(5, 1_000_003, generator=generator)).to(dtype)
@@ -124,12 +127,12 @@ def test_wrong_shapes_are_refused(implementation):
     """Above all those that arithmetic would accept: one number for all columns, a rest behind whole runs."""
     row_dots, combine = implementation
     grads, x, weights = draw(3, 5, torch.float32, torch.float32)
-    long = torch.ones(2, ops.RUN_LENGTH)
+    long = torch.ones(2, RUN)
     for call in (
         lambda: row_dots(grads, x[:4]),
         lambda: row_dots(grads, x[:, None]),
-        lambda: row_dots(long, torch.ones(ops.RUN_LENGTH + 1)),
-        lambda: row_dots(long.double(), torch.ones(ops.RUN_LENGTH + 1)),
+        lambda: row_dots(long, torch.ones(RUN + 1)),
+        lambda: row_dots(long.double(), torch.ones(RUN + 1)),
         lambda: combine(grads, weights[:2]),
         lambda: combine(grads, weights, x[:1]),
         lambda: combine(grads, weights, x.expand(5, 5)),

@@ -1,4 +1,4 @@
-"""Where parameters get their columns: embeddings by rows, masks, several devices; and that none of it changes the steps."""
+"""Where parameters get their columns: embeddings by rows, masks, several devices. None of it changes the steps."""
 
 import copy
 

@@ -38,7 +38,7 @@ def oracle(window, x=None):
 
 
 def oracle_in_span(window):
-    """F⁻¹ of the newest row by the push-through identity in float64, for dimensions where a dense matrix is too large."""
+    """F⁻¹ of the newest row by the push-through identity in float64, where a dense matrix would be too large."""
     rows = stored(window)
     system = rows @ rows.T
     system.diagonal().add_(window.num_grads * window.damping)
@@ -159,7 +159,7 @@ def test_error_where_published_runs_are(norm, damping):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [1e-2, 1e-3])
 def test_nearly_repeated_gradients(dtype, spread):
-    """Large batches or slow training: gradients differ by less than bfloat16's rounding, and only the difference matters."""
+    """Large batches or slow training: gradients differ by less than bfloat16 resolves, and only that matters."""
     m, d = 16, 100_000
     window = GradientWindow(m, d, damping=1e-8, dtype=dtype)
     common, *noise = draw(m + 5, d, dtype=torch.float32)
@@ -272,7 +272,7 @@ def test_empty_window():
 
 @pytest.mark.parametrize("size", [1e-9, 1e-6, 1e-2])
 def test_jitter_mends_an_indefinite_gram_matrix(size):
-    """A Gram matrix that rounding left indefinite, by a little or by a lot: escalated, counted, and close to its repair."""
+    """Where rounding left the matrix indefinite, by a little or by a lot: escalated, counted, no more than needed."""
     window = GradientWindow(6, 20, damping=1e-12, dtype=torch.float64)
     for grad in draw(6, 20):
         window.push(grad)
@@ -294,6 +294,14 @@ def test_jitter_mends_an_indefinite_gram_matrix(size):
     healed = window.jitter_escalations
     assert relative_error(window.direction(), oracle_in_span(window)) <= 1e-6
     assert window.jitter_escalations == healed
+
+
+def test_a_gram_matrix_that_cannot_be_mended_is_an_error():
+    """Parts are taken as they are; jitter without end would be a hang."""
+    window = GradientWindow(3, [DenseColumns(3, 2), DenseColumns(3, 1)], damping=1e-3)
+    window.push([torch.ones(2), torch.tensor([torch.nan])])
+    with pytest.raises(FloatingPointError, match="NaN or infinite entries"):
+        window.direction()
 
 
 def test_no_jitter_where_none_is_needed():

@@ -478,7 +478,7 @@ def test_a_state_of_another_optimizer():
 
 
 def test_a_file_cut_short():
-    """torch refuses it before the optimizer sees it; what matters is that nothing was half loaded."""
+    """The loader refuses it, before the optimizer sees any of it."""
     model, optimizer = make()
     train(model, optimizer, 0, 6)
     file = io.BytesIO()

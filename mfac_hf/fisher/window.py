@@ -258,6 +258,10 @@ class GradientWindow:
                 return factor_MM
             self.jitter_escalations += 1
             smallest = torch.finfo(torch.float64).eps * float(shifted_MM.diagonal().max())
+            if not smallest < float("inf"):  # no jitter would ever do
+                raise FloatingPointError(
+                    "the Gram matrix has NaN or infinite entries: a gradient that has them was pushed in parts"
+                )
             jitter = 10 * jitter if jitter else smallest
 
     def _solve_gram(self, rhs_M: Tensor) -> Tensor:
