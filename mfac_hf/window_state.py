@@ -134,7 +134,7 @@ def _check_window(label: str, state: dict[str, Any], p: Tensor, mask: Tensor | N
 def restore_placements(
     states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: dict[str, Any]
 ) -> tuple[dict[Tensor, Placement], dict[str, Any] | None]:
-    """Placements from per-parameter states, in the order of the columns, and the state with the Gram matrix, if any."""
+    """Placements, in the order of their columns, and the state with the Gram matrix, if any."""
     placed = {p: state for p, state in states.items() if "window_store" in state}
     if not placed:
         return {}, None

@@ -162,7 +162,8 @@ def format_table(study: dict[str, Any], summary: dict[str, Any]) -> str:
     lines = [
         f"# {study['name']}",
         "",
-        f"`{study['script']}` with {', '.join(f'{k}={v}' for k, v in study['flags'].items())}; seeds {study['seeds']}.",
+        f"`{study['script']}` with {', '.join(f'{k}={v}' for k, v in study['flags'].items())}; "
+        f"seeds {study['seeds']}.",
         f"Tuned with one run per point (seed {study['tuning']['seed']}) on a held-out "
         f"{study['tuning']['holdout_fraction']:g} of the training split, by {study['tuning']['metric']}"
         f"{', with ' + str(study['tuning']['flags']) if study['tuning']['flags'] else ''}; "

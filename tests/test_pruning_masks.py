@@ -1,3 +1,5 @@
+"""Masks read off a sparse model."""
+
 import pytest
 import torch
 

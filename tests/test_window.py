@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 
+from mfac_hf.build import load_native
 from mfac_hf.fisher import GradientWindow
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher
@@ -195,7 +196,11 @@ def test_repeated_gradient_has_a_known_direction(dtype, damping):
     """With k copies of g in the window, F⁻¹g = g / (λ + k|g|²/m).
 
     The coefficients of the copies cancel to one part in k|g|²/(mλ), which their rounding to float32 does not survive.
+    Nor would it survive a Gram matrix in which equal gradients have unequal products, as a BLAS gives them that rounds
+    by the position of a row.
     """
+    if damping < 1e-3 and dtype != torch.float64 and not load_native("cpu"):
+        pytest.skip("needs the native kernels, which treat every row alike")
     grad = draw(1, 500, dtype=dtype)[0].double()
     grad = (grad / grad.norm()).to(dtype)
     square = float(grad.double().square().sum())
