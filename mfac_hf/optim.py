@@ -331,6 +331,8 @@ class MFAC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the window too, unless ``save_window=False`` or several ranks share it."""
+        if self._window is not None:
+            self._window.clear_unwritten()
         state_dict = super().state_dict()
         if self._shares_window() or not self.defaults["save_window"]:
             state_dict["state"] = {
@@ -392,6 +394,8 @@ class MFAC(torch.optim.Optimizer):
             raise TypeError(
                 "an MFAC whose window is shared by several ranks cannot be pickled or deep-copied by one of them"
             )
+        if self._window is not None:
+            self._window.clear_unwritten()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -485,3 +485,19 @@ def test_a_file_cut_short():
     torch.save(optimizer.state_dict(), file)
     with pytest.raises(RuntimeError, match="zip archive|central directory"):
         torch.load(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]), weights_only=True)
+
+
+def test_rows_without_a_gradient_are_saved_as_zeros():
+    """No raw memory in a checkpoint: the same training gives the same file."""
+    parameter = torch.nn.Parameter(torch.zeros(5))
+    optimizer = MFAC([parameter], num_grads=4, damping=1e-3)
+    parameter.grad = torch.ones(5)
+    optimizer.step()
+    optimizer._window.columns[0].buffer_MD[1:] = float("nan")  # what uninitialised memory may hold
+    saved = optimizer.state_dict()["state"][0]["window"]
+    assert torch.equal(saved[0], torch.ones(5)) and torch.equal(saved[1:], torch.zeros(3, 5))
+    optimizer._window.columns[0].buffer_MD[1:] = float("nan")
+    assert torch.equal(copy.deepcopy(optimizer).state_dict()["state"][0]["window"], saved)
+    parameter.grad = torch.arange(5.0)
+    optimizer.step()
+    assert parameter.isfinite().all()

@@ -136,6 +136,12 @@ class GradientWindow:
         self.gram_MM[row, : self.count] = dots_M
         self.gram_MM[: self.count, row] = dots_M
 
+    def clear_unwritten(self) -> None:
+        """Zero the rows that hold no gradient yet: before they are saved or copied, not before they are used."""
+        for columns in self.columns:
+            if isinstance(columns, DenseColumns):
+                columns.buffer_MD[self.count :].zero_()
+
     def add_columns(self, columns: DenseColumns | RowSparseColumns) -> None:
         """Append parameters that had no gradient so far: zeros in the rows already stored, which is exact."""
         if isinstance(columns, DenseColumns):
