@@ -78,7 +78,9 @@ def test_table_is_computed_from_the_runs(demo, finished):
     console.print(demo.make_table(runs))
     rows = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.startswith("│")}
     assert set(rows) == {"M-FAC", "AdamW"}
-    assert demo.spread([run.train_loss for run in runs if run.optimizer == "adamw"], 4) in rows["AdamW"]
+    assert demo.spread([run.train_loss for run in runs if run.optimizer == "adamw"], 3) in rows["AdamW"]
+    accuracies = [100 * run.validation_accuracy for run in runs if run.optimizer == "mfac"]
+    assert f"{demo.spread(accuracies, 1)} %" in rows["M-FAC"]
     assert "none" in rows["AdamW"] and "none" not in rows["M-FAC"]
 
 
