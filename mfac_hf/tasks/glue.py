@@ -212,9 +212,10 @@ def hold_out(train: Dataset, fraction: float, phrases: str | None = None) -> tup
         overlaps = {i for i in long if any(sentence in texts[i] for sentence in sentences)}
         kept = [i for i, text in enumerate(texts) if i not in overlaps and text not in joined]
     if not kept or not chosen:
+        of = "" if phrases is None else f" (whole sentences, of at least {SENTENCE_WORDS} words, are held out here)"
         raise ValueError(
             f"holdout_fraction {fraction} of {len(train)} training examples leaves a part empty; "
-            "expected a fraction between 0 and 1 that leaves at least one example on each side"
+            f"expected a fraction between 0 and 1 that leaves at least one example on each side{of}"
         )
     return train.select(kept), train.select(chosen)
 
