@@ -1,8 +1,9 @@
-"""Benchmarks, as ratios measured side by side: ``python scripts/benchmark.py --optimizer`` (or ``--accuracy``).
+"""Benchmarks, as ratios measured side by side: ``python scripts/benchmark.py --optimizer``.
 
     python scripts/benchmark.py --accuracy                       # error of the direction against float64, in seconds
     python scripts/benchmark.py --optimizer [--threads N]        # step time over the floor, beside AdamW and the paper
     python scripts/benchmark.py --optimizer --device cuda        # the same on a GPU
+    python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
 
 ``--optimizer`` fills a window of m gradients of d numbers and times whole steps of MFAC. The floor is two reads of the
 window, at the pace of the fastest of three ways to read it in the same round. Every round times each contender once,
@@ -16,7 +17,9 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +46,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--accuracy", action="store_true", help="error of the direction against a dense float64 oracle"
     )
     parser.add_argument("--optimizer", action="store_true", help="time of an optimizer step")
+    parser.add_argument(
+        "--epoch",
+        nargs=2,
+        metavar=("MODEL", "DATA"),
+        help="an epoch of SST-2 at m = 1024 beside AdamW, through run_glue.py",
+    )
     parser.add_argument("--num_grads", type=int, nargs="+", default=[128, 512], help="window lengths m to time")
     parser.add_argument(
         "--dims", type=int, nargs="+", default=[300_000, 4_400_000], help="numbers of parameters d to time"
@@ -52,8 +61,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=None, help="write the results here as JSON")
     args = parser.parse_args(argv)
-    if not (args.accuracy or args.optimizer):
-        parser.error("nothing to do: pass --accuracy or --optimizer (or both)")
+    if not (args.accuracy or args.optimizer or args.epoch):
+        parser.error("nothing to do: pass --accuracy, --optimizer or --epoch")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {"command": " ".join(["python", "scripts/benchmark.py", *(argv or sys.argv[1:])])}
@@ -68,6 +77,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for row in benchmark_step(num_grads, dim, args.rounds, device)
         ]
         print_steps(results["optimizer"])
+    if args.epoch:
+        results["epoch"] = benchmark_epoch(*args.epoch)
     results["machine"] = describe_machine(torch.device(args.device))
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -196,6 +207,51 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
                 "paper_over_mfac": medians["paper"] / medians["mfac"] if "paper" in medians else None,
             }
         )
+    return rows
+
+
+def benchmark_epoch(model: str, data: str) -> dict[str, Any]:
+    """Time and peak memory of an epoch of SST-2 in batches of 32: the published m = 1024 beside AdamW, in processes."""
+    contenders = {
+        "adamw": ["--optim_name", "adamw"],
+        "mfac_float32": ["--optim_name", "mfac", "--num_grads", "1024", "--damping", "1e-6"],
+        "mfac_bfloat16": [
+            "--optim_name",
+            "mfac",
+            "--num_grads",
+            "1024",
+            "--damping",
+            "1e-6",
+            "--window_dtype",
+            "bfloat16",
+        ],
+    }
+    rows: dict[str, Any] = {}
+    for name, flags in contenders.items():
+        with tempfile.TemporaryDirectory() as directory:
+            script = Path(__file__).parent / "run_glue.py"
+            common = ["--model_name_or_path", model, "--dataset_name", data, "--task_name", "sst2", "--do_train"]
+            common += ["--num_train_epochs", "1", "--per_device_train_batch_size", "32", "--learning_rate", "1e-4"]
+            common += [
+                "--save_strategy",
+                "no",
+                "--report_to",
+                "none",
+                "--disable_tqdm",
+                "true",
+                "--output_dir",
+                directory,
+            ]
+            subprocess.run([sys.executable, str(script), *common, *flags], check=True, stdout=subprocess.DEVNULL)
+            written = json.loads((Path(directory) / "results.json").read_text())
+        rows[name] = {"seconds": written["results"]["train_runtime"], "peak_gib": written["peak_memory_gib"]}
+        rows[name]["over_adamw"] = rows[name]["seconds"] / rows["adamw"]["seconds"]
+    table = Table(title="an epoch of SST-2, BERT-tiny, batch 32, m = 1024")
+    for heading in ("optimizer", "seconds", "/ AdamW", "peak GiB of the process"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['seconds']:.0f}", f"{row['over_adamw']:.2f}", f"{row['peak_gib']:.2f}")
+    Console().print(table)
     return rows
 
 

@@ -147,7 +147,7 @@ def test_holdout_leaves_the_validation_split_alone(run, script, tmp_path, monkey
 
     monkeypatch.setattr(script, "Trainer", Spy)
     monkeypatch.setattr(glue, "tokenize", _keep_idx(glue.tokenize))
-    results = run("--do_train", "--do_eval", "--holdout_fraction", "0.25", "--max_steps", "1", task="cola")
+    results = run("--do_train", "--do_eval", "--holdout_fraction", "0.25", "--max_steps", "1", task="stsb")
     train, held_out = (seen[part]["idx"][:] for part in ("train", "evaluation"))
     assert len(held_out) == ROWS // 4 and sorted(train + held_out) == list(range(ROWS))
     assert results["evaluated_on"] == ["held_out"]
@@ -161,7 +161,7 @@ def test_holdout_leaves_the_validation_split_alone(run, script, tmp_path, monkey
         "1",
         "--seed",
         "1",
-        task="cola",
+        task="stsb",
         output="other",
     )
     assert seen["evaluation"]["idx"][:] == held_out
@@ -175,7 +175,7 @@ def test_holdout_leaves_the_validation_split_alone(run, script, tmp_path, monkey
         "6",
         "--max_steps",
         "1",
-        task="cola",
+        task="stsb",
     )
     assert seen["train"]["idx"][:] == train[:6] and seen["evaluation"]["idx"][:] == held_out
 
