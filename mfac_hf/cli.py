@@ -148,7 +148,7 @@ def _cpu() -> dict[str, Any]:
 
     memory = psutil.virtual_memory()
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -157,7 +157,7 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Name the processor's model."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():  # Linux, where platform.processor() is empty or just the architecture

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from mfac_hf import MFAC
 from mfac_hf.build import native_status
+from mfac_hf.cli import cpu_name
 from mfac_hf.fisher import GradientWindow
 from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher
 
@@ -89,22 +89,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
     return {
-        "processor": processor_name(),
+        "processor": cpu_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "native_kernels": native_status(device.type),
     }
-
-
-def processor_name() -> str:
-    """Name of the processor as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def synthetic_gradients(count: int, dim: int, norm: float, seed: int = 0) -> Iterator[Tensor]:
