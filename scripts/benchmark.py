@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mfac_hf import MFAC
-from mfac_hf.build import native_status
+from mfac_hf.build import load_native
 from mfac_hf.cli import cpu_name
 from mfac_hf.fisher import GradientWindow
 from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher
@@ -93,7 +93,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "native_kernels": native_status(device.type),
+        "native_kernels": load_native(device.type),
     }
 
 
@@ -201,7 +201,7 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
 
 
 def benchmark_epoch(model: str, data: str) -> dict[str, Any]:
-    """Time and peak memory of an epoch of SST-2 in batches of 32: the published m = 1024 beside AdamW, in processes."""
+    """Time and peak memory of an epoch of SST-2, batch 32, at the published m = 1024 beside AdamW; a process each."""
     contenders = {
         "adamw": ["--optim_name", "adamw"],
         "mfac_float32": ["--optim_name", "mfac", "--num_grads", "1024", "--damping", "1e-6"],
