@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
     parser.add_argument("--only", nargs="+", default=None, help="contenders to run now (default: all)")
     args = parser.parse_args(argv)
-    study = load_study(args.study)
+    try:
+        study = load_study(args.study)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     log = args.output / f"{study['name']}.jsonl"
     args.output.mkdir(parents=True, exist_ok=True)
     runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

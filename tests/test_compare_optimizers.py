@@ -1,0 +1,56 @@
+"""How a study of optimizers chooses and sums up; the runs themselves are those of run_glue.py and run_squad.py."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "scripts" / "compare_optimizers.py"
+spec = importlib.util.spec_from_file_location("compare_optimizers", PATH)
+compare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compare)
+
+GRID = [{"learning_rate": 0.1}, {"learning_rate": 0.2}, {"learning_rate": 0.3}]
+
+
+def run(point, value, loss, phase="tuning", seed=0):
+    results = {"selection_value": value, "eval_loss": loss, "train_runtime": 20.0}
+    key = {"contender": "adamw", "phase": phase, "flags": {"seed": seed}}
+    return {
+        "key": key,
+        "point": point,
+        "value": value,
+        "results": results,
+        "peak_memory_gib": 1.0,
+        "metric": "eval_f1",
+    }
+
+
+def test_the_best_point_is_the_highest_value_or_the_lowest_loss():
+    runs = [run(GRID[0], 0.7, 0.5), run(GRID[1], 0.8, 0.6), run(GRID[2], 0.9, float("nan"))]
+    assert compare.best_point(runs, "adamw", GRID, "selection_value") == GRID[2]
+    assert compare.best_point(runs, "adamw", GRID, "eval_loss") == GRID[0]
+
+
+def test_failed_runs_are_not_chosen():
+    failed = {**run(GRID[0], None, None), "error": ["diverged"]}
+    assert compare.best_point([failed, run(GRID[1], 0.1, 9.0)], "adamw", GRID, "selection_value") == GRID[1]
+    with pytest.raises(RuntimeError, match="diverged"):
+        compare.best_point([failed], "adamw", GRID, "selection_value")
+
+
+def test_the_summary_is_over_final_runs_alone():
+    tuning = {"metric": "selection_value", "seed": 0, "holdout_fraction": 0.1, "flags": {}}
+    study = {"contenders": {"adamw": {}}, "flags": {"num_train_epochs": 2}, "tuning": tuning}
+    runs = [run(GRID[0], 0.99, 0.1), *(run(GRID[0], v, 0.1, "final", i) for i, v in enumerate((0.5, 0.7)))]
+    row = compare.summarize(study, runs)["adamw"]
+    assert row["mean"] == pytest.approx(0.6) and row["std"] == pytest.approx(0.1 * 2**0.5)
+    assert row["seconds_per_epoch"] == 10.0 and row["tuning"] == [(GRID[0], 0.99)]
+
+
+def test_a_study_that_is_missing_or_incomplete_is_refused(tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text("name: x\nscript: run_glue.py\n")
+    for path, words in ((tmp_path / "none.yaml", "none.yaml"), (tmp_path / "study.yaml", "no 'flags'")):
+        with pytest.raises(SystemExit):
+            compare.main([str(path), "--output", str(tmp_path)])
+        assert words in capsys.readouterr().err
