@@ -1,10 +1,8 @@
-"""The `mfac` command.
+"""`mfac env` reports what this environment has to train with.
 
-`mfac env` reports what this environment has to train with: versions, devices, tools for building native code, and what
-follows from each thing that is missing. `mfac env --json` prints the same facts for programs and bug reports.
-`mfac env --build` first builds the native kernels, which otherwise happens at the first training step.
-
-torch and the Hugging Face libraries are imported by the sub-command that needs them: `mfac --help` stays quick.
+Versions, devices, tools for building native code, and what follows from each thing that is missing. `mfac env --json`
+prints the same facts for programs and bug reports. `mfac env --build` first builds the native kernels, which otherwise
+happens at the first training step.
 """
 
 from __future__ import annotations
@@ -17,45 +15,17 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mfac_hf.cli.errors import CommandError
 
 PACKAGES = ("mfac_hf", "torch", "transformers", "datasets", "accelerate", "evaluate")
 GIB = 2**30
 
 
-class CommandError(Exception):
-    """A mistake that the user can mend: its message goes to stderr and the command ends with exit code 2."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the `mfac` command.
-
-    Args:
-        argv: the arguments after the program's name; those of the process when None.
-
-    Returns:
-        The exit code: 0, or 2 after a `CommandError`.
-
-    Raises:
-        SystemExit: by argparse, with code 2 for arguments that it does not know and 0 after `--help`.
-    """
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except CommandError as error:
-        print(f"mfac {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    """Build the parser; a sub-command is a sub-parser whose default `run` takes the parsed arguments."""
-    parser = argparse.ArgumentParser(prog="mfac", description="M-FAC for Hugging Face transformers.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
+def add_parser(commands: Any) -> None:
+    """Add `mfac env` to the sub-commands."""
     env = commands.add_parser(
         "env",
         help="print versions, devices and what is missing",
@@ -64,7 +34,6 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--json", action="store_true", help="print JSON in place of tables")
     env.add_argument("--build", action="store_true", help="build the native kernels for accelerate's device now")
     env.set_defaults(run=_run_env)
-    return parser
 
 
 def _run_env(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mfac_hf import build, cli
+from mfac_hf.cli import env
 
 
 def run_mfac(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +30,7 @@ def report() -> dict:
     """A report of a complete machine with one GPU."""
     tool = {"path": "/usr/bin/tool", "version": "1.0"}
     return {
-        "versions": {"python": "3.11", "torch_cuda": "13.0", **dict.fromkeys(cli.PACKAGES, "1.0")},
+        "versions": {"python": "3.11", "torch_cuda": "13.0", **dict.fromkeys(env.PACKAGES, "1.0")},
         "cpu": {
             "name": "A CPU",
             "physical_cores": 4,
@@ -98,7 +99,7 @@ def test_build_option_builds_for_the_device_and_reports(tmp_path):
 
 @pytest.mark.parametrize("mode", ["auto", "force", "off"])
 def test_build_option_that_fails_is_one_line_and_exit_code_2(mode, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_accelerate_device", lambda: "cpu")
+    monkeypatch.setattr(env, "_accelerate_device", lambda: "cpu")
     monkeypatch.setenv("MFAC_NATIVE", mode)
     monkeypatch.setenv("CXX", "nothing++")
     monkeypatch.setenv("MFAC_CACHE", str(tmp_path / "cache"))
@@ -110,21 +111,21 @@ def test_build_option_that_fails_is_one_line_and_exit_code_2(mode, tmp_path, mon
 
 
 def test_build_option_for_a_device_without_kernels(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_accelerate_device", lambda: "abacus:1")
+    monkeypatch.setattr(env, "_accelerate_device", lambda: "abacus:1")
     assert cli.main(["env", "--build"]) == 2
     assert capsys.readouterr().err == "mfac env: error: there are no native kernels for abacus\n"
 
 
 def test_kernels_are_reported_for_the_cpu_and_the_device(monkeypatch):
-    monkeypatch.setattr(cli, "_accelerate_device", lambda: "abacus:1")
+    monkeypatch.setattr(env, "_accelerate_device", lambda: "abacus:1")
     monkeypatch.setattr(build, "_outcome", {"cpu": "a reason"})
     monkeypatch.delenv("MFAC_NATIVE", raising=False)
-    kernels = cli.environment()["native_kernels"]
+    kernels = env.environment()["native_kernels"]
     assert kernels == {"cpu": "a reason", "abacus": "there are no native kernels for abacus"}
 
 
 def test_wrong_mode_of_the_kernels_is_one_line_and_exit_code_2(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_accelerate_device", lambda: "cpu")
+    monkeypatch.setattr(env, "_accelerate_device", lambda: "cpu")
     monkeypatch.setattr(build, "_outcome", {})
     monkeypatch.setenv("MFAC_NATIVE", "yes")
     assert cli.main(["env"]) == 2
@@ -164,8 +165,8 @@ def test_console_script_is_declared():
 
 def test_nothing_is_missing_from_a_complete_machine(report, capsys):
     pytest.importorskip("matplotlib", reason="its absence would be listed as missing")
-    assert cli._missing(report) == []
-    cli._print_tables({**report, "missing": []})
+    assert env._missing(report) == []
+    env._print_tables({**report, "missing": []})
     assert "Nothing is missing." in capsys.readouterr().out
 
 
@@ -181,30 +182,30 @@ def test_nothing_is_missing_from_a_complete_machine(report, capsys):
 )
 def test_each_absence_is_named_with_its_way_out(report, section, name, what, so):
     report[section][name] = None
-    (entry,) = [entry for entry in cli._missing(report) if entry["what"] != "matplotlib"]
+    (entry,) = [entry for entry in env._missing(report) if entry["what"] != "matplotlib"]
     assert entry["what"] == what
     assert so in entry["so"]
 
 
 def test_machine_without_cuda_needs_no_nvcc(report, monkeypatch):
-    monkeypatch.setattr(cli.shutil, "which", lambda *arguments, **options: None)
+    monkeypatch.setattr(env.shutil, "which", lambda *arguments, **options: None)
     report.update(cuda=[], accelerate_device="mps")
     report["tools"]["nvcc"] = None
-    (entry,) = [entry for entry in cli._missing(report) if entry["what"] != "matplotlib"]
+    (entry,) = [entry for entry in env._missing(report) if entry["what"] != "matplotlib"]
     assert entry == {"what": "CUDA device", "so": "training runs on mps"}
 
 
 def test_gpu_under_a_cpu_build_of_torch_is_pointed_out(report, monkeypatch):
-    monkeypatch.setattr(cli.shutil, "which", lambda *arguments, **options: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(env.shutil, "which", lambda *arguments, **options: "/usr/bin/nvidia-smi")
     report.update(cuda=[])
     report["versions"]["torch_cuda"] = None
-    assert "this torch is built without CUDA" in cli._missing(report)[0]["so"]
+    assert "this torch is built without CUDA" in env._missing(report)[0]["so"]
 
 
 def test_tables_show_every_fact(report, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     report["tools"]["nvcc"] = None
-    cli._print_tables({**report, "missing": [{"what": "nvcc", "so": "nothing [much]"}]})
+    env._print_tables({**report, "missing": [{"what": "nvcc", "so": "nothing [much]"}]})
     printed = capsys.readouterr().out
     facts = ["transformers", "A CPU", "32.0 GiB", "A [big] GPU", "80.0 GiB", "not found", "nothing [much]"]
     for text in [*facts, "cpu kernels", "in use", "cuda kernels", "built at first use, in [there]"]:
@@ -218,19 +219,19 @@ def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
         program.write_text("#!/bin/sh\necho 'name, copyright'\necho 'tools, release 13.0, V13.0.1'\n")
         program.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert cli._find_nvcc() == str(tmp_path / "bin" / "nvcc")
+    assert env._find_nvcc() == str(tmp_path / "bin" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
-    assert cli._find_nvcc() is None, "another toolkit than the one named must not stand in for it"
+    assert env._find_nvcc() is None, "another toolkit than the one named must not stand in for it"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("CXX", "my++ -O3")
     compiler = str(tmp_path / "bin" / "my++")
     assert build.find_compiler() == compiler
-    assert cli._tool(compiler) == {"path": compiler, "version": "tools, release 13.0, V13.0.1"}
+    assert env._tool(compiler) == {"path": compiler, "version": "tools, release 13.0, V13.0.1"}
 
 
 def test_tool_that_does_not_run_says_so(tmp_path):
     broken = tmp_path / "ninja"
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)
-    assert cli._tool(str(broken))["version"].startswith("does not run: ")
-    assert cli._tool(None) is None
+    assert env._tool(str(broken))["version"].startswith("does not run: ")
+    assert env._tool(None) is None

@@ -1,0 +1,45 @@
+"""The `mfac` command: a module for each sub-command, which adds its own parser and runs it.
+
+torch and the Hugging Face libraries are imported by the sub-command that needs them: `mfac --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mfac_hf.cli import env
+from mfac_hf.cli.errors import CommandError
+
+__all__ = ["CommandError", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `mfac` command.
+
+    Args:
+        argv: the arguments after the program's name; those of the process when None.
+
+    Returns:
+        The exit code: 0, or 2 after a `CommandError`.
+
+    Raises:
+        SystemExit: by argparse, with code 2 for arguments that it does not know and 0 after `--help`.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except CommandError as error:
+        print(f"mfac {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Build the parser; a sub-command is a sub-parser whose default `run` takes the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="mfac", description="M-FAC for Hugging Face transformers.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (env,):
+        module.add_parser(commands)
+    return parser
