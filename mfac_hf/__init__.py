@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mfac_hf.memory import MemoryEstimate, memory_estimate
     from mfac_hf.optim import MFAC
+    from mfac_hf.pruning.schedule import SparsitySchedule
 
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that the command line's --help need not wait for torch.
-_MODULES = {"MFAC": "mfac_hf.optim", "MemoryEstimate": "mfac_hf.memory", "memory_estimate": "mfac_hf.memory"}
+_MODULES = {
+    "MFAC": "mfac_hf.optim",
+    "MemoryEstimate": "mfac_hf.memory",
+    "SparsitySchedule": "mfac_hf.pruning.schedule",
+    "memory_estimate": "mfac_hf.memory",
+}
 
-__all__ = ["MFAC", "MemoryEstimate", "__version__", "memory_estimate"]
+__all__ = ["MFAC", "MemoryEstimate", "SparsitySchedule", "__version__", "memory_estimate"]
 
 
 def __getattr__(name: str) -> Any:
