@@ -1,6 +1,6 @@
-"""Sparse weights: masks and what keeps them."""
+"""Pruning: which weights can go, what the others do about it, and the masks that keep them away."""
 
-from mfac_hf.pruning.masks import masks_from_sparse_model
+from mfac_hf.pruning.masks import MaskSet, masks_from_sparse_model
 from mfac_hf.pruning.schedule import SparsitySchedule
 
-__all__ = ["SparsitySchedule", "masks_from_sparse_model"]
+__all__ = ["MaskSet", "SparsitySchedule", "masks_from_sparse_model"]
