@@ -129,7 +129,7 @@ class MFAC(torch.optim.Optimizer):
         self._reset_window()
         self._process_group = process_group
         super().__init__(params, defaults)
-        self._set_masks(masks or {})
+        self._keep_masks(masks or {})
 
     def _reset_window(self) -> None:
         self._window: ParameterWindow | None = None
@@ -187,7 +187,51 @@ class MFAC(torch.optim.Optimizer):
                 f"parameters on several devices ({names}); move the model to one device before building MFAC"
             )
 
-    def _set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        """Mask more coordinates: they stop where they are, and the window and the momentum forget them.
+
+        The window shrinks to the kept coordinates and is theirs exactly, as if it had never held the others. Its Gram
+        matrix is computed anew, which takes m x m x d operations. Ranks that share a window must all call this, with
+        the same masks.
+
+        Args:
+            masks: {parameter: bool tensor of its shape, True = keep}; other parameters stay as they are.
+
+        Raises:
+            ValueError: for an unknown parameter, another shape or dtype, or a mask that brings back a coordinate
+                masked before; nothing changes then.
+            MemoryError: if the smaller window does not fit beside the one that it replaces; nothing changes then.
+        """
+        masks = {p: mask.to(p.device) for p, mask in self._checked_masks(masks).items()}
+        for p, old in self._masks().items():
+            if p in masks and bool((masks[p] & ~old).any()):
+                raise ValueError(
+                    f"the new mask of a parameter of shape {tuple(p.shape)} keeps {int((masks[p] & ~old).sum())} "
+                    "coordinates that are masked already; masks only ever shrink. Build a new MFAC to bring them back"
+                )
+        if self._window is not None:
+            self._window.shrink(masks)
+        for p, mask in masks.items():
+            if "momentum_buffer" in self.state[p]:
+                self.state[p]["momentum_buffer"].mul_(mask)
+        self._keep_masks(masks)
+        self._publish()
+
+    def stored_gradients(self, parameter: Tensor) -> Tensor:
+        """The gradients that the window holds of one parameter: (count, numel), oldest first, in the window's dtype.
+
+        Raises:
+            ValueError: if this rank's window has no gradient of it: before its first step, or on another rank.
+        """
+        if self._window is None or parameter not in self._window.placements:
+            raise ValueError(
+                f"the window holds no gradient of a parameter of shape {tuple(parameter.shape)} here: it has not been "
+                "stepped with one, or another rank keeps its columns"
+            )
+        return self._window.stored_gradients(parameter)
+
+    def _checked_masks(self, masks: Mapping[Tensor, Tensor]) -> Mapping[Tensor, Tensor]:
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for parameter, mask in masks.items():
             if id(parameter) not in known:
@@ -199,7 +243,10 @@ class MFAC(torch.optim.Optimizer):
                     f"a mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for a parameter of shape "
                     f"{tuple(parameter.shape)}; expected a bool tensor of the parameter's shape, True = keep"
                 )
-        for parameter, mask in masks.items():
+        return masks
+
+    def _keep_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        for parameter, mask in self._checked_masks(masks).items():
             # In the state, because it is what deepcopy, pickle and checkpoints keep.
             self.state[parameter]["mask"] = mask.detach().clone()
 

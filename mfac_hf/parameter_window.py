@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.fisher.window import GradientWindow
+from mfac_hf.memory import require_memory
 from mfac_hf.placement import (
     ROW_SPARSE_DENSIFY,
     Placement,
@@ -95,6 +96,67 @@ class ParameterWindow(GradientWindow):
         self.placements.update(placements)
         for columns in distinct_columns(placements.values()):
             self.add_columns(columns)
+
+    def shrink(self, masks: dict[Tensor, Tensor]) -> None:
+        """Forget what these masks no longer keep; the rest is the window of the kept coordinates.
+
+        Raises:
+            MemoryError: if a smaller buffer does not fit beside the one that it replaces; nothing changes then.
+        """
+        placements: dict[Tensor, Placement] = {}
+        for columns in self.columns:
+            members = {p: placement for p, placement in self.placements.items() if placement.columns is columns}
+            if isinstance(columns, DenseColumns) and not masks.keys().isdisjoint(members):
+                placements |= self._without_masked(columns, members, masks)
+            else:
+                placements |= members
+        for p, placement in placements.items():
+            if isinstance(placement.columns, RowSparseColumns) and p in masks:
+                placement.columns.keep_only(masks[p])
+        self.placements = placements
+        self.columns = distinct_columns(placements.values()) or self.columns
+        for p in masks.keys() & self.owners.keys():
+            owner, size = self.owners[p]
+            self.owners[p] = (owner, min(size, int(masks[p].sum())))
+        self.gram_MM[: self.count, : self.count] = self._sum([columns.gram(self.count) for columns in self.columns])
+
+    def _without_masked(
+        self, columns: DenseColumns, members: dict[Tensor, Placement], masks: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Placement]:
+        kept = {}  # positions within the placement
+        for p, placement in members.items():
+            mask = torch.ones(placement.shape, dtype=torch.bool) if p not in masks else masks[p]
+            mask = mask.reshape(-1) if placement.keep is None else mask.reshape(-1)[placement.keep.to(mask.device)]
+            kept[p] = mask.nonzero().squeeze(1)
+        itemsize = columns.buffer_MD.dtype.itemsize
+        sizes = {p: len(positions) for p, positions in kept.items()}
+        words = f"{self.num_grads} gradients x {sum(sizes.values()):,} parameters that are kept"
+        require_memory(self.num_grads * sum(sizes.values()) * itemsize, columns.device, words)
+        positions_K = torch.cat([members[p].start + kept[p].to(columns.device) for p in members])
+        smaller = columns.select(positions_K, self.count)
+        placements, start = {}, 0
+        for p, placement in members.items():
+            keep = kept_positions(masks[p]) if p in masks else placement.keep
+            placements[p] = Placement(smaller, placement.shape, start, sizes[p], keep)
+            start += sizes[p]
+        return placements
+
+    def stored_gradients(self, p: Tensor) -> Tensor:
+        """The gradients held of one parameter, oldest first, shape (count, p.numel()); zero where they are masked.
+
+        Raises:
+            KeyError: if the window has no columns of this parameter here.
+        """
+        placement = self.placements[p]
+        order = (self.newest + 1 + torch.arange(self.count)) % self.count
+        if isinstance(placement.columns, RowSparseColumns):
+            return torch.stack([placement.columns.row(i) for i in order.tolist()])
+        columns = slice(placement.start, placement.start + placement.size)
+        grads_MK = placement.columns.buffer_MD[order.to(placement.columns.device), columns]
+        if placement.keep is None:
+            return grads_MK
+        keep = placement.keep.to(grads_MK.device)
+        return grads_MK.new_zeros(self.count, placement.shape.numel()).index_copy_(1, keep, grads_MK)
 
     def push_gradients(self, gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor]) -> None:
         """Store one gradient for each parameter; zeros for those that have none now.

@@ -154,10 +154,7 @@ def to_dense(columns: RowSparseColumns, count: int, dtype: torch.dtype, keep: Te
     require_memory(num_grads * dim * dtype.itemsize, columns.device, what)
     dense = DenseColumns(num_grads, dim, dtype=dtype, device=columns.device)
     for row in range(count):
-        used = columns.rows_MN[row] < columns.shape[0]
-        table_VH = columns.values_MNH.new_zeros(columns.shape)
-        table_VH[columns.rows_MN[row, used]] = columns.values_MNH[row, used]
-        flat_D = table_VH.flatten()
+        flat_D = columns.row(row)
         dense.write(row, flat_D if keep is None else flat_D[keep.to(flat_D.device)])
     return dense
 

@@ -56,17 +56,17 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         state = state_dict["state"].get(key, {})
         own_mask = optimizer.state[p].get("mask") if p in optimizer.state else None
         label = f"parameter {name or position} of shape {tuple(p.shape)}"
-        _check_mask(label, state.get("mask"), own_mask)
+        _check_mask(label, state.get("mask"), p, own_mask)
         if "momentum_buffer" in state and state["momentum_buffer"].shape != p.shape:
             found = tuple(state["momentum_buffer"].shape)
             raise ValueError(f"the saved momentum of {label} has shape {found}: another model or order")
         if "window" in state or "window_rows" in state:
-            _check_window(label, state, p, own_mask, optimizer.defaults)
+            _check_window(label, state, p, state.get("mask"), optimizer.defaults)
             with_window.append(state)
         elif "window_store" in state:
             raise ValueError(f"the state of {label} lacks its window: the state is truncated")
-        if state or own_mask is not None:
-            result[p] = dict(state) if own_mask is None else {**state, "mask": own_mask}
+        if state:
+            result[p] = dict(state)
     if with_window:
         leads = [state for state in with_window if "gram" in state]
         if len(leads) != 1 or any(key not in leads[0] for key in LEAD_KEYS):
@@ -85,12 +85,16 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     return result
 
 
-def _check_mask(label: str, saved: Tensor | None, own: Tensor | None) -> None:
-    if saved is None and own is None:
-        return
-    if saved is None or own is None or not torch.equal(saved.cpu(), own.cpu()):
+def _check_mask(label: str, saved: Tensor | None, p: Tensor, own: Tensor | None) -> None:
+    """A saved mask may keep less than the optimizer's own, as after pruning steps, but not more."""
+    if saved is not None and (saved.shape != p.shape or saved.dtype != torch.bool):
         raise ValueError(
-            f"the mask of {label} differs from the saved one; pass the masks that the saved optimizer had"
+            f"the saved mask of {label} is {saved.dtype} of shape {tuple(saved.shape)}: another model, or a damaged "
+            "file"
+        )
+    if own is not None and (saved is None or bool((saved.cpu() & ~own.cpu()).any())):
+        raise ValueError(
+            f"the saved optimizer trained weights that the mask of {label} excludes; pass the masks that it had"
         )
 
 

@@ -20,6 +20,8 @@ from mfac_hf import ops
 
 __all__ = ["DenseColumns", "RowSparseColumns"]
 
+GRAM_ELEMENTS = 1 << 22  # numbers of the window widened to float64 at once: 32 MiB
+
 
 class DenseColumns:
     """Columns kept as one (m, d) buffer.
@@ -71,6 +73,22 @@ class DenseColumns:
     def project(self, x_D: Tensor, count: int) -> Tensor:
         """Dot products of any vector with the first ``count`` rows; float64."""
         return ops.row_dots(self.buffer_MD[:count], x_D.to(self.device))
+
+    def gram(self, count: int) -> Tensor:
+        """All dot products among the first ``count`` rows, (count, count); float64."""
+        gram_MM = torch.zeros(count, count, dtype=torch.float64, device=self.device)
+        chunk = max(1, GRAM_ELEMENTS // max(count, 1))
+        for start in range(0, self.dim, chunk):
+            part = self.buffer_MD[:count, start : start + chunk].double()
+            gram_MM.addmm_(part, part.t())
+        return gram_MM
+
+    def select(self, positions: Tensor, count: int) -> "DenseColumns":
+        """A store of the columns at these positions alone, with the first ``count`` rows filled."""
+        selected = DenseColumns(len(self.buffer_MD), len(positions), dtype=self.buffer_MD.dtype, device=self.device)
+        for row in range(count):
+            torch.index_select(self.buffer_MD[row], 0, positions, out=selected.buffer_MD[row])
+        return selected
 
     def combine(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Combination of the first ``len(weights_M)`` rows, shape (d,); float64 arithmetic where ``dtype`` says so."""
@@ -174,6 +192,23 @@ class RowSparseColumns:
         wide = torch.promote_types(x_D.dtype, self.values_MNH.dtype)
         x_UH = x_D.view(self.shape)[rows_U.to(x_D.device)].to(self.device, wide)
         return self._sampled_dots(rows_U, x_UH, count)
+
+    def gram(self, count: int) -> Tensor:
+        """All dot products among the first ``count`` rows, (count, count); float64."""
+        empty = torch.zeros(0, count, dtype=torch.float64, device=self.device)
+        return torch.cat([empty, *(self.dots(row, count).unsqueeze(0) for row in range(count))])
+
+    def row(self, row: int) -> Tensor:
+        """The stored row ``row`` as a dense vector, shape (v * h,)."""
+        used = self.rows_MN[row] < self.shape[0]
+        table_VH = self.values_MNH.new_zeros(self.shape)
+        return table_VH.index_copy_(0, self.rows_MN[row, used], self.values_MNH[row, used]).flatten()
+
+    def keep_only(self, keep_VH: Tensor) -> None:
+        """Zero the stored numbers of the table's masked positions."""
+        padded = torch.cat([keep_VH, keep_VH.new_zeros(1, keep_VH.shape[1])]).to(self.device)  # for empty slots
+        for rows, values in zip(self.rows_MN, self.values_MNH, strict=True):
+            values.mul_(padded[rows])
 
     def _sampled_dots(self, rows_N: Tensor, x_NH: Tensor, count: int) -> Tensor:
         """Dot products of the stored rows with the vector that is ``x_NH`` in table rows ``rows_N``, else zero.
