@@ -1,0 +1,234 @@
+r"""Knowledge distillation from a dense teacher, without a Trainer subclass.
+
+In training mode the loss that the model returns becomes
+
+.. math:: (1 - h)\, L + h\, T^2\, \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big)
+
+with the hardness h, the temperature T and the logits of teacher and student (Hinton, Vinyals and Dean, 2015). Heads
+with several logits, such as the start and the end of an answer, take the mean of their terms; regression takes the
+mean squared difference of the outputs instead. In evaluation mode the loss stays the task's own: evaluations, and the
+Fisher matrix of the pruner, do not see the teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["Distillation", "distillation_loss", "fingerprint"]
+
+TEACHER_NAME = "teacher.safetensors"
+_IGNORED_LABEL = -100
+
+
+class Distillation:
+    """A frozen teacher and its part in the loss of a student.
+
+    Args:
+        hardness: share h of the teacher in the loss, in (0, 1]; 1 leaves the labels out.
+        temperature: T > 0, softens both distributions; plays no part in regression.
+        teacher: a model that takes the student's inputs and returns logits of the same names and shapes, or a
+            directory to load one of the student's class from. None: a copy of the student, taken just before its
+            first weight is pruned; until then the loss stays the task's own.
+
+    Raises:
+        ValueError: for a hardness or temperature out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        hardness: float = 1.0,
+        temperature: float = 2.0,
+        teacher: nn.Module | str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not 0.0 < hardness <= 1.0:
+            raise ValueError(f"hardness is {hardness!r}; expected a number in (0, 1]; leave distillation out for 0")
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature!r}; expected a positive number")
+        self.hardness = hardness
+        self.temperature = temperature
+        self.given = teacher
+        self.teacher: nn.Module | None = None
+        self._handle: Any = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Take the teacher that was given, if one was, and forget any other.
+
+        Raises:
+            ValueError: the teacher is the student itself, or the student cannot load one from a directory.
+            OSError: there is no model in that directory.
+        """
+        self.end()
+        self.teacher = None
+        if self.given is None:
+            return
+        if isinstance(self.given, nn.Module):
+            teacher = self.given
+        elif hasattr(type(model), "from_pretrained"):
+            if not Path(self.given).is_dir():
+                raise FileNotFoundError(f"no directory {self.given} to load a teacher from; save_pretrained makes one")
+            teacher = type(model).from_pretrained(self.given)
+        else:
+            raise ValueError(f"{type(model).__name__} has no from_pretrained: pass the teacher as a model")
+        if teacher is model:
+            raise ValueError("the teacher is the model in training itself; pass a copy, or none to have one taken")
+        self._attach(model, teacher)
+
+    def take(self, model: nn.Module) -> None:
+        """Make a copy of the model, as it is now, the teacher."""
+        self.end()
+        self._attach(model, copy.deepcopy(model))
+
+    def save(self, directory: Path) -> None:
+        """Write the teacher's weights into a directory; a run that is killed meanwhile leaves no half of a file."""
+        assert self.teacher is not None
+        directory.mkdir(parents=True, exist_ok=True)
+        half = directory / f"{TEACHER_NAME}.tmp"
+        save_model(self.teacher, str(half))
+        half.replace(directory / TEACHER_NAME)
+
+    def load(self, directory: Path, model: nn.Module, expected: str) -> None:
+        """Bring back a teacher that :meth:`save` wrote.
+
+        Args:
+            directory: where it lies.
+            model: the student, whose structure the teacher has.
+            expected: the teacher's :func:`fingerprint`.
+
+        Raises:
+            FileNotFoundError: there is no teacher.
+            ValueError: it is another one.
+        """
+        file = directory / TEACHER_NAME
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no teacher at {file}, where the interrupted run saved the dense model that it distils from; copy "
+                "the file there, or pass the same teacher to Distillation(teacher=...)"
+            )
+        self.end()
+        teacher = copy.deepcopy(model)
+        load_model(teacher, str(file))
+        if fingerprint(teacher.parameters()) != expected:
+            raise ValueError(f"the teacher at {file} is not the one of the interrupted run; bring that one back")
+        self._attach(model, teacher)
+
+    def _attach(self, model: nn.Module, teacher: nn.Module) -> None:
+        self.teacher = teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
+        self._handle = model.register_forward_hook(self._distil, with_kwargs=True)
+
+    def end(self) -> None:
+        """Give the model its own loss back; the teacher stays."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _distil(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not model.training:
+            return None
+        assert self.teacher is not None
+        if not isinstance(output, Mapping) or output.get("loss") is None:
+            returned = list(output) if isinstance(output, Mapping) else type(output).__name__
+            raise ValueError(
+                f"distillation changes the loss that the model returns, but this one returned {returned}. Let it "
+                "return a dictionary with 'loss' and logits: pass labels, and use neither label smoothing nor "
+                "compute_loss_func"
+            )
+        heads = [name for name in output if name.endswith("logits") and isinstance(output[name], Tensor)]
+        if not heads:
+            raise ValueError(f"distillation needs logits, but the model returned {list(output)}")
+        with torch.no_grad():
+            wanted = self.teacher(*args, **kwargs)
+        for name in heads:
+            if name not in wanted or wanted[name].shape != output[name].shape:
+                found = tuple(wanted[name].shape) if name in wanted else "none"
+                raise ValueError(
+                    f"{name} has shape {tuple(output[name].shape)} in the student and {found} in the teacher; "
+                    "the teacher needs the same head and tokens"
+                )
+        labels = kwargs.get("labels")
+        config = getattr(model, "config", None)
+        problem = getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            raise ValueError("distillation is not defined here for multi_label_classification; leave it out")
+        regression = problem == "regression" or getattr(config, "num_labels", None) == 1
+        terms = [
+            distillation_loss(
+                output[name],
+                wanted[name],
+                temperature=self.temperature,
+                regression=regression,
+                counted=_counted(output[name], labels),
+            )
+            for name in heads
+        ]
+        loss = output["loss"]
+        term = torch.stack(terms).mean() * _scale(loss, output[heads[0]], labels, kwargs.get("num_items_in_batch"))
+        output["loss"] = (1 - self.hardness) * loss + self.hardness * term.to(loss.dtype)
+        return output
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float, regression: bool = False, counted: Tensor | None = None
+) -> Tensor:
+    r"""Mean over rows of :math:`T^2\,\mathrm{KL}(\mathrm{softmax}(z_t/T)\,\|\,\mathrm{softmax}(z_s/T))`, in float32.
+
+    Args:
+        student: logits (..., classes), with a gradient.
+        teacher: logits of the same shape.
+        temperature: T.
+        regression: take the mean of :math:`(z_t - z_s)^2` instead.
+        counted: bool (...), the rows that count; None for all.
+    """
+    student, teacher = student.float(), teacher.float()
+    if regression:
+        return functional.mse_loss(student, teacher)
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+    if counted is not None:
+        student, teacher = student[counted.flatten()], teacher[counted.flatten()]
+    return temperature**2 * functional.kl_div(
+        functional.log_softmax(student / temperature, -1),
+        functional.log_softmax(teacher / temperature, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the bytes of tensors, in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _counted(logits: Tensor, labels: Any) -> Tensor | None:
+    """The rows of token or sequence logits that have a label."""
+    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:-1] or labels.is_floating_point():
+        return None
+    return labels != _IGNORED_LABEL
+
+
+def _scale(loss: Tensor, logits: Tensor, labels: Any, num_items: Any) -> Any:
+    """What turns a mean over this batch into the model's own normalisation.
+
+    When gradients accumulate, Trainer tells the model how many labels there are in all batches of the step. Some
+    models divide their summed loss by it, others (BERT's classifier) take a mean all the same; only the value shows
+    which.
+    """
+    counted = _counted(logits, labels)
+    if num_items is None or counted is None:
+        return 1.0
+    mean = functional.cross_entropy(logits.detach().float().flatten(0, -2), labels.flatten(), ignore_index=-100)
+    share = counted.sum() / num_items
+    return torch.where((loss.detach() - mean).abs() <= (loss.detach() - share * mean).abs(), 1.0, share)
