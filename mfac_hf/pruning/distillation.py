@@ -16,7 +16,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,13 @@ class Distillation:
             return
         if isinstance(self.given, nn.Module):
             teacher = self.given
-        elif hasattr(type(model), "from_pretrained"):
+        else:
+            from_pretrained: Any = getattr(type(model), "from_pretrained", None)
+            if from_pretrained is None:
+                raise ValueError(f"{type(model).__name__} has no from_pretrained: pass the teacher as a model")
             if not Path(self.given).is_dir():
                 raise FileNotFoundError(f"no directory {self.given} to load a teacher from; save_pretrained makes one")
-            teacher = type(model).from_pretrained(self.given)
-        else:
-            raise ValueError(f"{type(model).__name__} has no from_pretrained: pass the teacher as a model")
+            teacher = from_pretrained(self.given)
         if teacher is model:
             raise ValueError("the teacher is the model in training itself; pass a copy, or none to have one taken")
         self._attach(model, teacher)
@@ -137,8 +138,8 @@ class Distillation:
         if not model.training:
             return None
         assert self.teacher is not None
-        if not isinstance(output, Mapping) or output.get("loss") is None:
-            returned = list(output) if isinstance(output, Mapping) else type(output).__name__
+        if not isinstance(output, MutableMapping) or output.get("loss") is None:
+            returned = list(output) if isinstance(output, MutableMapping) else type(output).__name__
             raise ValueError(
                 f"distillation changes the loss that the model returns, but this one returned {returned}. Let it "
                 "return a dictionary with 'loss' and logits: pass labels, and use neither label smoothing nor "
@@ -208,7 +209,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the bytes of tensors, in their order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
