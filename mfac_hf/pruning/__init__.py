@@ -2,5 +2,6 @@
 
 from mfac_hf.pruning.masks import MaskSet, masks_from_sparse_model
 from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.pruning.targets import find_targets
 
-__all__ = ["MaskSet", "SparsitySchedule", "masks_from_sparse_model"]
+__all__ = ["MaskSet", "SparsitySchedule", "find_targets", "masks_from_sparse_model"]

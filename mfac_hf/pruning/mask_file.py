@@ -1,7 +1,7 @@
 """Files of masks: a safetensors file with one bit a weight.
 
 It has a uint8 tensor for each parameter, of ceil(numel / 8) bytes: the mask in C order, the first weight in the
-highest bit, 1 = keep, and zeros after the last weight. The header holds ``format``, ``version`` and, as JSON, ``shapes``.
+highest bit, 1 = keep, and zeros after the last weight. The header holds ``format``, ``version`` and ``shapes`` (JSON).
 """
 
 from __future__ import annotations
