@@ -45,28 +45,43 @@ def write_results(
     """
     arguments = list(arguments)
     training_args = next(a for a in arguments if isinstance(a, TrainingArguments))
-    command = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     record = {
         "results": dict(results),
-        "command": _relative(_without_tokens(command)),
         "arguments": {
             type(a).__name__: _relative(a.to_dict() if isinstance(a, TrainingArguments) else dataclasses.asdict(a))
             for a in arguments
         },
         "seed": training_args.seed,
         "data_seed": training_args.data_seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "device": _device(training_args.device),
-        "threads": torch.get_num_threads(),
+        **describe_run(argv, training_args.device),
         "wall_seconds": round(time.perf_counter() - started, 2),
-        "peak_memory_gib": _peak_memory_gib(),
     }
-    if training_args.device.type == "cuda":
-        record["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(training_args.device) / 2**30
     path = Path(output_dir) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def describe_run(argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
+    """What it takes to repeat a run, and the memory that it took so far.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+        device: the device that the run computes on.
+
+    Returns:
+        Command line, package versions, device, threads and peak memory, as plain JSON types.
+    """
+    record = {
+        "command": _relative(_without_tokens([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "device": _device(device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_gib": _peak_memory_gib(),
+    }
+    if device.type == "cuda":
+        record["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return record
 
 
 def _relative(value: Any) -> Any:

@@ -1,0 +1,139 @@
+r"""Train a vision model: ``python scripts/train_vision.py --model resnet20 --dataset DATASET --optim mfac``.
+
+CIFAR ResNets, Wide ResNets and MobileNetV1 with SGD, Adam or M-FAC, through the flags of the M-FAC paper's own
+script. DATASET is ``cifar10``, a name on the Hub, a local directory laid out like the Hub repository, or a folder of
+images; without it, scikit-learn's digits, which need no download:
+
+    python scripts/train_vision.py --model resnet20 --dataset DATASET --optim mfac --ngrads 512 --weightdecay .003 \
+        --batchsize 128 --save rn20-mfac.pth
+    python scripts/train_vision.py --model resnet20 --optim mfac --nepochs 3
+    python scripts/train_vision.py --model resnet20 --dataset cifar10 --checkpoint pruned.pth --sparse --optim mfac
+
+The last call trains only the survivors of a pruned checkpoint, and M-FAC's window holds nothing else. Under
+``accelerate launch`` several processes share the work. After each epoch the model goes to ``--save``, and beside it
+accuracy and time to ``.csv`` and ``.json``; ``--resume`` continues a run that was cut off, and ends with the same
+weights to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mfac_hf.tasks.arguments import parse_args
+from mfac_hf.tasks.results import describe_run
+from mfac_hf.tasks.vision_arguments import (
+    VisionArguments,
+    build_optimizer,
+    build_run,
+    model_state,
+    set_learning_rate,
+    sparse_masks,
+)
+from mfac_hf.tasks.vision_run import RunLog, learning_rate_plan, load_state, save_state
+
+# epochs and drops of the M-FAC paper's script, by the first letters of the model
+_PLANS = {"resnet": (164, [82, 123]), "wideresnet": (200, [100, 150]), "mobilenet": (100, [50, 75])}
+_LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "mfac": 1e-3}
+_MOMENTA = {"sgd": 0.9, "adam": 0.0, "mfac": 0.0}
+
+
+@dataclass
+class TrainArguments(VisionArguments):
+    """Flags of this script."""
+
+    optim: Literal["sgd", "adam", "mfac"] = field(default="mfac", metadata={"help": "Optimizer."})
+    lr: float | None = field(
+        default=None, metadata={"help": "Learning rate; without it .1 for sgd, .001 for adam and mfac."}
+    )
+    momentum: float | None = field(
+        default=None, metadata={"help": "Without it .9 for sgd, 0 for mfac (there, of the directions)."}
+    )
+    nepochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Without it 164 with drops at 82 and 123; Wide ResNet 200, 100, 150; MobileNet 100, 50, 75."
+        },
+    )
+    sparse: bool = field(
+        default=False, metadata={"help": "Train only the weights that the checkpoint's masks, or zeros, leave."}
+    )
+    save: str = field(default="trained.pth", metadata={"help": "File of the model after the latest epoch."})
+
+    def plan(self) -> list[float]:
+        """Learning rate of each epoch.
+
+        Raises:
+            ValueError: no epoch, or drops outside the run.
+        """
+        family = next((name for name in _PLANS if self.model.startswith(name)), "resnet")
+        epochs, drops = _PLANS[family]
+        if self.nepochs is not None:
+            if self.nepochs < 1:
+                raise ValueError(f"--nepochs {self.nepochs}: expected at least 1")
+            # a shorter run drops at the same shares of it
+            epochs, drops = self.nepochs, sorted({round(d * self.nepochs / epochs) for d in drops} - {0, self.nepochs})
+        lr = _LEARNING_RATES[self.optim] if self.lr is None else self.lr
+        return learning_rate_plan(lr, epochs, drops if self.drop_at is None else self.drop_at, self.drop_by)
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Train as the flags say.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+        A row for each epoch: epoch, learning rate, training loss, test accuracy, seconds.
+    """
+    args: TrainArguments = parse_args(TrainArguments, argv=argv)[0]
+    plan = args.plan()
+    target = Path(args.save)
+    state_path = target.with_name(target.name + ".state")
+    state = load_state(state_path, args.to_dict()) if args.resume else None
+    run, checkpoint = build_run(args)
+    masks = sparse_masks(checkpoint, run.bare_model) if args.sparse else None
+    if masks is not None:
+        masks.attach(run.bare_model)
+    momentum = _MOMENTA[args.optim] if args.momentum is None else args.momentum
+    optimizer = build_optimizer(run, args.optim, args, lr=plan[0], momentum=momentum, masks=masks)
+    first = 0
+    if state is not None:
+        first = state["epoch"] + 1
+        run.bare_model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    header = {"arguments": args.to_dict(), **describe_run(argv, run.accelerator.device)}
+    log = RunLog(target.with_suffix(""), header, state["rows"] if state is not None else ())
+    for epoch in range(first, len(plan)):
+        set_learning_rate(optimizer, plan[epoch])
+        row: dict[str, Any] = {"epoch": epoch, "lr": plan[epoch]}
+        row |= run.train_epoch(optimizer, epoch, None if masks is None else lambda: masks.apply(run.bare_model))
+        row["accuracy"] = run.evaluate()
+        state_dict = optimizer.state_dict()
+        if run.accelerator.is_main_process:
+            print(
+                f"epoch {epoch:3d}: lr {row['lr']:g}, loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
+                f"{row['seconds']:.1f} s",
+                flush=True,
+            )
+            log.add(row)
+            save_state(target, model_state(run, masks, epoch=epoch))
+            save_state(
+                state_path,
+                {
+                    "arguments": args.to_dict(),
+                    "epoch": epoch,
+                    "rows": log.rows,
+                    "model": run.bare_model.state_dict(),
+                    "optimizer": state_dict,
+                },
+            )
+    return log.rows
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    main()
