@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from mfac_hf.memory import MemoryEstimate, memory_estimate
     from mfac_hf.optim import MFAC
     from mfac_hf.pruning.schedule import SparsitySchedule
+    from mfac_hf.sparse import load_sparse, save_sparse, to_sparse_inference
 
 __version__ = "0.1.0"
 
@@ -15,10 +16,22 @@ _MODULES = {
     "MFAC": "mfac_hf.optim",
     "MemoryEstimate": "mfac_hf.memory",
     "SparsitySchedule": "mfac_hf.pruning.schedule",
+    "load_sparse": "mfac_hf.sparse",
     "memory_estimate": "mfac_hf.memory",
+    "save_sparse": "mfac_hf.sparse",
+    "to_sparse_inference": "mfac_hf.sparse",
 }
 
-__all__ = ["MFAC", "MemoryEstimate", "SparsitySchedule", "__version__", "memory_estimate"]
+__all__ = [
+    "MFAC",
+    "MemoryEstimate",
+    "SparsitySchedule",
+    "__version__",
+    "load_sparse",
+    "memory_estimate",
+    "save_sparse",
+    "to_sparse_inference",
+]
 
 
 def __getattr__(name: str) -> Any:

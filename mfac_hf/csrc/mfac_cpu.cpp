@@ -22,31 +22,40 @@ using torch::stable::Tensor;
 
 namespace {
 
+// What a loop has in registers: the partial sums of a group of rows, which share every load of the vector. Many rows at once
+// keep many requests to memory under way. Measured on processors with 512-bit registers (Ice Lake: 8 rows beat 4 by 10 %,
+// the prefetch adds 10 % in bfloat16, where a row's stream is half as fast) and without (Zen 3).
+#ifdef __AVX512F__
+constexpr int BYTES = 64;  // of a vector: one register, or two of a processor with smaller ones
+constexpr int ROWS = 8;
+constexpr int SUMS = 1;  // partial sums of a row: an addition need not wait for the one before
+#else
+constexpr int BYTES = 32;
+constexpr int ROWS = 4;
+constexpr int SUMS = 2;
+#endif
 constexpr int64_t RUN = 2048;       // columns summed in the working precision before they are added in float64
 constexpr int64_t TILE = 8 * RUN;   // columns read of a group of rows before the next group
-constexpr int SUMS = 2;             // partial sums of a row: an addition need not wait for the one before
-constexpr int64_t GROUP = 4;        // rows added at the same time by combine
 constexpr int64_t COLUMNS = 4096;   // columns of the result kept in cache by combine
+constexpr int64_t AHEAD = 1024;     // bytes of a row asked for before they are needed
+constexpr int64_t LINE = 64;        // bytes of a cache line
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-// 32 bytes of the working precision A: one register, or two of a processor with smaller ones.
+// BYTES bytes of the working precision A, and as many numbers of the narrower types that are widened to it.
 template <typename A>
 struct Lanes {
-  static constexpr int64_t COUNT = 32 / sizeof(A);
-  typedef A Vector __attribute__((vector_size(32)));
+  static constexpr int64_t COUNT = BYTES / sizeof(A);
+  typedef A Vector __attribute__((vector_size(BYTES)));
+  typedef float Floats __attribute__((vector_size(COUNT * 4)));
+  typedef uint32_t Words __attribute__((vector_size(COUNT * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(COUNT * 2)));
 };
 
 template <typename A>
 using Vector = typename Lanes<A>::Vector;
-
-typedef uint16_t Half8 __attribute__((vector_size(16)));
-typedef uint16_t Half4 __attribute__((vector_size(8)));
-typedef uint32_t Word8 __attribute__((vector_size(32)));
-typedef uint32_t Word4 __attribute__((vector_size(16)));
-typedef float Float4 __attribute__((vector_size(16)));
 
 template <typename V>
 inline V raw_load(const void* p) {
@@ -56,23 +65,21 @@ inline V raw_load(const void* p) {
 }
 
 // Lanes<A>::COUNT numbers in the working precision.
-template <typename A>
-inline Vector<A> load(const A* p) {
-  return raw_load<Vector<A>>(p);
-}
-template <typename A, std::enable_if_t<std::is_same_v<A, float>, int> = 0>
-inline Vector<A> load(const BFloat16* p) {
-  const Word8 words = __builtin_convertvector(raw_load<Half8>(p), Word8) << 16;
-  return reinterpret_cast<Vector<float>>(words);
-}
-template <typename A, std::enable_if_t<std::is_same_v<A, double>, int> = 0>
-inline Vector<A> load(const float* p) {
-  return __builtin_convertvector(raw_load<Float4>(p), Vector<double>);
-}
-template <typename A, std::enable_if_t<std::is_same_v<A, double>, int> = 0>
-inline Vector<A> load(const BFloat16* p) {
-  const Word4 words = __builtin_convertvector(raw_load<Half4>(p), Word4) << 16;
-  return __builtin_convertvector(reinterpret_cast<Float4>(words), Vector<double>);
+template <typename A, typename G>
+inline Vector<A> load(const G* p) {
+  if constexpr (std::is_same_v<A, G>) {
+    return raw_load<Vector<A>>(p);
+  } else {
+    typename Lanes<A>::Floats values;
+    if constexpr (std::is_same_v<G, BFloat16>) {
+      const auto words = __builtin_convertvector(raw_load<typename Lanes<A>::Halves>(p), typename Lanes<A>::Words) << 16;
+      values = reinterpret_cast<typename Lanes<A>::Floats>(words);
+    } else {
+      values = raw_load<typename Lanes<A>::Floats>(p);
+    }
+    if constexpr (std::is_same_v<A, float>) return values;
+    else return __builtin_convertvector(values, Vector<A>);
+  }
 }
 
 // One number in the working precision.
@@ -88,6 +95,16 @@ inline A widen(G value) {
   }
 }
 
+// Ask for the n numbers at p + AHEAD bytes. Never faults, also beyond the end of the window.
+template <typename G>
+inline void fetch(const G* p, int64_t n) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + AHEAD;
+#pragma GCC unroll 4
+  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(G)); byte += LINE) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address + byte));
+  }
+}
+
 // totals[k] += dot product of the n numbers at g[k] with x, for COUNT rows; n <= RUN, summed in the working precision A.
 template <int COUNT, typename G, typename A>
 inline void dot_run(const G* const* g, const A* x, int64_t n, double* totals) {
@@ -95,6 +112,8 @@ inline void dot_run(const G* const* g, const A* x, int64_t n, double* totals) {
   Vector<A> sums[COUNT][SUMS] = {};
   int64_t i = 0;
   for (; i + SUMS * W <= n; i += SUMS * W) {
+#pragma GCC unroll 8
+    for (int k = 0; k < COUNT; ++k) fetch(g[k] + i, SUMS * W);
 #pragma GCC unroll 8
     for (int j = 0; j < SUMS; ++j) {
       const Vector<A> v = load<A>(x + i + j * W);
@@ -121,9 +140,7 @@ inline void dot_tile(const G* g, int64_t stride, const A* x, int64_t n, double* 
   }
 }
 
-// A thread that has the memory to itself reads four rows at a time, which share every load of the vector; for several threads
-// that makes too many streams, and two are faster. Sums are the same either way.
-template <int ROWS, typename G, typename A>
+template <typename G, typename A>
 void row_dots(const G* g, int64_t stride, int64_t m, int64_t d, const A* x, double* out) {
   const int64_t groups = (m + ROWS - 1) / ROWS;
   torch::stable::parallel_for(0, groups, 1, [=](int64_t begin, int64_t end) {
@@ -143,11 +160,22 @@ void row_dots(const G* g, int64_t stride, int64_t m, int64_t d, const A* x, doub
 
 // out[0..n) += sum over COUNT rows of w[k] * g[k][0..n)
 template <int COUNT, typename G, typename A>
-inline void add_rows(const G* const* g, const A* w, A* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    A total = out[i];
-    for (int k = 0; k < COUNT; ++k) total += w[k] * widen<A>(g[k][i]);
-    out[i] = total;
+inline void add_rows(const G* const* g, const A* w, A* out, int64_t n) {
+  constexpr int64_t W = Lanes<A>::COUNT;
+  int64_t i = 0;
+  for (; i + SUMS * W <= n; i += SUMS * W) {
+#pragma GCC unroll 8
+    for (int k = 0; k < COUNT; ++k) fetch(g[k] + i, SUMS * W);
+#pragma GCC unroll 8
+    for (int j = 0; j < SUMS; ++j) {
+      Vector<A> total = load<A>(out + i + j * W);
+#pragma GCC unroll 8
+      for (int k = 0; k < COUNT; ++k) total += w[k] * load<A>(g[k] + i + j * W);
+      std::memcpy(out + i + j * W, &total, sizeof(total));
+    }
+  }
+  for (; i < n; ++i) {
+    for (int k = 0; k < COUNT; ++k) out[i] += w[k] * widen<A>(g[k][i]);
   }
 }
 
@@ -161,10 +189,10 @@ void combine(const G* g, int64_t stride, int64_t m, int64_t d, const A* w, const
       A* target = out + column;
       for (int64_t i = 0; i < n; ++i) target[i] = x == nullptr ? A(0) : alpha * x[column + i];
       int64_t row = 0;
-      for (; row + GROUP <= m; row += GROUP) {
-        const G* rows[GROUP];
-        for (int64_t k = 0; k < GROUP; ++k) rows[k] = g + (row + k) * stride + column;
-        add_rows<GROUP>(rows, w + row, target, n);
+      for (; row + ROWS <= m; row += ROWS) {
+        const G* rows[ROWS];
+        for (int64_t k = 0; k < ROWS; ++k) rows[k] = g + (row + k) * stride + column;
+        add_rows<ROWS>(rows, w + row, target, n);
       }
       for (; row < m; ++row) {
         const G* rows[1] = {g + row * stride + column};
@@ -227,10 +255,7 @@ Tensor row_dots_cpu(const Tensor& g, const Tensor& x) {
     const bool direct = (x.stride(0) == 1 || d <= 1) && x.scalar_type() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
     const std::vector<A> copy = direct ? std::vector<A>() : vector_of<A>(x);
     const A* values = direct ? static_cast<const A*>(x.data_ptr()) : copy.data();
-    with_window<A>(g, [&](auto* p) {
-      if (torch::stable::get_num_threads() == 1) row_dots<4>(p, g.stride(0), m, d, values, result);
-      else row_dots<2>(p, g.stride(0), m, d, values, result);
-    });
+    with_window<A>(g, [&](auto* p) { row_dots(p, g.stride(0), m, d, values, result); });
   };
   if (is_double(g) || is_double(x)) run(double{});
   else run(float{});

@@ -1,0 +1,269 @@
+"""Gradients for the Fisher of a model, from a data loader of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from mfac_hf.pruning.per_sample import batch_gradients
+
+__all__ = ["DataLoaderGradients", "GradientSource"]
+
+logger = logging.getLogger(__name__)
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Consumer = Callable[[str, Tensor], None]
+
+# Examples of one forward pass where it serves several gradients: more hardly helps on a CPU.
+_CHUNK = 32
+# Numbers of gradients that wait to be consumed together.
+_BUFFER = 1 << 26
+# Rounding of another batch size and padding; a loss that is no mean over examples is off by far more.
+_SAME = 1e-3
+
+
+class GradientSource(Protocol):
+    """Where the gradients of a pruning step come from."""
+
+    def check(self, num_grads: int) -> None:
+        """Raise ValueError unless there are so many gradients for each sub-step."""
+
+    def collect(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
+    ) -> None:
+        """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
+
+        The same seed gives the same gradients, also for other parameters.
+        """
+
+    def loss(self, model: nn.Module) -> float | None:
+        """Loss on held-out examples; None where there are none."""
+
+
+class DataLoaderGradients:
+    """Gradients of the loss on examples of a data loader's data set.
+
+    The given loader is only asked for its ``dataset`` and ``collate_fn``: examples are drawn by a loader of this
+    object's own, and the states of all random generators, the model's mode (gradients are taken in evaluation mode)
+    and the parameters' ``.grad`` and ``requires_grad`` are afterwards as they were. Training that goes on is not
+    changed by it.
+
+    Args:
+        dataloader: a ``torch.utils.data.DataLoader`` (or Trainer's) over a data set with a length.
+        loss_fn: ``loss_fn(model, batch)`` gives the loss of a collated batch, the mean over its examples; without it
+            ``model(**batch).loss``.
+        batch_size: examples that each gradient is the mean of.
+        loss_samples: examples held out for :meth:`loss`; they give no gradients.
+        seed: of the choice of the held-out examples.
+
+    Raises:
+        ValueError: a data set without a length, or too small to hold examples out.
+    """
+
+    def __init__(
+        self,
+        dataloader: DataLoader[Any],
+        *,
+        loss_fn: LossFunction | None = None,
+        batch_size: int = 1,
+        loss_samples: int = 0,
+        seed: int = 0,
+    ) -> None:
+        dataset: Any = dataloader.dataset
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"a data set of type {type(dataset).__name__} has no length, and examples cannot be drawn from it; "
+                "read as many examples as are needed into a list or a datasets.Dataset"
+            )
+        if loss_samples >= len(dataset):
+            raise ValueError(f"{loss_samples} of {len(dataset)} examples to be held out for the loss leave none")
+        self.dataset, self.collate_fn = dataset, dataloader.collate_fn
+        self.loss_fn = loss_fn or _model_loss
+        self.batch_size = batch_size
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.held_out, self.pool = order[:loss_samples], sorted(order[loss_samples:])
+        self._separable: dict[tuple[str, ...], bool] = {}
+
+    def check(self, num_grads: int) -> None:
+        """Raise ValueError unless the data set has examples for so many gradients."""
+        if (available := len(self.pool) // self.batch_size) < num_grads:
+            raise ValueError(
+                f"{num_grads} gradients of {self.batch_size} example(s) each were asked for, and {len(self.pool)} "
+                f"examples give {available}; lower num_grads or grad_batch_size, or use more data"
+            )
+
+    def collect(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
+    ) -> None:
+        """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
+
+        Per-sample gradients come from one backward pass for many examples (`mfac_hf.pruning.per_sample`) where the
+        first two examples show that this gives the same as a pass for each; a log line says where it does not.
+
+        Args:
+            model: the model.
+            parameters: some of its parameters, by name.
+            num_grads: gradients to take, of as many distinct batches.
+            seed: of the choice of examples and of whatever collating draws.
+            consume: takes the gradients; nothing is kept here.
+
+        Raises:
+            ValueError: too few examples, a model that returns no loss, or a loss or gradient that is not finite.
+        """
+        self.check(num_grads)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(self.pool), generator=generator)[: num_grads * self.batch_size]
+        indices = [self.pool[i] for i in drawn.tolist()]
+        key = tuple(parameters)
+        if self.batch_size == 1 and key not in self._separable:
+            with _undisturbed(model, parameters, seed):
+                self._separable[key] = self._compare(model, parameters, indices)
+        with _undisturbed(model, parameters, seed):
+            if self._separable.get(key):
+                for batch, count in self._batches(model, indices, _CHUNK):
+                    for name, rows in batch_gradients(model, parameters, self._loss_of(model, batch), count):
+                        consume(name, _finite(name, rows))
+            else:
+                self._one_by_one(model, parameters, indices, consume)
+
+    def _one_by_one(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], indices: Sequence[int], consume: Consumer
+    ) -> None:
+        """A backward pass for each gradient; several are handed over together."""
+        room = max(1, min(_CHUNK, _BUFFER // sum(p.numel() for p in parameters.values())))
+        waiting: list[list[Tensor]] = []
+        for batch, _ in self._batches(model, indices, self.batch_size):
+            waiting.append(_gradients(parameters, self._loss_of(model, batch)))
+            if len(waiting) == room:
+                _hand_over(parameters, waiting, consume)
+        if waiting:
+            _hand_over(parameters, waiting, consume)
+
+    def loss(self, model: nn.Module) -> float | None:
+        """Mean loss on the held-out examples, in evaluation mode; None where there are none.
+
+        It may be infinite or NaN: that of a model from which too much was taken.
+        """
+        if not self.held_out:
+            return None
+        total = 0.0
+        with _undisturbed(model, {}, seed=0), torch.no_grad():
+            for batch, count in self._batches(model, self.held_out, _CHUNK):
+                total += count * float(self.loss_fn(model, batch))
+        return total / len(self.held_out)
+
+    def _loss_of(self, model: nn.Module, batch: Any) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            value = self.loss_fn(model, batch)
+            if not torch.isfinite(value).all() or value.numel() != 1:
+                raise ValueError(
+                    f"the loss of a batch is {value.detach()}; expected one finite number. A model whose loss is "
+                    "not finite cannot be pruned by its gradients: check its weights and the data"
+                )
+            return value
+
+        return loss
+
+    def _batches(self, model: nn.Module, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Any, int]]:
+        """Batches on the model's device, and their sizes."""
+        device = next(model.parameters()).device
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset, batch_size, sampler=list(indices), collate_fn=self.collate_fn
+        )
+        for number, batch in enumerate(loader):
+            yield _to(batch, device), min(batch_size, len(indices) - number * batch_size)
+
+    def _compare(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], indices: Sequence[int]) -> bool:
+        """Whether one backward pass for several examples gives what a pass for each gives; judged by the first two."""
+        single = [
+            _gradients(parameters, self._loss_of(model, batch)) for batch, _ in self._batches(model, indices[:2], 1)
+        ]
+        expected = {name: torch.stack(rows) for name, *rows in zip(parameters, *single, strict=True)}
+        error = norm = 0.0
+        try:
+            for batch, count in self._batches(model, indices[:_CHUNK], _CHUNK):
+                for name, rows in batch_gradients(model, parameters, self._loss_of(model, batch), count):
+                    error += float((rows[:2] - expected[name]).square().sum())
+                    norm += float(expected[name].square().sum())
+        except NotImplementedError as reason:
+            logger.info("a backward pass for each example: %s", reason)
+            return False
+        if error > _SAME**2 * norm:
+            off = (error / norm) ** 0.5 if norm else float("inf")
+            logger.info("a backward pass for each example: together they give others (relative error %.1e)", off)
+            return False
+        return True
+
+
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} returned no loss for a batch of {sorted(batch)}: labels are missing, or the loss "
+            "is to be computed by loss_fn(model, batch)"
+        )
+    return loss
+
+
+def _gradients(parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> list[Tensor]:
+    """Gradient of one loss, flat, for each parameter; zeros for one that the loss does not depend on."""
+    gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
+    return [
+        torch.zeros(p.numel(), device=p.device) if gradient is None else gradient.flatten().float()
+        for p, gradient in zip(parameters.values(), gradients, strict=True)
+    ]
+
+
+def _hand_over(parameters: Mapping[str, nn.Parameter], waiting: list[list[Tensor]], consume: Consumer) -> None:
+    for name, *rows in zip(parameters, *waiting, strict=True):
+        consume(name, _finite(name, torch.stack(rows)))
+    waiting.clear()
+
+
+def _finite(name: str, rows: Tensor) -> Tensor:
+    if not torch.isfinite(rows.sum()):
+        raise ValueError(f"a gradient of {name} is not finite, although the loss is; check the model's weights")
+    return rows
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    """The batch on a device: tensors inside mappings, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_to(value, device) for value in batch]
+    return batch
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, parameters: Mapping[str, nn.Parameter], seed: int) -> Iterator[None]:
+    """Evaluation mode, seeded generators and gradients of the parameters, for the time being."""
+    modes = {module: module.training for module in model.modules()}
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            model.eval()
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(False)

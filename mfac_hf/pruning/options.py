@@ -1,0 +1,125 @@
+"""What a pruning step is asked to do, and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["PruningOptions", "PruningReport", "check_sparsity"]
+
+AUTO_LOSS_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class PruningOptions:
+    """How to prune; where to is the sparsity.
+
+    Attributes:
+        method: ``"mfac"``, or ``"magnitude"`` as the baseline, which needs no gradients.
+        num_grads: gradients of which each Fisher is the average, m.
+        grad_batch_size: examples that each gradient is the mean of; 1 for per-sample gradients.
+        block_size: B, weights of a block of the Fisher.
+        damping: added to the Fisher's diagonal, in units of a squared gradient entry; it has to scale with the
+            gradients, and those of single examples are larger than those of batches. ``"auto"`` tries several and
+            keeps the one with the lowest loss on ``loss_samples`` held-out examples.
+        recomputations: sub-steps, with new gradients in each.
+        selection: ``"greedy"`` removes one weight after the other and updates the costs of the rest, ``"diagonal"``
+            takes all costs from one inverse (the paper).
+        update: what the surviving weights do: ``"joint"`` is the exact minimum for the removed set, ``"sum"`` adds up
+            what each removed weight alone would ask for (the paper).
+        pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
+        scope: ``"global"`` ranks the weights of all targets together, ``"uniform"`` prunes every target alike.
+        loss_samples: held-out examples on which the loss is measured before and after; 0 for none, which
+            ``damping="auto"`` raises to 256. They give no gradients.
+        seed: of the choice of examples.
+        memory_budget: bytes for the Fisher's blocks; beyond it the targets are treated in groups, each with a pass
+            over the same gradients. None: half of what is free on the model's device.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    method: Literal["mfac", "magnitude"] = "mfac"
+    num_grads: int = 64
+    grad_batch_size: int = 1
+    block_size: int = 128
+    damping: float | Literal["auto"] = 1e-5
+    recomputations: int = 16
+    selection: Literal["greedy", "diagonal"] = "greedy"
+    update: Literal["joint", "sum"] = "joint"
+    pattern: str = "unstructured"
+    scope: Literal["global", "uniform"] = "global"
+    loss_samples: int = 0
+    seed: int = 0
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "method": ("mfac", "magnitude"),
+            "selection": ("greedy", "diagonal"),
+            "update": ("joint", "sum"),
+            "scope": ("global", "uniform"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name, least in {
+            "num_grads": 1, "grad_batch_size": 1, "block_size": 1, "recomputations": 1, "loss_samples": 0,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+        if isinstance(self.damping, str):
+            if self.damping != "auto":
+                raise ValueError(f"damping is {self.damping!r}; expected a positive number or 'auto'")
+            if self.loss_samples == 0 and self.method == "mfac":
+                object.__setattr__(self, "loss_samples", AUTO_LOSS_SAMPLES)
+        elif not 0 < self.damping < float("inf"):
+            raise ValueError(f"damping is {self.damping!r}; expected a positive number or 'auto'")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise ValueError(f"memory_budget is {self.memory_budget}; expected a number of bytes, or None")
+
+
+@dataclass
+class PruningReport:
+    """What a pruning step did.
+
+    Attributes:
+        options: those that were given, as a dictionary.
+        num_weights: weights that were open to pruning.
+        sparsity_before: share of them that was pruned before.
+        sparsity: share that is pruned now.
+        sparsities: the same for each tensor.
+        predicted_loss_increase: sum over the sub-steps of the quadratic model's loss increase; None for magnitude.
+        loss_before: loss on the held-out examples, if it was measured.
+        loss_after: the same after pruning.
+        num_grads: gradients taken in all sub-steps together.
+        steps: of each sub-step: ``sparsity``, ``predicted_loss_increase``, ``damping``, ``damping_losses`` (what a
+            sweep saw), ``num_grads``, ``groups`` (of targets) and seconds by part.
+        seconds: wall time.
+    """
+
+    options: dict[str, Any]
+    num_weights: int
+    sparsity_before: float
+    sparsity: float
+    sparsities: dict[str, float]
+    predicted_loss_increase: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    num_grads: int = 0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def check_sparsity(sparsity: float, current: float = 0.0) -> None:
+    """Raise ValueError unless ``sparsity`` lies in [0, 1) and not below the current one."""
+    if not 0 <= sparsity < 1:  # false for NaN
+        raise ValueError(f"sparsity is {sparsity!r}; expected a number in [0, 1), such as 0.9 to keep a tenth")
+    if sparsity < current - 1e-9:
+        raise ValueError(f"sparsity {sparsity:g} is below the {current:g} that is pruned already; it only ever rises")

@@ -1,0 +1,95 @@
+r"""Gradients of every example of a batch from one backward pass.
+
+A linear layer computes :math:`y_{nt} = W x_{nt}` for each example n and position t. The gradient of its weight is a
+sum over both, and keeping n apart costs one product more:
+
+.. math:: \frac{\partial \ell_n}{\partial W} = \sum_t \frac{\partial \ell_n}{\partial y_{nt}} x_{nt}^\top
+
+A convolution is the same over the patches of its input. Since examples do not meet in a model in evaluation mode, the
+gradient of the batch's mean loss at :math:`y_{nt}` is that of :math:`\ell_n`, divided by the size of the batch.
+
+That holds where the loss is the mean over examples and every use of a weight is a call of its layer with examples in
+the first dimension. Other models need a backward pass for each example; `mfac_hf.pruning.gradients` compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["batch_gradients"]
+
+
+def batch_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor], batch_size: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Gradients of each example of one batch, N x numel, parameter by parameter.
+
+    Args:
+        model: in evaluation mode.
+        parameters: weights of linear layers and two-dimensional convolutions, by name.
+        loss: runs the model on the batch and returns the mean loss over its examples.
+        batch_size: number of examples, N.
+
+    Yields:
+        Name and rows, float32, of each parameter.
+
+    Raises:
+        NotImplementedError: the gradients cannot be told apart this way; the message says why.
+    """
+    names: dict[Any, str] = {parameter: name for name, parameter in parameters.items()}
+    layers = [module for module in model.modules() if getattr(module, "weight", None) in names]
+    for layer in layers:
+        if not _is_plain(layer):
+            raise NotImplementedError(f"{names[layer.weight]} belongs to {layer}")
+    if missing := set(names.values()) - {names[layer.weight] for layer in layers}:
+        raise NotImplementedError(f"{sorted(missing)[0]} is no layer's weight")
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        calls.append((layer, inputs[0].detach(), output))
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        value = loss()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, inputs, _ in calls:
+        if len(inputs) != batch_size:
+            raise NotImplementedError(f"{names[layer.weight]} sees inputs that are not one for each example")
+    gradients = torch.autograd.grad(value, [output for *_, output in calls], allow_unused=True)
+    for name, parameter in parameters.items():
+        rows = torch.zeros(batch_size, parameter.numel(), device=parameter.device)
+        for (layer, inputs, _), gradient in zip(calls, gradients, strict=True):
+            if layer.weight is parameter and gradient is not None:
+                rows += _rows(layer, inputs.float(), gradient.float()).reshape(batch_size, -1)
+        yield name, rows.mul_(batch_size)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether :func:`_rows` knows the gradient of the layer's weight."""
+    if type(layer) is nn.Conv2d:
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, (nn.Linear, Conv1D))
+
+
+def _rows(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Gradients of one call's weight, example by example, from its input and its output's gradient."""
+    if isinstance(layer, nn.Conv2d):
+        groups = layer.groups
+        padding: Any = layer.padding  # numbers: _is_plain
+        patches = functional.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
+        patches_NGIL = patches.unflatten(1, (groups, -1))
+        gradient_NGOL = gradient.flatten(2).unflatten(1, (groups, -1))
+        return gradient_NGOL @ patches_NGIL.transpose(2, 3)
+    inputs_NTI = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    gradient_NTO = gradient.reshape(len(gradient), -1, gradient.shape[-1])
+    if isinstance(layer, Conv1D):  # stores its weight as I x O
+        return inputs_NTI.transpose(1, 2) @ gradient_NTO
+    return gradient_NTO.transpose(1, 2) @ inputs_NTI

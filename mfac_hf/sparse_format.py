@@ -1,0 +1,297 @@
+"""A file format for sparse weights: one safetensors file in which each tensor takes the smallest of three encodings.
+
+    dense    NAME/values    the tensor as it is
+    bitmask  NAME/mask      one bit a weight, row-major, lowest bit first, in bytes
+             NAME/values    the weights whose bit is set
+    csr      NAME/counts    how many weights each row keeps (a row: all dimensions but the first, flattened)
+             NAME/columns   their columns, ascending within a row
+             NAME/values    their values
+
+Counts are unsigned integers of the fewest bytes that hold the length of a row, columns of the fewest that hold the
+last column. A weight counts as zero only where all its bits are zero, so negative zeros and NaN payloads come back as
+they were.
+
+The safetensors metadata has five entries: ``format`` ("mfac_sparse"), ``version`` ("1"), ``tensors`` (JSON: for each
+name ``encoding``, ``dtype``, ``shape`` and ``sha256`` over the bytes of its parts, in the order above), ``tied``
+(JSON: further names of a tensor) and ``sha256`` over the texts of ``version``, ``tensors`` and ``tied``, joined by
+line feeds. Any safetensors library reads the parts, and nothing but this page is needed to put them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["DamagedFileError", "SparseFile", "TensorRecord", "encode", "write_sparse"]
+
+FORMAT = "mfac_sparse"
+VERSION = 1
+PARTS = {"dense": ("values",), "bitmask": ("mask", "values"), "csr": ("counts", "columns", "values")}
+# Integers that carry the bits of a value of so many bytes.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class DamagedFileError(ValueError):
+    """A sparse file that is truncated, altered, inconsistent or of a later version."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What the header says about one tensor."""
+
+    encoding: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that the header names."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, zeros included."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def rows_and_columns(self) -> tuple[int, int]:
+        """The matrix that csr indexes."""
+        return _rows_and_columns(self.shape)
+
+
+def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows, int(np.prod(shape[1:] if len(shape) > 1 else shape, dtype=np.int64))
+
+
+def _index_dtypes(columns: int) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """The dtypes of counts and of columns."""
+    return np.min_scalar_type(columns), np.min_scalar_type(max(columns - 1, 0))
+
+
+def encode(name: str, tensor: Tensor) -> tuple[TensorRecord, dict[str, Tensor]]:
+    """Encode one tensor in the fewest bytes; where two encodings tie, in the simpler one.
+
+    Args:
+        name: its name, for messages.
+        tensor: any strided tensor of a dtype that safetensors stores; copied to the CPU.
+
+    Returns:
+        Its record, and its parts by name.
+
+    Raises:
+        ValueError: the tensor has no values of its own (meta device, another layout) or a dtype that does not fit.
+    """
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype == torch.complex128:
+        raise ValueError(
+            f"{name} cannot be stored: layout {tensor.layout}, device {tensor.device}, dtype {tensor.dtype}; expected "
+            "a strided tensor with values, of a dtype that safetensors has"
+        )
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    bits = values.view(BITS[values.element_size()]).numpy()
+    rows, columns = _rows_and_columns(tuple(tensor.shape))
+    count_dtype, column_dtype = _index_dtypes(columns)
+    kept = int(np.count_nonzero(bits))
+    size = {
+        "dense": bits.nbytes,
+        "bitmask": (bits.size + 7) // 8 + kept * bits.itemsize,
+        "csr": rows * count_dtype.itemsize + kept * (column_dtype.itemsize + bits.itemsize),
+    }
+    encoding = min(PARTS, key=lambda kind: size[kind])
+    parts: dict[str, Tensor] = {}
+    if encoding == "bitmask":
+        keep = bits != 0
+        parts["mask"] = torch.from_numpy(np.packbits(keep, bitorder="little"))
+        values = values[torch.from_numpy(keep)]
+    elif encoding == "csr":
+        row_of, column_of = np.nonzero(bits.reshape(rows, columns))
+        parts["counts"] = torch.from_numpy(np.bincount(row_of, minlength=rows).astype(count_dtype))
+        parts["columns"] = torch.from_numpy(column_of.astype(column_dtype))
+        values = values[torch.from_numpy(bits != 0)]
+    parts["values"] = values.reshape(tensor.shape) if encoding == "dense" else values
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorRecord(encoding, dtype, tuple(tensor.shape), _digest(parts.values())), parts
+
+
+def _digest(parts: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.contiguous().reshape(-1).view(BITS[part.element_size()]).numpy().data)
+    return digest.hexdigest()
+
+
+def write_sparse(path: str | os.PathLike[str], tensors: Iterator[tuple[str, Tensor]], tied: Mapping[str, str]) -> None:
+    """Write a sparse file; an existing one is replaced only by a complete one.
+
+    Args:
+        path: the file.
+        tensors: names and tensors, each tensor once.
+        tied: further names of these tensors, ``{name: name it shares its values with}``.
+
+    Raises:
+        ValueError: a tensor that cannot be stored (`encode`).
+    """
+    parts: dict[str, Tensor] = {}
+    records = {}
+    for name, tensor in tensors:
+        record, pieces = encode(name, tensor)
+        records[name] = vars(record)
+        parts |= {f"{name}/{part}": piece for part, piece in pieces.items()}
+    texts = {"version": str(VERSION), "tensors": json.dumps(records), "tied": json.dumps(dict(tied))}
+    metadata = {"format": FORMAT, **texts, "sha256": _text_digest(texts)}
+    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
+    try:
+        save_file(parts, unfinished, metadata=metadata)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _text_digest(texts: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(texts[key] for key in ("version", "tensors", "tied")).encode()).hexdigest()
+
+
+class SparseFile:
+    """A sparse file, read tensor by tensor.
+
+    Attributes:
+        path: where it is.
+        records: what its header says of each tensor, by name.
+        tied: further names of these tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is not a sparse file, its header is damaged, or a later version wrote it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} is no file")
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata, keys = file.metadata() or {}, set(file.keys())
+        except (SafetensorError, OSError) as error:  # OSError: shorter than its own header says
+            raise DamagedFileError(
+                f"{self.path} is truncated or damaged: {error}. Copy or download it again"
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise DamagedFileError(
+                f"{self.path} is not a sparse file: its format is {metadata.get('format')!r}, expected {FORMAT!r}. "
+                "from_pretrained reads an ordinary model.safetensors"
+            )
+        version = metadata.get("version", "")
+        if version.isdecimal() and int(version) > VERSION:
+            raise DamagedFileError(
+                f"{self.path} has version {version} of the format; this mfac_hf reads versions up to {VERSION}. "
+                "Install a newer one: pip install --upgrade mfac_hf"
+            )
+        try:
+            intact = _text_digest(metadata) == metadata["sha256"]
+        except KeyError:
+            intact = False
+        if not intact:
+            raise DamagedFileError(f"the header of {self.path} does not match its checksum. Copy or download it again")
+        self.records = {name: self._record(name, entry) for name, entry in json.loads(metadata["tensors"]).items()}
+        self.tied: dict[str, str] = json.loads(metadata["tied"])
+        if stray := {a: b for a, b in self.tied.items() if a in self.records or b not in self.records}:
+            raise DamagedFileError(f"{self.path} ties names that do not fit its tensors: {stray}")
+        expected = {f"{name}/{part}" for name, record in self.records.items() for part in PARTS[record.encoding]}
+        if keys != expected:
+            raise DamagedFileError(
+                f"{self.path} does not hold what its header lists: missing {sorted(expected - keys)}, not listed "
+                f"{sorted(keys - expected)}"
+            )
+
+    def _record(self, name: str, entry: dict[str, Any]) -> TensorRecord:
+        """Check and convert an entry of the header."""
+        dtype = getattr(torch, entry["dtype"], None)
+        if entry["encoding"] not in PARTS or not isinstance(dtype, torch.dtype) or min(entry["shape"], default=0) < 0:
+            raise DamagedFileError(f"{name} in {self.path}: its header makes no sense: {entry}")
+        return TensorRecord(entry["encoding"], entry["dtype"], tuple(entry["shape"]), entry["sha256"])
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, checked against its record.
+
+        Raises:
+            KeyError: there is no such tensor.
+            DamagedFileError: its bytes, indices or sizes are not what the header says.
+        """
+        record = self.records[name]
+        # Opened for each tensor: the pages that a mapping has touched would count as this process's memory until it
+        # is closed, and in the end the whole file would lie in memory beside the model.
+        with safe_open(self.path, framework="pt") as file:
+            parts = {part: file.get_tensor(f"{name}/{part}") for part in PARTS[record.encoding]}
+            if _digest(parts.values()) != record.sha256:
+                raise DamagedFileError(f"{name} in {self.path} does not match its checksum. Copy or download it again")
+            try:
+                return _decode(record, parts)
+            except ValueError as error:
+                raise DamagedFileError(f"{name} in {self.path}: {error}") from None
+
+
+def _decode(record: TensorRecord, parts: dict[str, Tensor]) -> Tensor:
+    """Put a tensor together; a ValueError says what does not fit."""
+    values = parts["values"]
+    if values.dtype != record.torch_dtype:
+        raise ValueError(f"values are {values.dtype}, the header says {record.dtype}")
+    if record.encoding == "dense":
+        if tuple(values.shape) != record.shape:
+            raise ValueError(f"values have shape {tuple(values.shape)}, the header says {record.shape}")
+        return values.clone()  # the original may be a view of the file
+    positions = _bitmask_positions if record.encoding == "bitmask" else _csr_positions
+    where = positions(record, parts)
+    bits = torch.zeros(record.numel, dtype=BITS[record.torch_dtype.itemsize])
+    bits.numpy()[where] = values.view(bits.dtype).numpy()
+    return bits.view(record.torch_dtype).reshape(record.shape)
+
+
+def _bitmask_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.ndarray[Any, Any]:
+    """Booleans, True where a value goes."""
+    mask, numel = parts["mask"].numpy(), record.numel
+    if mask.dtype != np.uint8 or mask.shape != ((numel + 7) // 8,):
+        raise ValueError(f"the mask is {mask.dtype} of shape {mask.shape}, which does not fit shape {record.shape}")
+    flags = np.unpackbits(mask, bitorder="little").view(bool)
+    if flags[numel:].any():
+        raise ValueError(f"index out of range: the mask has bits set after the last of {numel} weights")
+    kept = int(np.count_nonzero(flags))
+    if tuple(parts["values"].shape) != (kept,):
+        raise ValueError(f"the mask keeps {kept} weights, values have shape {tuple(parts['values'].shape)}")
+    return flags[:numel]
+
+
+def _csr_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.ndarray[Any, Any]:
+    """Flat indices of the values."""
+    rows, columns = record.rows_and_columns
+    counts, column_of = parts["counts"].numpy(), parts["columns"].numpy()
+    dtypes = _index_dtypes(columns)
+    if (counts.dtype, column_of.dtype) != dtypes or counts.shape != (rows,):
+        raise ValueError(
+            f"counts are {counts.dtype} of shape {counts.shape} and columns {column_of.dtype}; expected {dtypes[0]} "
+            f"of shape ({rows},) and {dtypes[1]}"
+        )
+    kept = int(counts.sum(dtype=np.int64))
+    if column_of.shape != (kept,) or tuple(parts["values"].shape) != (kept,):
+        raise ValueError(
+            f"counts add up to {kept}, columns have shape {column_of.shape}, values {tuple(parts['values'].shape)}"
+        )
+    if kept and int(column_of.max()) >= columns:
+        raise ValueError(
+            f"index out of range: column {int(column_of.max())} in rows of {columns} (columns 0 to {columns - 1})"
+        )
+    where = np.repeat(np.arange(rows, dtype=np.int64) * columns, counts) + column_of.astype(np.int64)
+    if kept and (np.diff(where) <= 0).any():
+        raise ValueError("columns are not ascending within a row")
+    return where

@@ -1,0 +1,185 @@
+"""Linear layers that multiply by compressed sparse rows, where that is measured to be faster.
+
+PyTorch's sparse product is fast in one orientation: ``W_csr @ x.T``. The same weights through
+``F.linear(x, W_csr)`` are slower than dense ones. Many tokens at once do not stay in the cache, so long inputs are cut
+into pieces where this is faster.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+__all__ = ["SparseLinear", "to_sparse_inference"]
+
+logger = logging.getLogger(__name__)
+
+PIECE = 64  # tokens of which inputs and outputs of a BERT layer stay in a core's cache
+ROUNDS = 5
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class SparseLinear(nn.Module):
+    """``x @ W.T + b`` by way of compressed sparse rows; for inference, in float32 or float64.
+
+    Its state dict holds the dense ``weight`` and ``bias``, as that of the replaced layer did, and it loads such a one.
+
+    Args:
+        linear: the layer to replace; its bias is shared.
+        piece: tokens to multiply at once; None for all.
+
+    Raises:
+        ValueError: the weight is of another dtype.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, *, piece: int | None = None) -> None:
+        super().__init__()
+        if linear.weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the weight is {linear.weight.dtype}: sparse products need float32 or float64")
+        self.in_features, self.out_features, self.piece = linear.in_features, linear.out_features, piece
+        self.bias = linear.bias
+        self._compress(linear.weight.detach())
+
+    def _compress(self, weight_OI: Tensor) -> None:
+        bits = weight_OI.contiguous().view(torch.int32 if weight_OI.dtype == torch.float32 else torch.int64)
+        keep_OI = bits != 0  # negative zeros stay, so that the state dict is exact
+        counts_O = keep_OI.sum(1)
+        rows = torch.cat([counts_O.new_zeros(1), counts_O.cumsum(0)])
+        # 32-bit indices are what MKL takes without converting them at every product
+        self.register_buffer("rows", rows.int(), persistent=False)
+        self.register_buffer("columns", keep_OI.nonzero()[:, 1].int(), persistent=False)
+        self.register_buffer("values", weight_OI[keep_OI], persistent=False)
+
+    def _csr(self) -> Tensor:
+        size = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.rows, self.columns, self.values, size, check_invariants=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, put together anew at each call."""
+        values = self.values
+        dense_OI = torch.zeros(self.out_features, self.in_features, dtype=values.dtype, device=values.device)
+        counts_O = torch.diff(self.rows)
+        row_of = torch.repeat_interleave(torch.arange(self.out_features, device=values.device), counts_O)
+        dense_OI[row_of, self.columns] = values
+        return dense_OI
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        x_NI = x.reshape(-1, self.in_features)
+        weight_OI = self._csr()
+        if self.piece is None or len(x_NI) <= self.piece:
+            out_NO = self._product(weight_OI, x_NI)
+        else:
+            out_NO = torch.cat([self._product(weight_OI, x_PI) for x_PI in x_NI.split(self.piece)])
+        return out_NO.reshape(*x.shape[:-1], self.out_features)
+
+    def _product(self, weight_OI: Tensor, x_NI: Tensor) -> Tensor:
+        if self.bias is None:
+            return (weight_OI @ x_NI.T).T
+        return torch.addmm(self.bias[:, None], weight_OI, x_NI.T).T
+
+    def extra_repr(self) -> str:
+        """What the layer's line shows in the printed model."""
+        total = self.in_features * self.out_features
+        kept = self.values.numel()
+        return f"{self.in_features}, {self.out_features}, sparsity={1 - kept / total:.4f}, piece={self.piece}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        weight = state_dict.pop(prefix + "weight", None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if weight is None:
+            missing_keys.append(prefix + "weight")
+        elif weight.shape != (self.out_features, self.in_features):
+            expected = (self.out_features, self.in_features)
+            error_msgs.append(f"{prefix}weight has shape {tuple(weight.shape)}; expected {expected}")
+        else:
+            self._compress(weight.detach().to(self.values))
+
+
+@torch.no_grad()
+def to_sparse_inference(model: Model, *, tokens: int = 128, min_speedup: float = 1.05) -> Model:
+    """Replace linear layers by sparse ones, each only where it is measured to be faster.
+
+    Every ``nn.Linear`` with zeros is timed against its sparse counterpart on this machine, on ``tokens`` random tokens
+    (batch times sequence length of the inputs to come) and with PyTorch's present number of threads. Outputs differ by
+    rounding. Sparse products use no less memory for activations, but the weights of replaced layers take 8 bytes for
+    each one that is not zero.
+
+    Args:
+        model: left as it is; what is not replaced is shared with the result.
+        tokens: tokens to expect in one forward pass.
+        min_speedup: how many times faster a sparse layer has to be to be taken; 0 takes all that have zeros.
+
+    Returns:
+        A model in evaluation mode with the state dict of ``model``. A log line says how many layers were replaced.
+
+    Raises:
+        ValueError: ``tokens`` is below 1.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; expected at least 1")
+    shared = [*model.parameters(), *model.buffers()]
+    result = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    candidates = [
+        (name, module)
+        for name, module in result.named_modules()
+        # the exact type: a subclass may compute something else
+        if type(module) is nn.Linear
+        and module.weight.dtype in (torch.float32, torch.float64)
+        and not module.weight.all()
+    ]
+    replaced = 0
+    for name, linear in candidates:
+        best = _fastest(linear, tokens, min_speedup)
+        if best is not None:
+            result.set_submodule(name, best)
+            replaced += 1
+    logger.info("%d of %d linear layers with zeros are faster as sparse ones", replaced, len(candidates))
+    return result
+
+
+def _fastest(linear: nn.Linear, tokens: int, min_speedup: float) -> SparseLinear | None:
+    """The faster of the sparse layers, if it beats the dense one."""
+    x = torch.randn(tokens, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
+    layers = [SparseLinear(linear), *([SparseLinear(linear, piece=PIECE)] if tokens > PIECE else [])]
+    if min_speedup == 0 and len(layers) == 1:
+        return layers[0]
+    times: list[list[float]] = [[] for _ in range(1 + len(layers))]
+    timers = [
+        Timer("layer(x)", globals={"layer": layer, "x": x}, num_threads=torch.get_num_threads())
+        for layer in (linear, *layers)
+    ]
+    for _ in range(ROUNDS):  # in turns, so that all meet the same noise
+        for spent, timer in zip(times, timers, strict=True):
+            spent.append(timer.timeit(1).mean)
+    dense, *sparse = map(statistics.median, times)
+    best = min(range(len(layers)), key=lambda i: sparse[i])
+    return layers[best] if dense >= min_speedup * sparse[best] else None
