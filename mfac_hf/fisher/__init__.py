@@ -1,5 +1,6 @@
 """Linear algebra of the empirical Fisher matrix, on tensors alone."""
 
+from mfac_hf.fisher.blocked import BlockedFisher
 from mfac_hf.fisher.window import GradientWindow
 
-__all__ = ["GradientWindow"]
+__all__ = ["BlockedFisher", "GradientWindow"]

@@ -1,0 +1,325 @@
+r"""The static algorithm in blocks: a block-diagonal inverse Fisher from streamed gradients.
+
+A vector of d parameters is cut into blocks of B consecutive ones. The damped empirical Fisher of block b, with the
+gradients restricted to it as rows of :math:`G_b` (m x B), is :math:`F_b = \lambda I + G_b^\top G_b / m`. Two exact
+forms:
+
+- primal (m >= B): accumulate the B x B matrix :math:`G_b^\top G_b` while gradients stream in. No gradient is kept,
+  ranks add up their sums, and the damping can be chosen afterwards;
+- dual (m < B): keep the gradients. With :math:`m\lambda I + G_b G_b^\top = L L^\top` and :math:`W = L^{-1} G_b`,
+  :math:`F_b^{-1} = (I - W^\top W) / \lambda`.
+
+All arithmetic is float64. On real gradients the entries of :math:`G_b^\top G_b / m` exceed :math:`\lambda` by many
+orders of magnitude, and float32 sums or factors were seen to spoil the inverse completely. Symmetry pays for it: only
+panels on and below the diagonal are computed and kept.
+
+Source: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021,
+section 3.1, whose recursion is in `mfac_hf.fisher.reference`.
+
+Shape suffixes: N gradients added at once, M gradients, D parameters, K blocks, B block size, P width of a panel.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mfac_hf.fisher.window import MAX_NORM
+
+__all__ = ["BlockedFisher"]
+
+# Width of the panels that hold the lower triangle of a block: narrower ones save more products, and make them slower.
+PANEL = 32
+
+# Single gradients are collected until so many are there: adding them one by one would read all sums each time.
+PENDING_ROWS = 32
+
+# Gradients multiplied at once, and bytes of their float64 copy: it should stay in a core's own cache.
+ROWS_AT_ONCE = 256
+COPY_BYTES = 1 << 20
+
+# Bytes of the (B, B) matrices that are factored at once.
+CHUNK_BYTES = 1 << 25
+
+
+class BlockedFisher:
+    r"""Inverse of the damped block-diagonal empirical Fisher :math:`F_b = \lambda I + G_b^\top G_b / m`.
+
+    The divisor m is the number of gradients added (over all ranks). Coordinates whose gradients are zero, such as
+    those of pruned weights, decouple: their row of :math:`F_b` is :math:`\lambda` on the diagonal.
+
+    Args:
+        dim: number of parameters, d.
+        block_size: B; the last block may be shorter.
+        damping: :math:`\lambda > 0`; may be set at any time, also after all gradients were added.
+        num_grads: gradients that will be added at most (on this rank); below ``block_size`` they are kept (dual form).
+        device: where the sums live and the work is done.
+        dtype: type that kept gradients are stored in, and of results: float32 or float64.
+        process_group: ranks that each add their own gradients to the same parameters. Their sums are added up at the
+            first use, after which no more gradients can be added; every rank has to use it.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        block_size: int,
+        damping: float,
+        num_grads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _check_sizes(dim, block_size, num_grads)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype is {dtype}; expected torch.float32 or torch.float64")
+        self.dim = dim
+        self.block_size = min(block_size, dim)
+        self.num_grads = num_grads
+        self.damping = damping
+        self.device = torch.device("cpu" if device is None else device)
+        self.dtype = dtype
+        self.process_group = process_group
+        self.is_dual = process_group is None and num_grads < self.block_size
+        self._count = 0
+        self._reduced = False
+        self._pending = 0
+        rows = num_grads if self.is_dual else min(PENDING_ROWS, num_grads)
+        self._rows_MD = torch.empty(rows, dim, dtype=dtype, device=self.device)
+        self._panels_KBP = [
+            torch.zeros(
+                self.num_blocks,
+                self.block_size - start,
+                min(PANEL, self.block_size - start),
+                dtype=torch.float64,
+                device=self.device,
+            )
+            for start in ([] if self.is_dual else range(0, self.block_size, PANEL))
+        ]
+
+    @staticmethod
+    def nbytes(dim: int, block_size: int, num_grads: int, *, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes that an object with these arguments holds (one rank, without process group), before it exists.
+
+        The work on it takes up to about 0.3 GB more, whatever the sizes, unless a single block needs more.
+
+        Raises:
+            ValueError: for a value out of range.
+        """
+        _check_sizes(dim, block_size, num_grads)
+        block_size = min(block_size, dim)
+        if num_grads < block_size:
+            return num_grads * dim * dtype.itemsize
+        panels = sum((block_size - start) * min(PANEL, block_size - start) for start in range(0, block_size, PANEL))
+        return -(-dim // block_size) * panels * 8 + min(PENDING_ROWS, num_grads) * dim * dtype.itemsize
+
+    @property
+    def damping(self) -> float:
+        r""":math:`\lambda`, in units of a squared gradient entry."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        if not 0.0 < value < float("inf"):
+            raise ValueError(f"damping is {value!r}; expected a finite number above 0 (1e-4 to 1e-7 are usual)")
+        self._damping = float(value)
+
+    @property
+    def count(self) -> int:
+        """Gradients added so far: by this rank, and once the sums are reduced by all."""
+        return self._count
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the last of which may be short."""
+        return -(-self.dim // self.block_size)
+
+    def add(self, grads_ND: Tensor) -> None:
+        """Add one gradient of shape (d,), or several of shape (n, d).
+
+        Raises:
+            ValueError: for a wrong shape, more than ``num_grads`` gradients, or one that is not finite (or whose norm
+                exceeds 1e19); nothing is added then.
+            RuntimeError: if the sums of several ranks were added up already.
+        """
+        if grads_ND.ndim == 1:
+            grads_ND = grads_ND.unsqueeze(0)
+        if grads_ND.ndim != 2 or grads_ND.shape[1] != self.dim:
+            raise ValueError(f"gradients of shape {tuple(grads_ND.shape)}; expected ({self.dim},) or (n, {self.dim})")
+        if self._reduced:
+            raise RuntimeError("the sums of all ranks were added up at the first use: add all gradients before it")
+        if self.count + len(grads_ND) > self.num_grads:
+            raise ValueError(
+                f"{self.count} of {self.num_grads} gradients are there, and {len(grads_ND)} more do not fit: "
+                "construct it with a larger num_grads"
+            )
+        grads_ND = grads_ND.detach().to(self.device)
+        norms_N = torch.linalg.vector_norm(grads_ND, dim=1, dtype=torch.float64)
+        if not bool((norms_N <= MAX_NORM).all()):
+            raise ValueError(
+                f"the norm of a gradient is {float(norms_N[~(norms_N <= MAX_NORM)][0])}; expected a finite one up to "
+                f"{MAX_NORM:g}. Skip such gradients, or look for the NaN in the loss"
+            )
+        if self.is_dual:
+            self._rows_MD[self.count : self.count + len(grads_ND)] = grads_ND
+        else:
+            self._add_to_sums(grads_ND)
+        self._count += len(grads_ND)
+
+    def _add_to_sums(self, grads_ND: Tensor) -> None:
+        start = 0
+        while start < len(grads_ND):
+            left = len(grads_ND) - start
+            if self._pending == 0 and left >= PENDING_ROWS:
+                size = min(left, ROWS_AT_ONCE)
+                self._accumulate(grads_ND[start : start + size])
+            else:
+                size = min(left, len(self._rows_MD) - self._pending)
+                self._rows_MD[self._pending : self._pending + size] = grads_ND[start : start + size]
+                self._pending += size
+                if self._pending == len(self._rows_MD):
+                    self._flush()
+            start += size
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._accumulate(self._rows_MD[: self._pending])
+            self._pending = 0
+
+    def _accumulate(self, grads_ND: Tensor) -> None:
+        """Add `Gᵀ G` of these gradients to the panels, a few blocks at a time."""
+        rows, size = len(grads_ND), self.block_size
+        at_once = max(1, COPY_BYTES // (rows * size * 8))
+        for first in range(0, self.num_blocks, at_once):
+            grads_KNB = self._in_blocks(grads_ND, first, min(first + at_once, self.num_blocks))
+            for panel_KBP, start in zip(self._panels_KBP, range(0, size, PANEL), strict=True):
+                panel_KBP[first : first + at_once].baddbmm_(
+                    grads_KNB[:, :, start:].mT, grads_KNB[:, :, start : start + PANEL]
+                )
+
+    def _in_blocks(self, rows_ND: Tensor, first: int, last: int) -> Tensor:
+        """Columns of blocks ``first`` to ``last`` as float64 (k, n, B), zeros beyond the end."""
+        blocks, size = last - first, self.block_size
+        columns_ND = rows_ND[:, first * size : last * size]
+        copy_ND = torch.empty(len(rows_ND), blocks * size, dtype=torch.float64, device=self.device)
+        copy_ND[:, : columns_ND.shape[1]] = columns_ND
+        copy_ND[:, columns_ND.shape[1] :] = 0
+        return copy_ND.view(len(rows_ND), blocks, size).transpose(0, 1)
+
+    def _finish(self) -> None:
+        """Bring the sums up to date, over all ranks."""
+        self._flush()
+        if self.process_group is not None and not self._reduced:
+            total = torch.tensor(self._count, device=self.device)
+            for tensor in (*self._panels_KBP, total):
+                dist.all_reduce(tensor, group=self.process_group)
+            self._count = int(total)
+            self._reduced = True
+        if self._count == 0:
+            raise RuntimeError("no gradient was added: the Fisher matrix of none is not defined")
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Ranges (first, last) of blocks whose matrices fit into a bounded workspace together."""
+        at_once = max(1, CHUNK_BYTES // (self.block_size**2 * 8))
+        for first in range(0, self.num_blocks, at_once):
+            yield first, min(first + at_once, self.num_blocks)
+
+    def matrices(self, first: int, last: int) -> Tensor:
+        r""":math:`F_b` of blocks ``first`` to ``last``: shape (k, B, B), float64, :math:`\lambda I` beyond the end.
+
+        Raises:
+            RuntimeError: if no gradient was added.
+        """
+        self._finish()
+        size = self.block_size
+        if self.is_dual:
+            grads_KMB = self._in_blocks(self._rows_MD[: self.count], first, last)
+            fisher_KBB = torch.bmm(grads_KMB.mT, grads_KMB)
+        else:
+            fisher_KBB = torch.empty(last - first, size, size, dtype=torch.float64, device=self.device)
+            for panel_KBP, start in zip(self._panels_KBP, range(0, size, PANEL), strict=True):
+                stop = start + panel_KBP.shape[2]
+                fisher_KBB[:, start:, start:stop] = panel_KBP[first:last]
+                fisher_KBB[:, start:stop, stop:] = panel_KBP[first:last, stop - start :].mT
+        fisher_KBB /= self.count
+        fisher_KBB.diagonal(dim1=1, dim2=2).add_(self.damping)
+        return fisher_KBB
+
+    def _dual_factor(self, first: int, last: int) -> Tensor:
+        """`W = L⁻¹ G_b` of blocks ``first`` to ``last``: shape (k, m, B), float64."""
+        grads_KMB = self._in_blocks(self._rows_MD[: self.count], first, last)
+        system_KMM = torch.bmm(grads_KMB, grads_KMB.mT)
+        system_KMM.diagonal(dim1=1, dim2=2).add_(self.count * self.damping)
+        return torch.linalg.solve_triangular(factor_blocks(system_KMM), grads_KMB, upper=False)
+
+    def inverse_diagonal(self) -> Tensor:
+        r""":math:`[F^{-1}]_{ii}` for every parameter: shape (d,), in the dtype of this object.
+
+        Raises:
+            RuntimeError: if no gradient was added.
+            FloatingPointError: if a block is not positive definite in float64: its damping is too small.
+        """
+        self._finish()
+        parts = []
+        for first, last in self.chunks():
+            if self.is_dual:
+                part_KB = (1 - self._dual_factor(first, last).square().sum(dim=1)) / self.damping
+            else:
+                factor_KBB = factor_blocks(self.matrices(first, last))
+                part_KB = inverse_factors(factor_KBB).square().sum(dim=1)
+            parts.append(part_KB.flatten())
+        return torch.cat(parts)[: self.dim].to(self.dtype)
+
+    def solve(self, x_D: Tensor) -> Tensor:
+        r""":math:`F^{-1} x`: shape (d,), in the dtype of this object.
+
+        Raises:
+            ValueError: for a wrong shape.
+            RuntimeError: if no gradient was added.
+            FloatingPointError: if a block is not positive definite in float64: its damping is too small.
+        """
+        if x_D.shape != (self.dim,):
+            raise ValueError(f"vector of shape {tuple(x_D.shape)}; expected ({self.dim},)")
+        self._finish()
+        parts = []
+        for first, last in self.chunks():
+            x_KB1 = self._in_blocks(x_D.detach().to(self.device).unsqueeze(0), first, last).mT
+            if self.is_dual:
+                factor_KMB = self._dual_factor(first, last)
+                part_KB1 = (x_KB1 - torch.bmm(factor_KMB.mT, torch.bmm(factor_KMB, x_KB1))) / self.damping
+            else:
+                part_KB1 = torch.cholesky_solve(x_KB1, factor_blocks(self.matrices(first, last)))
+            parts.append(part_KB1.flatten())
+        return torch.cat(parts)[: self.dim].to(self.dtype)
+
+
+def factor_blocks(matrices_KBB: Tensor) -> Tensor:
+    """Cholesky factors (lower) of a batch of matrices.
+
+    Raises:
+        FloatingPointError: if one is not positive definite.
+    """
+    factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
+    if bool(info_K.any()):
+        bad = int(info_K.nonzero()[0])
+        raise FloatingPointError(
+            f"a damped Fisher block of trace {float(matrices_KBB[bad].trace()):g} is not positive definite in "
+            "float64: raise the damping"
+        )
+    return factor_KBB
+
+
+def inverse_factors(factor_KBB: Tensor) -> Tensor:
+    """Inverses of a batch of lower triangular matrices."""
+    identity_BB = torch.eye(factor_KBB.shape[-1], dtype=factor_KBB.dtype, device=factor_KBB.device)
+    return torch.linalg.solve_triangular(factor_KBB, identity_BB.expand_as(factor_KBB), upper=False)
+
+
+def _check_sizes(dim: int, block_size: int, num_grads: int) -> None:
+    for name, value in (("dim", dim), ("block_size", block_size), ("num_grads", num_grads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1")
