@@ -4,6 +4,7 @@
     python scripts/benchmark.py --optimizer [--threads N]        # step time over the floor, beside AdamW and the paper
     python scripts/benchmark.py --optimizer --device cuda        # the same on a GPU
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
+    python scripts/benchmark.py --sparse                         # sparse files and inference, BERT-base, beside others
 
 Every round times each contender once, so that all meet the same noise; figures are medians over rounds. Results go
 to ``--output`` as JSON, with the command line and the machine. `scripts/bench/` has a module for each subject.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import accuracy, optimizer
+from bench import accuracy, optimizer, sparse
 from bench.common import describe_machine
 
 
@@ -35,6 +36,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metavar=("MODEL", "DATA"),
         help="an epoch of SST-2 at m = 1024 beside AdamW, through run_glue.py",
     )
+    parser.add_argument(
+        "--sparse",
+        action="store_true",
+        help="sparse files and inference of a random BERT-base, beside the alternatives",
+    )
     parser.add_argument("--num_grads", type=int, nargs="+", default=[128, 512], help="window lengths m to time")
     parser.add_argument(
         "--dims", type=int, nargs="+", default=[300_000, 4_400_000], help="numbers of parameters d to time"
@@ -44,8 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=None, help="write the results here as JSON")
     args = parser.parse_args(argv)
-    if not (args.accuracy or args.optimizer or args.epoch):
-        parser.error("nothing to do: pass --accuracy, --optimizer or --epoch")
+    if not (args.accuracy or args.optimizer or args.epoch or args.sparse):
+        parser.error("nothing to do: pass --accuracy, --optimizer, --epoch or --sparse")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {"command": " ".join(["python", "scripts/benchmark.py", *(argv or sys.argv[1:])])}
@@ -62,6 +68,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         optimizer.print_steps(results["optimizer"])
     if args.epoch:
         results["epoch"] = optimizer.benchmark_epoch(*args.epoch)
+    if args.sparse:
+        results["sparse_files"] = sparse.benchmark_sizes(args.rounds)
+        sparse.print_sizes(results["sparse_files"])
+        results["sparse_inference"] = sparse.benchmark_inference(args.rounds)
+        sparse.print_inference(results["sparse_inference"])
     results["machine"] = describe_machine(torch.device(args.device))
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
