@@ -1,0 +1,348 @@
+r"""Optimal Brain Surgeon on flat tensors: what pruning costs, what to prune, and how the rest makes up for it.
+
+With the quadratic model of the loss around trained weights, :math:`\tfrac12 \delta^\top F \delta`, removing the set Q
+and moving the survivors S as well as possible costs :math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q`.
+
+1. *Costs*, one for each unit of the pattern (a weight, or a group that goes together), infinite for what is pruned
+   already or has to stay: `magnitude_costs`, `diagonal_costs` (each unit as if it went alone, the paper's saliency
+   :math:`w_i^2 / (2 [F^{-1}]_{ii})`) or `greedy_costs`.
+2. `select` takes the cheapest units up to a sparsity. Costs are computed once and serve every sparsity.
+3. `joint_update` moves the survivors to the exact minimum of the model; `summed_update` is the paper's.
+
+The greedy trace removes one unit after the other in each block, always the cheapest given all earlier removals, and
+downdates the inverse each time. The cost of a unit is the largest loss increment up to its removal, so the cheapest
+units of all blocks together are the first ones of each block's trace.
+
+Sources: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS
+2021; the trace follows Frantar, Singh and Alistarh, "Optimal Brain Compression", NeurIPS 2022, on Fisher blocks; the
+joint cost of a group is also in Kurtic et al., "The Optimal BERT Surgeon", EMNLP 2022.
+
+Shape suffixes: D weights of a tensor, U units of a tensor, K blocks, B block size, G units of a block, A units still
+in play, R removed coordinates.
+"""
+
+import torch
+from torch import Tensor
+
+from mfac_hf.fisher.blocked import BlockedFisher, factor_blocks, inverse_factors
+from mfac_hf.pruning.patterns import Pattern
+
+__all__ = [
+    "SCOPES",
+    "diagonal_costs",
+    "greedy_costs",
+    "joint_update",
+    "magnitude_costs",
+    "select",
+    "summed_update",
+]
+
+SCOPES = ("global", "uniform")
+
+# Bytes of inverse matrices that the trace works on at once: they should stay in a shared cache.
+TRACE_BYTES = 1 << 24
+
+# Removals between two products that bring the inverse matrices up to date.
+TRACE_PANEL = 16
+
+# float32 keeps three digits of a trace where downdating shrinks no diagonal entry by more than this.
+FLOAT32_SHRINKAGE = 2e3
+
+
+def magnitude_costs(weights_D: Tensor, keep_D: Tensor, pattern: Pattern) -> Tensor:
+    """Squared weights, added up over each unit: shape (units,), float32; infinite for pruned units."""
+    _check_flat(weights_D, keep_D)
+    costs_U = weights_D.detach().double().square().view(-1, pattern.unit).sum(dim=1).float()
+    return pattern.restrict(costs_U.masked_fill(~_units(keep_D, pattern), float("inf")))
+
+
+def diagonal_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, pattern: Pattern) -> Tensor:
+    r"""Cost of each unit as if it went alone: shape (units,), float32; infinite for pruned units.
+
+    :math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q`; for single weights :math:`w_i^2 / (2 [F^{-1}]_{ii})`.
+
+    Raises:
+        ValueError: if shapes differ.
+        FloatingPointError: if a block is not positive definite.
+    """
+    _check_flat(weights_D, keep_D, fisher)
+    parts = []
+    for first, last in fisher.chunks():
+        weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
+        inverse_KBB = _inverses(_masked(fisher.matrices(first, last), keep_KB))
+        costs_KG = _unit_costs(_diagonal_units(inverse_KBB, pattern.unit), weights_KB.unflatten(1, (-1, pattern.unit)))
+        parts.append(costs_KG.flatten())
+    costs_U = torch.cat(parts)[: len(weights_D) // pattern.unit].float()
+    return pattern.restrict(costs_U.masked_fill(~_units(keep_D, pattern), float("inf")))
+
+
+def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, pattern: Pattern) -> Tensor:
+    """Cost of each unit in the greedy trace of its block: shape (units,), float32; infinite for what has to stay.
+
+    Within a block costs increase strictly in the order of removal.
+
+    Raises:
+        ValueError: if shapes differ.
+        FloatingPointError: if a block is not positive definite.
+    """
+    _check_flat(weights_D, keep_D, fisher)
+    size = fisher.block_size
+    at_once = max(1, TRACE_BYTES // (size**2 * 8))
+    parts = []
+    for first in range(0, fisher.num_blocks, at_once):
+        last = min(first + at_once, fisher.num_blocks)
+        weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
+        fisher_KBB = _masked(fisher.matrices(first, last), keep_KB)
+        inverse_KBB = _inverses(fisher_KBB)
+        shrinkage = (fisher_KBB.diagonal(dim1=1, dim2=2) * inverse_KBB.diagonal(dim1=1, dim2=2)).max()
+        if shrinkage <= FLOAT32_SHRINKAGE:
+            inverse_KBB, weights_KB = inverse_KBB.float(), weights_KB.float()
+        parts.append(trace_blocks(inverse_KBB, weights_KB, keep_KB, pattern).flatten())
+    return torch.cat(parts)[: len(weights_D) // pattern.unit]
+
+
+def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, pattern: Pattern) -> Tensor:
+    r"""Greedy traces of a batch of blocks; ``inverse_KBB`` and ``weights_KB`` are overwritten.
+
+    To remove coordinate p is one step of Gaussian elimination on the inverse: with the column :math:`u = H e_p /
+    \sqrt{H_{pp}}`, :math:`H \leftarrow H - u u^\top` and :math:`w \leftarrow w - u\, w_p / \sqrt{H_{pp}}`, at the cost
+    :math:`w_p^2 / (2 H_{pp})`. A group goes one coordinate after the other. Columns are computed when they are needed,
+    from the matrix as it was and the columns removed since; every few removals a product brings the matrix up to date,
+    and what is no longer in play is dropped from it.
+
+    Args:
+        inverse_KBB: :math:`F_b^{-1}`, shape (k, B, B).
+        weights_KB: shape (k, B).
+        keep_KB: bool, False where a weight is pruned already.
+        pattern: B has to be a multiple of its span.
+
+    Returns:
+        Costs of shape (k, B / unit), float32.
+    """
+    unit, window = pattern.unit, pattern.window
+    blocks, size = weights_KB.shape
+    rows_K1 = torch.arange(blocks, device=weights_KB.device).unsqueeze(1)
+    in_play_KG = _units(keep_KB.flatten(), pattern).view(blocks, -1)
+    costs_KG = torch.full(in_play_KG.shape, float("inf"), device=weights_KB.device)
+    # Units that each window of an N:M pattern may still lose.
+    quota_KW = in_play_KG.unflatten(1, (-1, window)).sum(dim=2) - pattern.kept
+    in_play_KG &= (quota_KW > 0).repeat_interleave(window, dim=1)
+    running_K = torch.full((blocks,), -1.0, device=weights_KB.device)
+    ids_KA = torch.arange(size // unit, device=weights_KB.device).expand(blocks, -1)
+    while True:
+        # Drop what is not in play in any block; blocks with less in play carry a few others along.
+        most = int(in_play_KG.sum(dim=1).max())
+        if most == 0:
+            return costs_KG
+        if most < in_play_KG.shape[1]:
+            order_KA = in_play_KG.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+            in_play_KG = in_play_KG.gather(1, order_KA)
+            ids_KA = ids_KA.gather(1, order_KA)
+            at_KB = (order_KA.unsqueeze(2) * unit + torch.arange(unit, device=order_KA.device)).flatten(1)
+            weights_KB = weights_KB.gather(1, at_KB)
+            inverse_KBB = inverse_KBB[rows_K1.unsqueeze(2), at_KB.unsqueeze(2), at_KB.unsqueeze(1)]
+        columns_KRB, removed = weights_KB.new_empty(blocks, TRACE_PANEL * unit, weights_KB.shape[1]), 0
+        diagonal_KAuu = _diagonal_units(inverse_KBB, unit)
+        weights_KAu = weights_KB.unflatten(1, (-1, unit))
+        for _ in range(min(TRACE_PANEL, most)):
+            step_KA = _unit_costs(diagonal_KAuu, weights_KAu).masked_fill_(~in_play_KG, float("inf"))
+            cost_K1, unit_K1 = step_KA.min(dim=1, keepdim=True)
+            goes_K1 = cost_K1.isfinite()
+            for i in range(unit):
+                at_K1 = unit_K1 * unit + i
+                column_KB = inverse_KBB[rows_K1.squeeze(1), at_K1.squeeze(1)]
+                if removed:
+                    earlier_KRB = columns_KRB[:, :removed]
+                    factors_KR1 = earlier_KRB.gather(2, at_K1.unsqueeze(1).expand(-1, removed, 1))
+                    column_KB = column_KB - torch.bmm(factors_KR1.mT, earlier_KRB).squeeze(1)
+                # Blocks that have nothing left in play subtract zeros.
+                scale_K1 = torch.where(goes_K1, column_KB.gather(1, at_K1).rsqrt(), 0)
+                column_KB = torch.mul(column_KB, scale_K1, out=columns_KRB[:, removed])
+                weights_KB -= column_KB * (weights_KB.gather(1, at_K1) * scale_K1)
+                column_KAu = column_KB.unflatten(1, (-1, unit))
+                diagonal_KAuu -= column_KAu.unsqueeze(3) * column_KAu.unsqueeze(2)
+                removed += 1
+            upward_K = torch.nextafter(running_K, running_K.new_tensor(float("inf")))
+            running_K = torch.where(goes_K1.squeeze(1), torch.maximum(cost_K1.squeeze(1).float(), upward_K), running_K)
+            found_K1 = ids_KA.gather(1, unit_K1)
+            costs_KG.scatter_(1, found_K1, torch.where(goes_K1, running_K.unsqueeze(1), costs_KG.gather(1, found_K1)))
+            in_play_KG.scatter_(1, unit_K1, False)
+            if window > 1:
+                quota_KW.scatter_add_(1, found_K1 // window, -goes_K1.to(quota_KW.dtype))
+                in_play_KG &= quota_KW.gather(1, ids_KA // window) > 0
+        inverse_KBB.baddbmm_(columns_KRB[:, :removed].mT, columns_KRB[:, :removed], alpha=-1)
+
+
+def select(
+    costs: dict[str, Tensor], keep: dict[str, Tensor], sparsity: float, *, pattern: Pattern, scope: str = "global"
+) -> dict[str, Tensor]:
+    """Masks at a sparsity: the cheapest units go, on top of what is pruned already.
+
+    Args:
+        costs: {name: (units,)} from one of the functions above.
+        keep: {name: bool, (d,)} what is kept so far.
+        sparsity: share of zeros afterwards: exactly ``round(sparsity * d)`` weights (to whole units), over all tensors
+            together or in each.
+        pattern: that the costs were computed for.
+        scope: ``"global"`` ranks all tensors together, ``"uniform"`` each alone.
+
+    Returns:
+        {name: bool, (d,)}: new masks.
+
+    Raises:
+        ValueError: for a sparsity outside [0, 1), below what is pruned already, or above what the pattern allows; for
+            an unknown scope. Ties go to the first of the units.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity is {sparsity!r}; expected a number from 0 up to, not including, 1")
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
+    if scope == "uniform":
+        return {name: _select(f"in {name}", {name: costs[name]}, keep, sparsity, pattern)[name] for name in costs}
+    return _select("over all targets", costs, keep, sparsity, pattern)
+
+
+def _select(
+    where: str, costs: dict[str, Tensor], keep: dict[str, Tensor], sparsity: float, pattern: Pattern
+) -> dict[str, Tensor]:
+    total = sum(keep[name].numel() for name in costs)
+    pruned = total - sum(int(keep[name].sum()) for name in costs)
+    budget = round(round(sparsity * total) / pattern.unit) - pruned // pattern.unit
+    if budget < 0:
+        raise ValueError(
+            f"sparsity is {sparsity:g}, but {pruned} of {total} weights {where} ({pruned / total:.4g}) are pruned "
+            "already and stay so: ask for more"
+        )
+    flat_U = torch.cat(list(costs.values()))
+    possible = int(flat_U.isfinite().sum())
+    if budget > possible:
+        raise ValueError(
+            f"sparsity is {sparsity:g}; the pattern {pattern.name!r} allows at most "
+            f"{(pruned + possible * pattern.unit) / total:.6g} {where}"
+        )
+    goes_U = torch.zeros_like(flat_U, dtype=torch.bool)
+    if budget:
+        threshold = flat_U.kthvalue(budget).values
+        goes_U = flat_U < threshold
+        ties = (flat_U == threshold).nonzero().squeeze(1)
+        goes_U[ties[: budget - int(goes_U.sum())]] = True
+    parts = goes_U.split([len(cost_U) for cost_U in costs.values()])
+    return {name: keep[name] & ~part.repeat_interleave(pattern.unit) for name, part in zip(costs, parts, strict=True)}
+
+
+def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher) -> Tensor:
+    r"""Weights after removing all of Q = keep & ~new_keep at once: :math:`\delta_S = F_{SS}^{-1} F_{SQ} w_Q`.
+
+    The exact minimum of the quadratic model over the survivors S, in each block.
+
+    Returns:
+        Shape (d,), in the dtype of ``weights_D``; exactly zero where ``new_keep_D`` is False.
+
+    Raises:
+        ValueError: if shapes differ.
+        FloatingPointError: if a block is not positive definite.
+    """
+    _check_flat(weights_D, keep_D, fisher)
+    parts = []
+    for first, last in fisher.chunks():
+        weights_KB, new_keep_KB = _cut(weights_D, new_keep_D, fisher, first, last)
+        removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
+        fisher_KBB = fisher.matrices(first, last)
+        pull_KB1 = torch.bmm(fisher_KBB, removed_KB.unsqueeze(2)) * new_keep_KB.unsqueeze(2)
+        factor_KBB = factor_blocks(_masked(fisher_KBB, new_keep_KB))
+        parts.append((weights_KB + torch.cholesky_solve(pull_KB1, factor_KBB).squeeze(2)).flatten())
+    return _write(parts, weights_D, new_keep_D)
+
+
+def summed_update(
+    weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher, pattern: Pattern
+) -> Tensor:
+    r"""Weights after the paper's update: the sum over removed units Q of :math:`-F^{-1} e_Q ([F^{-1}]_{QQ})^{-1} w_Q`.
+
+    Each unit's update as if it went alone; what they do to each other is left out.
+
+    Returns:
+        Shape (d,), in the dtype of ``weights_D``; exactly zero where ``new_keep_D`` is False.
+
+    Raises:
+        ValueError: if shapes differ.
+        FloatingPointError: if a block is not positive definite.
+    """
+    _check_flat(weights_D, keep_D, fisher)
+    parts = []
+    for first, last in fisher.chunks():
+        weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
+        removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
+        inverse_KBB = _inverses(_masked(fisher.matrices(first, last), keep_KB))
+        pull_KGu1 = removed_KB.unflatten(1, (-1, pattern.unit)).unsqueeze(3)
+        pull_KGu1 = torch.linalg.solve(_diagonal_units(inverse_KBB, pattern.unit), pull_KGu1)
+        parts.append((weights_KB - torch.bmm(inverse_KBB, pull_KGu1.flatten(1).unsqueeze(2)).squeeze(2)).flatten())
+    return _write(parts, weights_D, new_keep_D)
+
+
+def _check_flat(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | None = None) -> None:
+    expected = (fisher.dim if fisher is not None else weights_D.numel(),)
+    if weights_D.shape != expected or keep_D.shape != expected or keep_D.dtype != torch.bool:
+        raise ValueError(
+            f"weights of shape {tuple(weights_D.shape)} and a mask of shape {tuple(keep_D.shape)} ({keep_D.dtype}); "
+            f"expected flat tensors of {expected[0]} entries, the mask of torch.bool"
+        )
+
+
+def _units(keep_D: Tensor, pattern: Pattern) -> Tensor:
+    """Whether a unit is kept, (units,): all of its weights are, or none."""
+    return keep_D.view(-1, pattern.unit).any(dim=1)
+
+
+def _cut(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Weights (float64, zero where not kept) and mask of some blocks, (k, B) each; beyond the end nothing is kept."""
+    size = fisher.block_size
+    keep_KB = torch.zeros(last - first, size, dtype=torch.bool, device=fisher.device)
+    weights_KB = torch.zeros(last - first, size, dtype=torch.float64, device=fisher.device)
+    part_D = keep_D[first * size : last * size]
+    keep_KB.view(-1)[: len(part_D)] = part_D
+    weights_KB.view(-1)[: len(part_D)] = weights_D.detach()[first * size : last * size]
+    return weights_KB.masked_fill_(~keep_KB, 0), keep_KB
+
+
+def _masked(fisher_KBB: Tensor, keep_KB: Tensor) -> Tensor:
+    """Matrices in which coordinates that are not kept are decoupled, with 1 on the diagonal."""
+    if bool(keep_KB.all()):
+        return fisher_KBB
+    masked_KBB = fisher_KBB * keep_KB.unsqueeze(1) * keep_KB.unsqueeze(2)
+    masked_KBB.diagonal(dim1=1, dim2=2).add_(~keep_KB)
+    return masked_KBB
+
+
+def _inverses(matrices_KBB: Tensor) -> Tensor:
+    inverse_KBB = inverse_factors(factor_blocks(matrices_KBB))
+    return torch.bmm(inverse_KBB.mT, inverse_KBB)
+
+
+def _diagonal_units(matrices_KBB: Tensor, unit: int) -> Tensor:
+    """Diagonal (unit, unit) blocks, copied: shape (k, g, unit, unit)."""
+    return torch.stack(
+        [matrices_KBB[:, i::unit, j::unit].diagonal(dim1=1, dim2=2) for i in range(unit) for j in range(unit)],
+        dim=2,
+    ).unflatten(2, (unit, unit))
+
+
+def _unit_costs(diagonal_KGuu: Tensor, weights_KGu: Tensor) -> Tensor:
+    r""":math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q` of each unit, by elimination within it: shape (k, g)."""
+    unit = weights_KGu.shape[2]
+    if unit == 1:
+        return weights_KGu.squeeze(2).square() / (2 * diagonal_KGuu[:, :, 0, 0])
+    diagonal_KGuu, weights_KGu = diagonal_KGuu.clone(), weights_KGu.clone()
+    costs_KG = torch.zeros_like(weights_KGu[:, :, 0])
+    for i in range(unit):
+        pivot_KG1 = diagonal_KGuu[:, :, i, i : i + 1]
+        row_KGu = diagonal_KGuu[:, :, i, i + 1 :] / pivot_KG1
+        costs_KG += weights_KGu[:, :, i].square() / (2 * pivot_KG1.squeeze(2))
+        weights_KGu[:, :, i + 1 :] -= row_KGu * weights_KGu[:, :, i : i + 1]
+        diagonal_KGuu[:, :, i + 1 :, i + 1 :] -= row_KGu.unsqueeze(3) * (row_KGu * pivot_KG1).unsqueeze(2)
+    return costs_KG
+
+
+def _write(parts: list[Tensor], weights_D: Tensor, keep_D: Tensor) -> Tensor:
+    flat_D = torch.cat(parts)[: len(weights_D)].to(weights_D.device, weights_D.dtype)
+    return flat_D.masked_fill_(~keep_D, 0)
