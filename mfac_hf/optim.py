@@ -381,7 +381,7 @@ class MFAC(torch.optim.Optimizer):
         if self._window is not None:
             self._window.clear_unwritten()
         state_dict = super().state_dict()
-        if self._shares_window() or not self.defaults["save_window"]:
+        if self.shares_window or not self.defaults["save_window"]:
             state_dict["state"] = {
                 key: {name: value for name, value in state.items() if name not in WINDOW_KEYS}
                 for key, state in state_dict["state"].items()
@@ -400,7 +400,7 @@ class MFAC(torch.optim.Optimizer):
                 names what differs, and leaves the optimizer as it was.
         """
         saved = check_state(self, state_dict)
-        if any("gram" in state for state in saved.values()) and self._shares_window():
+        if any("gram" in state for state in saved.values()) and self.shares_window:
             warnings.warn("ranks that share a window do not load a saved one: it refills", stacklevel=2)
             saved = {p: {k: v for k, v in state.items() if k not in WINDOW_KEYS} for p, state in saved.items()}
         super().load_state_dict({**state_dict, "state": {}})
@@ -429,7 +429,8 @@ class MFAC(torch.optim.Optimizer):
         self.skipped_steps = lead["skipped_steps"]
         self._publish()
 
-    def _shares_window(self) -> bool:
+    @property
+    def shares_window(self) -> bool:
         """Whether the window's columns are, or will be, spread over several ranks."""
         return self._process_group is not None or any(
             _is_sharded(p) for group in self.param_groups for p in group["params"]
@@ -437,7 +438,7 @@ class MFAC(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep; a window shared by ranks cannot be copied by one of them."""
-        if self._shares_window():
+        if self.shares_window:
             raise TypeError(
                 "an MFAC whose window is shared by several ranks cannot be pickled or deep-copied by one of them"
             )

@@ -13,7 +13,8 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from mfac_hf.pruning.distillation import Distillation, distillation_loss, fingerprint
+from mfac_hf.pruning.distillation import Distillation, distillation_loss
+from mfac_hf.pruning.fingerprint import fingerprint
 
 SIZES = {
     "vocab_size": 30,

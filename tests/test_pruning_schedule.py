@@ -63,6 +63,12 @@ def test_the_last_pruning_falls_on_end_where_every_does_not_divide_the_way():
     assert [position for position, _ in schedule.points] == [5, 8, 9]
 
 
+def test_epochs_in_steps():
+    schedule = SparsitySchedule.from_list([0.5, 0.75], every=2)
+    assert schedule.in_steps(7) == SparsitySchedule(((0, 0.5), (14, 0.75)), "step")
+    assert schedule.in_steps(7).in_steps(3) == schedule.in_steps(7)
+
+
 def test_equal_schedules_are_equal():
     assert SparsitySchedule.linear(final=0.5, end=2) == SparsitySchedule.from_list([0, 0.25, 0.5], unit="step")
     assert SparsitySchedule.linear(final=0.5, end=2) != SparsitySchedule.linear(final=0.5, end=2, unit="epoch")

@@ -13,10 +13,9 @@ Fisher matrix of the pruner, do not see the teacher.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Distillation", "distillation_loss", "fingerprint"]
+from mfac_hf.pruning.fingerprint import fingerprint
+
+__all__ = ["Distillation", "distillation_loss"]
 
 TEACHER_NAME = "teacher.safetensors"
 _IGNORED_LABEL = -100
@@ -38,8 +39,8 @@ class Distillation:
         hardness: share h of the teacher in the loss, in (0, 1]; 1 leaves the labels out.
         temperature: T > 0, softens both distributions; plays no part in regression.
         teacher: a model that takes the student's inputs and returns logits of the same names and shapes, or a
-            directory to load one of the student's class from. None: a copy of the student, taken just before its
-            first weight is pruned; until then the loss stays the task's own.
+            directory to load one of the student's class from; it is frozen. None: a copy of the student, taken just
+            before its first weight is pruned; until then the loss stays the task's own.
 
     Raises:
         ValueError: for a hardness or temperature out of range.
@@ -60,6 +61,7 @@ class Distillation:
         self.temperature = temperature
         self.given = teacher
         self.teacher: nn.Module | None = None
+        self.mark: str | None = None  # fingerprint of a teacher that was taken
         self._handle: Any = None
 
     def begin(self, model: nn.Module) -> None:
@@ -70,7 +72,7 @@ class Distillation:
             OSError: there is no model in that directory.
         """
         self.end()
-        self.teacher = None
+        self.teacher = self.mark = None
         if self.given is None:
             return
         if isinstance(self.given, nn.Module):
@@ -89,7 +91,9 @@ class Distillation:
     def take(self, model: nn.Module) -> None:
         """Make a copy of the model, as it is now, the teacher."""
         self.end()
-        self._attach(model, copy.deepcopy(model))
+        teacher = copy.deepcopy(model)
+        self.mark = fingerprint(teacher.parameters())
+        self._attach(model, teacher)
 
     def save(self, directory: Path) -> None:
         """Write the teacher's weights into a directory; a run that is killed meanwhile leaves no half of a file."""
@@ -105,7 +109,7 @@ class Distillation:
         Args:
             directory: where it lies.
             model: the student, whose structure the teacher has.
-            expected: the teacher's :func:`fingerprint`.
+            expected: its ``mark``.
 
         Raises:
             FileNotFoundError: there is no teacher.
@@ -120,7 +124,8 @@ class Distillation:
         self.end()
         teacher = copy.deepcopy(model)
         load_model(teacher, str(file))
-        if fingerprint(teacher.parameters()) != expected:
+        self.mark = fingerprint(teacher.parameters())
+        if self.mark != expected:
             raise ValueError(f"the teacher at {file} is not the one of the interrupted run; bring that one back")
         self._attach(model, teacher)
 
@@ -203,14 +208,6 @@ def distillation_loss(
         reduction="batchmean",
         log_target=True,
     )
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of tensors, in their order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _counted(logits: Tensor, labels: Any) -> Tensor | None:

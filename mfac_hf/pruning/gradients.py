@@ -86,7 +86,7 @@ class DataLoaderGradients:
         if loss_samples >= len(dataset):
             raise ValueError(f"{loss_samples} of {len(dataset)} examples to be held out for the loss leave none")
         self.dataset, self.collate_fn = dataset, dataloader.collate_fn
-        self.loss_fn = loss_fn or _model_loss
+        self.loss_fn = loss_fn or model_loss
         self.batch_size = batch_size
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         self.held_out, self.pool = order[:loss_samples], sorted(order[loss_samples:])
@@ -124,9 +124,9 @@ class DataLoaderGradients:
         indices = [self.pool[i] for i in drawn.tolist()]
         key = tuple(parameters)
         if self.batch_size == 1 and key not in self._separable:
-            with _undisturbed(model, parameters, seed):
+            with undisturbed(model, parameters, seed):
                 self._separable[key] = self._compare(model, parameters, indices)
-        with _undisturbed(model, parameters, seed):
+        with undisturbed(model, parameters, seed):
             if self._separable.get(key):
                 for batch, count in self._batches(model, indices, _CHUNK):
                     for name, rows in batch_gradients(model, parameters, self._loss_of(model, batch), count):
@@ -155,7 +155,7 @@ class DataLoaderGradients:
         if not self.held_out:
             return None
         total = 0.0
-        with _undisturbed(model, {}, seed=0), torch.no_grad():
+        with undisturbed(model, {}, seed=0), torch.no_grad():
             for batch, count in self._batches(model, self.held_out, _CHUNK):
                 total += count * float(self.loss_fn(model, batch))
         return total / len(self.held_out)
@@ -179,7 +179,7 @@ class DataLoaderGradients:
             self.dataset, batch_size, sampler=list(indices), collate_fn=self.collate_fn
         )
         for number, batch in enumerate(loader):
-            yield _to(batch, device), min(batch_size, len(indices) - number * batch_size)
+            yield to_device(batch, device), min(batch_size, len(indices) - number * batch_size)
 
     def _compare(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], indices: Sequence[int]) -> bool:
         """Whether one backward pass for several examples gives what a pass for each gives; judged by the first two."""
@@ -203,7 +203,7 @@ class DataLoaderGradients:
         return True
 
 
-def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
         raise ValueError(
@@ -234,19 +234,19 @@ def _finite(name: str, rows: Tensor) -> Tensor:
     return rows
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """The batch on a device: tensors inside mappings, lists and tuples."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return [_to(value, device) for value in batch]
+        return [to_device(value, device) for value in batch]
     return batch
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, parameters: Mapping[str, nn.Parameter], seed: int) -> Iterator[None]:
+def undisturbed(model: nn.Module, parameters: Mapping[str, nn.Parameter], seed: int) -> Iterator[None]:
     """Evaluation mode, seeded generators and gradients of the parameters, for the time being."""
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]

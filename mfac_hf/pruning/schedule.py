@@ -162,6 +162,11 @@ class SparsitySchedule:
         reached = bisect_right(self.points, (math.floor(position), 1.0))
         return self.points[reached - 1][1] if reached else 0.0
 
+    def in_steps(self, steps_per_epoch: int) -> SparsitySchedule:
+        """A schedule by epochs as one by steps."""
+        points = tuple((position * steps_per_epoch, sparsity) for position, sparsity in self.points)
+        return self if self.unit == "step" else SparsitySchedule(points, "step")
+
 
 def _check_whole(name: str, value: float, least: int) -> None:
     if isinstance(value, bool) or not math.isfinite(value) or value != int(value) or value < least:

@@ -1,0 +1,43 @@
+"""The loss of a model over a data loader, in the middle of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import find_batch_size
+
+from mfac_hf.pruning.gradients import model_loss, to_device, undisturbed
+
+__all__ = ["mean_loss"]
+
+
+def mean_loss(
+    model: nn.Module,
+    dataloader: DataLoader[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    *,
+    across_ranks: bool = False,
+) -> float:
+    """Mean loss over the examples of a data loader, in evaluation mode; model and random states are left as they were.
+
+    Args:
+        model: the model.
+        dataloader: batches; its last may be smaller.
+        loss_fn: ``loss_fn(model, batch)``, a mean over examples; default ``model(**batch).loss``.
+        across_ranks: each rank has a share of the examples, and the mean is that of all.
+    """
+    device = next(model.parameters()).device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    with undisturbed(model, {}, seed=0), torch.no_grad():
+        for batch in dataloader:
+            count = find_batch_size(batch)
+            loss = (loss_fn or model_loss)(model, to_device(batch, device))
+            totals += torch.stack([count * loss.double(), torch.full_like(totals[1], count)])
+    if across_ranks:
+        dist.all_reduce(totals)
+    return float(totals[0] / totals[1])

@@ -1,0 +1,57 @@
+"""A learning rate that starts anew with each pruning, on top of any scheduler."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["LearningRateCycle"]
+
+
+class LearningRateCycle:
+    r"""Multiplies the learning rates by a factor that falls linearly between prunings.
+
+    With prunings at steps :math:`t_1 < t_2 < \dots` and the end of training as the last :math:`t`, the factor of step
+    :math:`t` in :math:`[t_i, t_{i+1})` is :math:`1 - (1 - c)(t - t_i)/(t_{i+1} - t_i)`; before :math:`t_1` it is 1.
+
+    The factor is on the optimizer's groups only while it steps: schedulers, some of which compute the next rate from
+    the one they find, never see it.
+
+    Args:
+        lowest: c in (0, 1), where each cycle ends.
+
+    Raises:
+        ValueError: c is out of range.
+    """
+
+    def __init__(self, lowest: float) -> None:
+        if not 0.0 < lowest < 1.0:
+            raise ValueError(f"lr_cycle is {lowest!r}; expected a number between 0 and 1, or None")
+        self.lowest = lowest
+        self._marks: list[int] = []
+        self._scheduled: list[Any] = []
+
+    def begin(self, prunings: Sequence[int], max_steps: int) -> None:
+        """Take the steps at which there will be a pruning, and the number of steps of the training."""
+        self._marks = [step for step in prunings if step < max_steps] + [max_steps]
+        self._scheduled = []
+
+    def factor(self, step: int) -> float:
+        """The factor of a step."""
+        passed = bisect_right(self._marks, step)
+        if not 0 < passed < len(self._marks):
+            return 1.0
+        begin, end = self._marks[passed - 1 : passed + 1]
+        return 1 - (1 - self.lowest) * (step - begin) / (end - begin)
+
+    def put(self, optimizer: Any, step: int) -> None:
+        """Multiply the learning rates of the optimizer's groups."""
+        self._scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self.factor(step)
+
+    def take_back(self, optimizer: Any) -> None:
+        """Give the groups the learning rates that they had before :meth:`put`."""
+        for group, learning_rate in zip(optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = learning_rate

@@ -1,0 +1,74 @@
+"""Gradients for the Fisher of a model, from the window that its optimizer holds anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mfac_hf.optim import MFAC
+from mfac_hf.pruning.gradients import Consumer, GradientSource
+
+__all__ = ["WindowGradients"]
+
+
+class WindowGradients:
+    """The newest gradients in the window of an `MFAC`: no backward pass is needed.
+
+    They are those of training: of batches, averaged over accumulation and ranks, clipped, with coupled weight decay,
+    and taken at the weights of the last steps.
+
+    Args:
+        optimizer: whose window, also as accelerate wraps it.
+        losses: source of the loss on held-out examples; None where it is not asked for.
+
+    Raises:
+        ValueError: the optimizer is no `MFAC`, or one whose window is spread over ranks.
+    """
+
+    def __init__(self, optimizer: Any, losses: GradientSource | None) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(optimizer, MFAC):
+            raise ValueError(
+                f"gradients='optimizer' needs MFAC as the optimizer, not {type(optimizer).__name__}; use 'data'"
+            )
+        if optimizer.shares_window:
+            raise ValueError("gradients='optimizer' needs a whole window on each rank, and ranks share it; use 'data'")
+        self.optimizer = optimizer
+        self.losses = losses
+
+    def check(self, num_grads: int) -> None:
+        """Raise ValueError unless the window holds so many gradients."""
+        self._check(num_grads, round(self.optimizer.window_stats()["window_fill"] * self._size))
+
+    def check_at_step(self, num_grads: int, step: int) -> None:
+        """Raise ValueError unless the window can hold so many gradients when training gets to this step."""
+        self._check(num_grads, min(step, self._size))
+
+    @property
+    def _size(self) -> int:
+        return self.optimizer.defaults["num_grads"]
+
+    def _check(self, num_grads: int, held: int) -> None:
+        if held < num_grads:
+            raise ValueError(
+                f"{num_grads} gradients were asked for, and at the pruning the optimizer's window holds {held} of at "
+                f"most {self._size}; prune later, lower num_grads, or take gradients='data'"
+            )
+
+    def collect(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
+    ) -> None:
+        """Hand the newest ``num_grads`` gradients of each parameter to ``consume(name, rows)``, n x numel, float32.
+
+        Raises:
+            ValueError: the window holds fewer, or none of a parameter (which is frozen, or not the optimizer's).
+        """
+        self.check(num_grads)
+        for name, parameter in parameters.items():
+            consume(name, self.optimizer.stored_gradients(parameter)[-num_grads:].to(parameter.device).float())
+
+    def loss(self, model: nn.Module) -> float | None:
+        """Loss on held-out examples; None where there are none."""
+        return None if self.losses is None else self.losses.loss(model)
