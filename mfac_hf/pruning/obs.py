@@ -45,6 +45,9 @@ TRACE_BYTES = 1 << 24
 # Removals between two products that bring the inverse matrices up to date.
 TRACE_PANEL = 16
 
+# What is no longer in play is dropped when no more than this share is left: copying has its price too.
+TRACE_DROP = 0.75
+
 # float32 keeps three digits of a trace where downdating shrinks no diagonal entry by more than this.
 FLOAT32_SHRINKAGE = 2e3
 
@@ -121,56 +124,60 @@ def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patte
     """
     unit, window = pattern.unit, pattern.window
     blocks, size = weights_KB.shape
-    rows_K1 = torch.arange(blocks, device=weights_KB.device).unsqueeze(1)
+    device, dtype = weights_KB.device, weights_KB.dtype
+    starts_K1 = torch.arange(blocks, device=device).unsqueeze(1)
     in_play_KG = _units(keep_KB.flatten(), pattern).view(blocks, -1)
-    costs_KG = torch.full(in_play_KG.shape, float("inf"), device=weights_KB.device)
+    costs_KG = torch.full(in_play_KG.shape, float("inf"), device=device)
     # Units that each window of an N:M pattern may still lose.
     quota_KW = in_play_KG.unflatten(1, (-1, window)).sum(dim=2) - pattern.kept
     in_play_KG &= (quota_KW > 0).repeat_interleave(window, dim=1)
-    running_K = torch.full((blocks,), -1.0, device=weights_KB.device)
-    ids_KA = torch.arange(size // unit, device=weights_KB.device).expand(blocks, -1)
-    while True:
-        # Drop what is not in play in any block; blocks with less in play carry a few others along.
-        most = int(in_play_KG.sum(dim=1).max())
-        if most == 0:
-            return costs_KG
-        if most < in_play_KG.shape[1]:
+    running_K1, endless = torch.full((blocks, 1), -1.0, device=device), torch.tensor(float("inf"), device=device)
+    identity_K1uu = torch.eye(unit, device=device, dtype=dtype).expand(blocks, 1, unit, unit)
+    ids_KA = torch.arange(size // unit, device=device).repeat(blocks, 1)
+    while (most := int(in_play_KG.sum(dim=1).max())) > 0:
+        if most <= TRACE_DROP * in_play_KG.shape[1]:
+            # Blocks that have less in play carry others along.
             order_KA = in_play_KG.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
-            in_play_KG = in_play_KG.gather(1, order_KA)
-            ids_KA = ids_KA.gather(1, order_KA)
-            at_KB = (order_KA.unsqueeze(2) * unit + torch.arange(unit, device=order_KA.device)).flatten(1)
+            in_play_KG, ids_KA = in_play_KG.gather(1, order_KA), ids_KA.gather(1, order_KA)
+            at_KB = (order_KA.unsqueeze(2) * unit + torch.arange(unit, device=device)).flatten(1)
+            inverse_KBB = _submatrices(inverse_KBB, at_KB)
             weights_KB = weights_KB.gather(1, at_KB)
-            inverse_KBB = inverse_KBB[rows_K1.unsqueeze(2), at_KB.unsqueeze(2), at_KB.unsqueeze(1)]
-        columns_KRB, removed = weights_KB.new_empty(blocks, TRACE_PANEL * unit, weights_KB.shape[1]), 0
+        width = weights_KB.shape[1]
+        rows_SB = inverse_KBB.view(-1, width)
+        columns_KRB, removed = weights_KB.new_zeros(blocks, TRACE_PANEL * unit, width), 0
         diagonal_KAuu = _diagonal_units(inverse_KBB, unit)
         weights_KAu = weights_KB.unflatten(1, (-1, unit))
+        barred_KA = torch.zeros_like(weights_KAu[:, :, 0]).masked_fill_(~in_play_KG, float("inf"))
         for _ in range(min(TRACE_PANEL, most)):
-            step_KA = _unit_costs(diagonal_KAuu, weights_KAu).masked_fill_(~in_play_KG, float("inf"))
-            cost_K1, unit_K1 = step_KA.min(dim=1, keepdim=True)
+            cost_K1, unit_K1 = (_unit_costs(diagonal_KAuu, weights_KAu) + barred_KA).min(dim=1, keepdim=True)
             goes_K1 = cost_K1.isfinite()
             for i in range(unit):
                 at_K1 = unit_K1 * unit + i
-                column_KB = inverse_KBB[rows_K1.squeeze(1), at_K1.squeeze(1)]
-                if removed:
-                    earlier_KRB = columns_KRB[:, :removed]
-                    factors_KR1 = earlier_KRB.gather(2, at_K1.unsqueeze(1).expand(-1, removed, 1))
-                    column_KB = column_KB - torch.bmm(factors_KR1.mT, earlier_KRB).squeeze(1)
+                column_KB = rows_SB.index_select(0, (starts_K1 * width + at_K1).squeeze(1))
+                # A few columns of zeros more: products of very few columns are slow.
+                earlier_KRB = columns_KRB[:, : max(removed, 8)]
+                factors_KR1 = earlier_KRB.gather(2, at_K1.unsqueeze(1).expand(-1, earlier_KRB.shape[1], 1))
+                column_KB -= torch.bmm(factors_KR1.mT, earlier_KRB).squeeze(1)
                 # Blocks that have nothing left in play subtract zeros.
-                scale_K1 = torch.where(goes_K1, column_KB.gather(1, at_K1).rsqrt(), 0)
+                scale_K1 = column_KB.gather(1, at_K1).rsqrt_().masked_fill_(~goes_K1, 0)
                 column_KB = torch.mul(column_KB, scale_K1, out=columns_KRB[:, removed])
-                weights_KB -= column_KB * (weights_KB.gather(1, at_K1) * scale_K1)
+                weights_KB.addcmul_(column_KB, weights_KB.gather(1, at_K1) * scale_K1, value=-1)
                 column_KAu = column_KB.unflatten(1, (-1, unit))
-                diagonal_KAuu -= column_KAu.unsqueeze(3) * column_KAu.unsqueeze(2)
+                diagonal_KAuu.addcmul_(column_KAu.unsqueeze(3), column_KAu.unsqueeze(2), value=-1)
                 removed += 1
-            upward_K = torch.nextafter(running_K, running_K.new_tensor(float("inf")))
-            running_K = torch.where(goes_K1.squeeze(1), torch.maximum(cost_K1.squeeze(1).float(), upward_K), running_K)
+            # What went has neither weight nor diagonal left: 0 / 0.
+            diagonal_KAuu.scatter_(1, unit_K1[:, :, None, None].expand(-1, 1, unit, unit), identity_K1uu)
+            barred_KA.scatter_(1, unit_K1, float("inf"))
+            cost_K1 = torch.maximum(cost_K1.float(), torch.nextafter(running_K1, endless))
+            running_K1 = torch.where(goes_K1, cost_K1, running_K1)
             found_K1 = ids_KA.gather(1, unit_K1)
-            costs_KG.scatter_(1, found_K1, torch.where(goes_K1, running_K.unsqueeze(1), costs_KG.gather(1, found_K1)))
-            in_play_KG.scatter_(1, unit_K1, False)
+            costs_KG.scatter_(1, found_K1, torch.where(goes_K1, cost_K1, costs_KG.gather(1, found_K1)))
             if window > 1:
                 quota_KW.scatter_add_(1, found_K1 // window, -goes_K1.to(quota_KW.dtype))
-                in_play_KG &= quota_KW.gather(1, ids_KA // window) > 0
+                barred_KA.masked_fill_(quota_KW.gather(1, ids_KA // window) <= 0, float("inf"))
+        in_play_KG = barred_KA == 0
         inverse_KBB.baddbmm_(columns_KRB[:, :removed].mT, columns_KRB[:, :removed], alpha=-1)
+    return costs_KG
 
 
 def select(
@@ -312,6 +319,14 @@ def _masked(fisher_KBB: Tensor, keep_KB: Tensor) -> Tensor:
     masked_KBB = fisher_KBB * keep_KB.unsqueeze(1) * keep_KB.unsqueeze(2)
     masked_KBB.diagonal(dim1=1, dim2=2).add_(~keep_KB)
     return masked_KBB
+
+
+def _submatrices(matrices_KBB: Tensor, at_KA: Tensor) -> Tensor:
+    """Rows and columns ``at_KA`` of each matrix: shape (k, a, a)."""
+    blocks, size, _ = matrices_KBB.shape
+    starts_K1 = size * torch.arange(blocks, device=at_KA.device).unsqueeze(1)
+    rows_KAB = matrices_KBB.view(-1, size).index_select(0, (starts_K1 + at_KA).flatten()).unflatten(0, at_KA.shape)
+    return rows_KAB.gather(2, at_KA.unsqueeze(1).expand(-1, at_KA.shape[1], -1))
 
 
 def _inverses(matrices_KBB: Tensor) -> Tensor:
