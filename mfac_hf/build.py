@@ -38,7 +38,7 @@ __all__ = [
     "native_status",
 ]
 
-SOURCES = {"cpu": "mfac_cpu.cpp"}
+SOURCES = {"cpu": ("mfac_cpu.cpp", "mfac_cpu_sparse.cpp")}
 CSRC = Path(__file__).parent / "csrc"
 FLAGS = (
     "-std=c++20",
@@ -46,7 +46,6 @@ FLAGS = (
     "-march=native",
     "-ffp-contract=fast",
     "-fPIC",
-    "-shared",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 
@@ -154,7 +153,7 @@ def build_directory(device_type: str) -> Path:
         ) from error
     compiler = _compiler()
     parts = [
-        (CSRC / SOURCES[device_type]).read_text(encoding="utf-8"),
+        *(path.read_text(encoding="utf-8") for path in sorted(CSRC.iterdir())),
         " ".join(FLAGS),
         torch.__version__,
         " ".join(compiler),
@@ -202,14 +201,18 @@ def _build(device_type: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(
         dir=library.parent, prefix="unfinished-", ignore_cleanup_errors=True
     ) as temporary:
-        command = [*_compiler(), *FLAGS, str(CSRC / SOURCES[device_type]), "-o", library.name]
+        compile_object = [*_compiler(), *FLAGS, "-c"]
         for path in include_paths():
-            command += ["-isystem", path]
-        command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-        escaped = shlex.join(command).replace("$", "$$")  # for the shell, then for ninja
-        (Path(temporary) / "build.ninja").write_text(
-            f"rule library\n  command = {escaped}\nbuild {library.name}: library\n", encoding="utf-8"
-        )
+            compile_object += ["-isystem", path]
+        link = [*_compiler(), "-shared", "-o", library.name]
+        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+        rules, objects = "", []
+        for source in SOURCES[device_type]:
+            objects.append(Path(source).with_suffix(".o").name)
+            command = [*compile_object, str(CSRC / source), "-o", objects[-1]]
+            rules += _rule(objects[-1], [], command)
+        rules += _rule(library.name, objects, [*link, *objects, *libraries])
+        (Path(temporary) / "build.ninja").write_text(rules, encoding="utf-8")
         with open(log, "wb") as messages:
             try:
                 result = subprocess.run(
@@ -221,6 +224,11 @@ def _build(device_type: str, library: Path) -> None:
         if result.returncode != 0 or not made.exists():
             raise NativeBuildError(f"the compiler failed; its messages are in {log}")
         made.replace(library)
+
+
+def _rule(made: str, needed: list[str], command: list[str]) -> str:
+    escaped = shlex.join(command).replace("$", "$$")  # for the shell, then for ninja
+    return f"rule make_{made}\n  command = {escaped}\nbuild {made}: make_{made} {' '.join(needed)}\n"
 
 
 def _library(directory: Path, device_type: str) -> Path:

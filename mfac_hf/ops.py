@@ -23,9 +23,9 @@ RUN_LENGTH = 2048
 # cache.
 WIDEN_ELEMENTS = 1 << 20
 
-_library = torch.library.Library("mfac", "DEF")
-_library.define("row_dots(Tensor grads_MD, Tensor x_D) -> Tensor")
-_library.define(
+library = torch.library.Library("mfac", "DEF")
+library.define("row_dots(Tensor grads_MD, Tensor x_D) -> Tensor")
+library.define(
     "combine(Tensor grads_MD, Tensor weights_M, Tensor? x_D=None, float alpha=1.0, float beta=1.0) -> Tensor"
 )
 
@@ -136,5 +136,5 @@ def _combine_fake(
 
 # CompositeExplicitAutograd answers on every device for which no native kernel is registered.
 for _name, _implementation, _fake in (("row_dots", _row_dots, _row_dots_fake), ("combine", _combine, _combine_fake)):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfac::{_name}", _fake, lib=_library)
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfac::{_name}", _fake, lib=library)

@@ -14,86 +14,21 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <type_traits>
 #include <vector>
+
+#include "mfac_cpu.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using namespace mfac;
+
 namespace {
 
-// What a loop has in registers: the partial sums of a group of rows, which share every load of the vector. Many rows at once
-// keep many requests to memory under way. Measured on processors with 512-bit registers (Ice Lake: 8 rows beat 4 by 10 %,
-// the prefetch adds 10 % in bfloat16, where a row's stream is half as fast) and without (Zen 3).
-#ifdef __AVX512F__
-constexpr int BYTES = 64;  // of a vector: one register, or two of a processor with smaller ones
-constexpr int ROWS = 8;
-constexpr int SUMS = 1;  // partial sums of a row: an addition need not wait for the one before
-#else
-constexpr int BYTES = 32;
-constexpr int ROWS = 4;
-constexpr int SUMS = 2;
-#endif
 constexpr int64_t RUN = 2048;       // columns summed in the working precision before they are added in float64
 constexpr int64_t TILE = 8 * RUN;   // columns read of a group of rows before the next group
 constexpr int64_t COLUMNS = 4096;   // columns of the result kept in cache by combine
 constexpr int64_t AHEAD = 1024;     // bytes of a row asked for before they are needed
-constexpr int64_t LINE = 64;        // bytes of a cache line
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// BYTES bytes of the working precision A, and as many numbers of the narrower types that are widened to it.
-template <typename A>
-struct Lanes {
-  static constexpr int64_t COUNT = BYTES / sizeof(A);
-  typedef A Vector __attribute__((vector_size(BYTES)));
-  typedef float Floats __attribute__((vector_size(COUNT * 4)));
-  typedef uint32_t Words __attribute__((vector_size(COUNT * 4)));
-  typedef uint16_t Halves __attribute__((vector_size(COUNT * 2)));
-};
-
-template <typename A>
-using Vector = typename Lanes<A>::Vector;
-
-template <typename V>
-inline V raw_load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-// Lanes<A>::COUNT numbers in the working precision.
-template <typename A, typename G>
-inline Vector<A> load(const G* p) {
-  if constexpr (std::is_same_v<A, G>) {
-    return raw_load<Vector<A>>(p);
-  } else {
-    typename Lanes<A>::Floats values;
-    if constexpr (std::is_same_v<G, BFloat16>) {
-      const auto words = __builtin_convertvector(raw_load<typename Lanes<A>::Halves>(p), typename Lanes<A>::Words) << 16;
-      values = reinterpret_cast<typename Lanes<A>::Floats>(words);
-    } else {
-      values = raw_load<typename Lanes<A>::Floats>(p);
-    }
-    if constexpr (std::is_same_v<A, float>) return values;
-    else return __builtin_convertvector(values, Vector<A>);
-  }
-}
-
-// One number in the working precision.
-template <typename A, typename G>
-inline A widen(G value) {
-  if constexpr (std::is_same_v<G, BFloat16>) {
-    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return static_cast<A>(result);
-  } else {
-    return static_cast<A>(value);
-  }
-}
 
 // Ask for the n numbers at p + AHEAD bytes. Never faults, also beyond the end of the window.
 template <typename G>

@@ -8,15 +8,14 @@ The gradient of an embedding table is zero outside the rows that the batch looke
 `RowSparseColumns` holds just those rows, which loses nothing: two gradients meet only in the rows that both have.
 
 Shape suffixes: M stored gradients, D parameters of the store, V rows of the table, H width of a row, N slots for rows
-per gradient, U distinct rows in the window, E entries (pairs of gradient and row).
+per gradient, U distinct rows in the window.
 """
-
-import warnings
 
 import torch
 from torch import Tensor
 
 from mfac_hf import ops
+from mfac_hf.sparse_ops import places, sparse_combine, sparse_dots
 
 __all__ = ["DenseColumns", "RowSparseColumns"]
 
@@ -126,8 +125,6 @@ class RowSparseColumns:
         # Empty slots hold the row number v: it sorts behind every real row.
         self.rows_MN = torch.full((num_grads, slots), shape[0], dtype=torch.int64, device=device)
         self.values_MNH = torch.zeros(num_grads, slots, shape[1], dtype=dtype, device=device)
-        self._index: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._index_count = 0
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +143,7 @@ class RowSparseColumns:
 
     def restore(self, rows_MN: Tensor, values_MNH: Tensor) -> None:
         """Use these buffers from now on."""
-        self.rows_MN, self.values_MNH, self._index = rows_MN, values_MNH, None
+        self.rows_MN, self.values_MNH = rows_MN, values_MNH
 
     def write(self, row: int, grad: tuple[Tensor, Tensor]) -> None:
         """Store a gradient, as (row numbers (n,), values (n, h)), as row ``row``; the numbers ascend strictly."""
@@ -156,7 +153,6 @@ class RowSparseColumns:
         self.rows_MN[row].fill_(self.shape[0])
         self.rows_MN[row, : len(rows)] = rows.to(self.device)
         self.values_MNH[row, : len(rows)] = values.to(self.device)
-        self._index = None
 
     def _grow(self, needed: int) -> None:
         num_grads, slots = self.rows_MN.shape
@@ -166,32 +162,21 @@ class RowSparseColumns:
             [self.values_MNH, self.values_MNH.new_zeros(num_grads, extra, self.shape[1])], dim=1
         )
 
-    def _sorted(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Entries of the first ``count`` gradients sorted by table row.
-
-        Returns the flat slots and the gradients of the entries (E,), the distinct rows (U,) and the bounds of their
-        runs (U + 1,).
-        """
-        if self._index is None or self._index_count != count:
-            rows_E, slots_E = torch.sort(self.rows_MN[:count].flatten(), stable=True)
-            used = int(torch.searchsorted(rows_E, self.shape[0]))
-            slots_E = slots_E[:used]
-            rows_U, runs_U = torch.unique_consecutive(rows_E[:used], return_counts=True)
-            bounds = torch.cat([runs_U.new_zeros(1), runs_U.cumsum(0)])
-            self._index, self._index_count = (slots_E, slots_E // self.rows_MN.shape[1], rows_U, bounds), count
-        return self._index
+    def _rows(self, count: int) -> Tensor:
+        """Distinct table rows of the first ``count`` gradients, ascending; (U,)."""
+        found_V = torch.zeros(self.shape[0] + 1, dtype=torch.bool, device=self.device)
+        found_V[self.rows_MN[:count].flatten()] = True
+        return found_V[:-1].nonzero().squeeze(1)
 
     def dots(self, row: int, count: int) -> Tensor:
         """Dot products of the stored row ``row`` with the first ``count`` rows; float64."""
         used = int((self.rows_MN[row] < self.shape[0]).sum())
-        return self._sampled_dots(self.rows_MN[row, :used], self.values_MNH[row, :used], count)
+        return self._dots(self.rows_MN[row, :used], self.values_MNH[row, :used], count)
 
     def project(self, x_D: Tensor, count: int) -> Tensor:
         """Dot products of any vector of v * h numbers with the first ``count`` rows; float64."""
-        rows_U = self._sorted(count)[2]
-        wide = torch.promote_types(x_D.dtype, self.values_MNH.dtype)
-        x_UH = x_D.view(self.shape)[rows_U.to(x_D.device)].to(self.device, wide)
-        return self._sampled_dots(rows_U, x_UH, count)
+        rows_U = self._rows(count)
+        return self._dots(rows_U, x_D.view(self.shape)[rows_U.to(x_D.device)].to(self.device), count)
 
     def gram(self, count: int) -> Tensor:
         """All dot products among the first ``count`` rows, (count, count); float64."""
@@ -210,50 +195,17 @@ class RowSparseColumns:
         for rows, values in zip(self.rows_MN, self.values_MNH, strict=True):
             values.mul_(padded[rows])
 
-    def _sampled_dots(self, rows_N: Tensor, x_NH: Tensor, count: int) -> Tensor:
-        """Dot products of the stored rows with the vector that is ``x_NH`` in table rows ``rows_N``, else zero.
-
-        Only entries whose table row is among ``rows_N`` count: a sampled matrix product in CSR form whose row n lists
-        the entries of table row ``rows_N[n]``, which are one run of the sorted order.
-        """
-        slots_E, owners_E, rows_U, bounds = self._sorted(count)
-        place_N = torch.searchsorted(rows_U, rows_N)
-        first_N, sizes_N = bounds[place_N], bounds[place_N + 1] - bounds[place_N]
-        starts = torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)])
-        entries = torch.repeat_interleave(first_N - starts[:-1], sizes_N) + torch.arange(
-            int(starts[-1]), device=self.device
-        )
-        columns = slots_E[entries]
-        values_EH = self.values_MNH.view(-1, self.shape[1])
-        if x_NH.dtype != values_EH.dtype:
-            products = torch.linalg.vecdot(
-                values_EH[columns].to(x_NH.dtype), torch.repeat_interleave(x_NH, sizes_N, dim=0)
-            )
-        else:
-            with warnings.catch_warnings():  # CSR tensors announce themselves as beta
-                warnings.simplefilter("ignore")
-                pattern = torch.sparse_csr_tensor(
-                    starts,
-                    columns,
-                    x_NH.new_zeros(len(columns)),
-                    size=(len(rows_N), len(values_EH)),
-                    check_invariants=False,
-                )
-                products = torch.sparse.sampled_addmm(pattern, x_NH.contiguous(), values_EH.t(), beta=0.0).values()
-        # A gradient has a table row at most once, so every cell is written once: no atomics, the same sum each time.
-        table = torch.zeros(count, len(rows_N), dtype=torch.float64, device=self.device)
-        table[owners_E[entries], torch.repeat_interleave(sizes_N)] = products.double()
-        return table.sum(dim=1)
+    def _dots(self, rows_U: Tensor, x_UH: Tensor, count: int) -> Tensor:
+        place_V = places(rows_U, self.shape[0])
+        return sparse_dots(self.rows_MN[:count], self.values_MNH[:count], place_V, x_UH)
 
     def combine_rows(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Combination of the first ``len(weights_M)`` rows: (distinct row numbers (u,), ascending; values (u, h))."""
-        slots_E, owners_E, rows_U, bounds = self._sorted(len(weights_M))
-        values_EH = self.values_MNH.view(-1, self.shape[1]).to(dtype or self.values_MNH.dtype)
-        if len(slots_E) == 0:
-            return rows_U, values_EH.new_zeros(0, self.shape[1])
-        values_UH = torch.nn.functional.embedding_bag(
-            slots_E, values_EH, bounds[:-1], mode="sum", per_sample_weights=weights_M.to(values_EH)[owners_E]
-        )
+        count = len(weights_M)
+        rows_U = self._rows(count)
+        weights_M = weights_M.to(self.device, dtype or self.values_MNH.dtype)
+        place_V = places(rows_U, self.shape[0])
+        values_UH = sparse_combine(self.rows_MN[:count], self.values_MNH[:count], place_V, weights_M, len(rows_U))
         return rows_U, values_UH
 
     def combine(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
