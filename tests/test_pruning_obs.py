@@ -10,7 +10,7 @@ from real_gradients import BERT_NAMES, bert_on_sst2
 
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.fisher.reference import dense_fisher
-from mfac_hf.pruning import obs
+from mfac_hf.pruning import obs, trace
 from mfac_hf.pruning.patterns import Pattern
 
 INF = float("inf")
@@ -95,14 +95,14 @@ def test_greedy_trace_is_that_of_brute_force(name, dim, block_size, pruned, damp
     pattern = Pattern.parse(name)
     weights, keep, fisher, dense = problem(dim, block_size, damping=damping, pruned=pruned)
     monkeypatch.setattr(obs, "TRACE_BYTES", 2 * block_size**2 * 8)  # several batches of blocks
-    monkeypatch.setattr(obs, "TRACE_PANEL", 3)
+    monkeypatch.setattr(trace, "PANEL", 3)
     costs = obs.greedy_costs(weights, keep, fisher, pattern)
     assert costs.shape == (dim // pattern.unit,)
     expected = torch.full_like(costs, INF)
-    for trace in naive_trace(weights, keep, dense, block_size, pattern):
-        order = torch.tensor([unit for unit, _ in trace], dtype=torch.int64)
+    for order_and_cost in naive_trace(weights, keep, dense, block_size, pattern):
+        order = torch.tensor([unit for unit, _ in order_and_cost], dtype=torch.int64)
         assert bool((costs[order].diff() > 0).all())
-        expected[order] = torch.tensor([cost for _, cost in trace])
+        expected[order] = torch.tensor([cost for _, cost in order_and_cost])
     # float32 traces keep three digits by construction, and these need fewer steps than the bound allows for.
     torch.testing.assert_close(costs, expected, rtol=1e-3, atol=0)
 

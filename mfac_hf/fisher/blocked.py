@@ -124,9 +124,7 @@ class BlockedFisher:
 
     @damping.setter
     def damping(self, value: float) -> None:
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"damping is {value!r}; expected a finite number above 0 (1e-4 to 1e-7 are usual)")
-        self._damping = float(value)
+        self._damping = check_damping(value)
 
     @property
     def count(self) -> int:
@@ -307,8 +305,8 @@ def factor_blocks(matrices_KBB: Tensor) -> Tensor:
     if bool(info_K.any()):
         bad = int(info_K.nonzero()[0])
         raise FloatingPointError(
-            f"a damped Fisher block of trace {float(matrices_KBB[bad].trace()):g} is not positive definite in "
-            "float64: raise the damping"
+            f"a damped Fisher or Gram matrix of trace {float(matrices_KBB[bad].trace()):g} is not positive definite "
+            "in float64: raise the damping"
         )
     return factor_KBB
 
@@ -317,6 +315,13 @@ def inverse_factors(factor_KBB: Tensor) -> Tensor:
     """Inverses of a batch of lower triangular matrices."""
     identity_BB = torch.eye(factor_KBB.shape[-1], dtype=factor_KBB.dtype, device=factor_KBB.device)
     return torch.linalg.solve_triangular(factor_KBB, identity_BB.expand_as(factor_KBB), upper=False)
+
+
+def check_damping(value: float) -> float:
+    """The damping as a float; a ValueError unless it is a finite number above 0."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"damping is {value!r}; expected a finite number above 0 (1e-4 to 1e-7 are usual)")
+    return float(value)
 
 
 def _check_sizes(dim: int, block_size: int, num_grads: int) -> None:

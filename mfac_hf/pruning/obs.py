@@ -17,15 +17,16 @@ Sources: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of 
 2021; the trace follows Frantar, Singh and Alistarh, "Optimal Brain Compression", NeurIPS 2022, on Fisher blocks; the
 joint cost of a group is also in Kurtic et al., "The Optimal BERT Surgeon", EMNLP 2022.
 
-Shape suffixes: D weights of a tensor, U units of a tensor, K blocks, B block size, G units of a block, A units still
-in play, R removed coordinates.
+Shape suffixes: D weights of a tensor, U units of a tensor, K blocks, B block size, G units of a block.
 """
 
 import torch
 from torch import Tensor
 
 from mfac_hf.fisher.blocked import BlockedFisher, factor_blocks, inverse_factors
+from mfac_hf.fisher.full import FullFisher
 from mfac_hf.pruning.patterns import Pattern
+from mfac_hf.pruning.trace import diagonal_units, kept_units, trace_blocks, unit_costs
 
 __all__ = [
     "SCOPES",
@@ -42,12 +43,6 @@ SCOPES = ("global", "uniform")
 # Bytes of inverse matrices that the trace works on at once: they should stay in a shared cache.
 TRACE_BYTES = 1 << 24
 
-# Removals between two products that bring the inverse matrices up to date.
-TRACE_PANEL = 16
-
-# What is no longer in play is dropped when no more than this share is left: copying has its price too.
-TRACE_DROP = 0.75
-
 # float32 keeps three digits of a trace where downdating shrinks no diagonal entry by more than this.
 FLOAT32_SHRINKAGE = 2e3
 
@@ -56,27 +51,33 @@ def magnitude_costs(weights_D: Tensor, keep_D: Tensor, pattern: Pattern) -> Tens
     """Squared weights, added up over each unit: shape (units,), float32; infinite for pruned units."""
     _check_flat(weights_D, keep_D)
     costs_U = weights_D.detach().double().square().view(-1, pattern.unit).sum(dim=1).float()
-    return pattern.restrict(costs_U.masked_fill(~_units(keep_D, pattern), float("inf")))
+    return pattern.restrict(costs_U.masked_fill(~kept_units(keep_D, pattern), float("inf")))
 
 
-def diagonal_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, pattern: Pattern) -> Tensor:
+def diagonal_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | FullFisher, pattern: Pattern) -> Tensor:
     r"""Cost of each unit as if it went alone: shape (units,), float32; infinite for pruned units.
 
     :math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q`; for single weights :math:`w_i^2 / (2 [F^{-1}]_{ii})`.
 
+    A full Fisher serves single weights only, and its gradients have to be zero where weights are pruned.
+
     Raises:
-        ValueError: if shapes differ.
+        ValueError: if shapes differ, or for groups with a full Fisher.
         FloatingPointError: if a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
+    if isinstance(fisher, FullFisher):
+        _check_single(pattern)
+        costs_D = weights_D.detach().double().square() / (2 * fisher.inverse_diagonal().to(weights_D.device).double())
+        return pattern.restrict(costs_D.float().masked_fill(~keep_D, float("inf")))
     parts = []
     for first, last in fisher.chunks():
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
         inverse_KBB = _inverses(_masked(fisher.matrices(first, last), keep_KB))
-        costs_KG = _unit_costs(_diagonal_units(inverse_KBB, pattern.unit), weights_KB.unflatten(1, (-1, pattern.unit)))
+        costs_KG = unit_costs(diagonal_units(inverse_KBB, pattern.unit), weights_KB.unflatten(1, (-1, pattern.unit)))
         parts.append(costs_KG.flatten())
     costs_U = torch.cat(parts)[: len(weights_D) // pattern.unit].float()
-    return pattern.restrict(costs_U.masked_fill(~_units(keep_D, pattern), float("inf")))
+    return pattern.restrict(costs_U.masked_fill(~kept_units(keep_D, pattern), float("inf")))
 
 
 def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, pattern: Pattern) -> Tensor:
@@ -102,82 +103,6 @@ def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, patte
             inverse_KBB, weights_KB = inverse_KBB.float(), weights_KB.float()
         parts.append(trace_blocks(inverse_KBB, weights_KB, keep_KB, pattern).flatten())
     return torch.cat(parts)[: len(weights_D) // pattern.unit]
-
-
-def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, pattern: Pattern) -> Tensor:
-    r"""Greedy traces of a batch of blocks; ``inverse_KBB`` and ``weights_KB`` are overwritten.
-
-    To remove coordinate p is one step of Gaussian elimination on the inverse: with the column :math:`u = H e_p /
-    \sqrt{H_{pp}}`, :math:`H \leftarrow H - u u^\top` and :math:`w \leftarrow w - u\, w_p / \sqrt{H_{pp}}`, at the cost
-    :math:`w_p^2 / (2 H_{pp})`. A group goes one coordinate after the other. Columns are computed when they are needed,
-    from the matrix as it was and the columns removed since; every few removals a product brings the matrix up to date,
-    and what is no longer in play is dropped from it.
-
-    Args:
-        inverse_KBB: :math:`F_b^{-1}`, shape (k, B, B).
-        weights_KB: shape (k, B).
-        keep_KB: bool, False where a weight is pruned already.
-        pattern: B has to be a multiple of its span.
-
-    Returns:
-        Costs of shape (k, B / unit), float32.
-    """
-    unit, window = pattern.unit, pattern.window
-    blocks, size = weights_KB.shape
-    device, dtype = weights_KB.device, weights_KB.dtype
-    starts_K1 = torch.arange(blocks, device=device).unsqueeze(1)
-    in_play_KG = _units(keep_KB.flatten(), pattern).view(blocks, -1)
-    costs_KG = torch.full(in_play_KG.shape, float("inf"), device=device)
-    # Units that each window of an N:M pattern may still lose.
-    quota_KW = in_play_KG.unflatten(1, (-1, window)).sum(dim=2) - pattern.kept
-    in_play_KG &= (quota_KW > 0).repeat_interleave(window, dim=1)
-    running_K1, endless = torch.full((blocks, 1), -1.0, device=device), torch.tensor(float("inf"), device=device)
-    identity_K1uu = torch.eye(unit, device=device, dtype=dtype).expand(blocks, 1, unit, unit)
-    ids_KA = torch.arange(size // unit, device=device).repeat(blocks, 1)
-    while (most := int(in_play_KG.sum(dim=1).max())) > 0:
-        if most <= TRACE_DROP * in_play_KG.shape[1]:
-            # Blocks that have less in play carry others along.
-            order_KA = in_play_KG.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
-            in_play_KG, ids_KA = in_play_KG.gather(1, order_KA), ids_KA.gather(1, order_KA)
-            at_KB = (order_KA.unsqueeze(2) * unit + torch.arange(unit, device=device)).flatten(1)
-            inverse_KBB = _submatrices(inverse_KBB, at_KB)
-            weights_KB = weights_KB.gather(1, at_KB)
-        width = weights_KB.shape[1]
-        rows_SB = inverse_KBB.view(-1, width)
-        columns_KRB, removed = weights_KB.new_zeros(blocks, TRACE_PANEL * unit, width), 0
-        diagonal_KAuu = _diagonal_units(inverse_KBB, unit)
-        weights_KAu = weights_KB.unflatten(1, (-1, unit))
-        barred_KA = torch.zeros_like(weights_KAu[:, :, 0]).masked_fill_(~in_play_KG, float("inf"))
-        for _ in range(min(TRACE_PANEL, most)):
-            cost_K1, unit_K1 = (_unit_costs(diagonal_KAuu, weights_KAu) + barred_KA).min(dim=1, keepdim=True)
-            goes_K1 = cost_K1.isfinite()
-            for i in range(unit):
-                at_K1 = unit_K1 * unit + i
-                column_KB = rows_SB.index_select(0, (starts_K1 * width + at_K1).squeeze(1))
-                # A few columns of zeros more: products of very few columns are slow.
-                earlier_KRB = columns_KRB[:, : max(removed, 8)]
-                factors_KR1 = earlier_KRB.gather(2, at_K1.unsqueeze(1).expand(-1, earlier_KRB.shape[1], 1))
-                column_KB -= torch.bmm(factors_KR1.mT, earlier_KRB).squeeze(1)
-                # Blocks that have nothing left in play subtract zeros.
-                scale_K1 = column_KB.gather(1, at_K1).rsqrt_().masked_fill_(~goes_K1, 0)
-                column_KB = torch.mul(column_KB, scale_K1, out=columns_KRB[:, removed])
-                weights_KB.addcmul_(column_KB, weights_KB.gather(1, at_K1) * scale_K1, value=-1)
-                column_KAu = column_KB.unflatten(1, (-1, unit))
-                diagonal_KAuu.addcmul_(column_KAu.unsqueeze(3), column_KAu.unsqueeze(2), value=-1)
-                removed += 1
-            # What went has neither weight nor diagonal left: 0 / 0.
-            diagonal_KAuu.scatter_(1, unit_K1[:, :, None, None].expand(-1, 1, unit, unit), identity_K1uu)
-            barred_KA.scatter_(1, unit_K1, float("inf"))
-            cost_K1 = torch.maximum(cost_K1.float(), torch.nextafter(running_K1, endless))
-            running_K1 = torch.where(goes_K1, cost_K1, running_K1)
-            found_K1 = ids_KA.gather(1, unit_K1)
-            costs_KG.scatter_(1, found_K1, torch.where(goes_K1, cost_K1, costs_KG.gather(1, found_K1)))
-            if window > 1:
-                quota_KW.scatter_add_(1, found_K1 // window, -goes_K1.to(quota_KW.dtype))
-                barred_KA.masked_fill_(quota_KW.gather(1, ids_KA // window) <= 0, float("inf"))
-        in_play_KG = barred_KA == 0
-        inverse_KBB.baddbmm_(columns_KRB[:, :removed].mT, columns_KRB[:, :removed], alpha=-1)
-    return costs_KG
 
 
 def select(
@@ -237,10 +162,10 @@ def _select(
     return {name: keep[name] & ~part.repeat_interleave(pattern.unit) for name, part in zip(costs, parts, strict=True)}
 
 
-def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher) -> Tensor:
+def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher | FullFisher) -> Tensor:
     r"""Weights after removing all of Q = keep & ~new_keep at once: :math:`\delta_S = F_{SS}^{-1} F_{SQ} w_Q`.
 
-    The exact minimum of the quadratic model over the survivors S, in each block.
+    The exact minimum of the quadratic model over the survivors S, in each block (or over all of a full Fisher).
 
     Returns:
         Shape (d,), in the dtype of ``weights_D``; exactly zero where ``new_keep_D`` is False.
@@ -250,6 +175,8 @@ def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: 
         FloatingPointError: if a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
+    if isinstance(fisher, FullFisher):
+        return fisher.joint_update(weights_D, keep_D, new_keep_D)
     parts = []
     for first, last in fisher.chunks():
         weights_KB, new_keep_KB = _cut(weights_D, new_keep_D, fisher, first, last)
@@ -262,11 +189,12 @@ def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: 
 
 
 def summed_update(
-    weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher, pattern: Pattern
+    weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher | FullFisher, pattern: Pattern
 ) -> Tensor:
     r"""Weights after the paper's update: the sum over removed units Q of :math:`-F^{-1} e_Q ([F^{-1}]_{QQ})^{-1} w_Q`.
 
-    Each unit's update as if it went alone; what they do to each other is left out.
+    Each unit's update as if it went alone; what they do to each other is left out. A full Fisher serves single weights
+    only, and its gradients have to be zero where weights are pruned.
 
     Returns:
         Shape (d,), in the dtype of ``weights_D``; exactly zero where ``new_keep_D`` is False.
@@ -276,29 +204,36 @@ def summed_update(
         FloatingPointError: if a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
+    if isinstance(fisher, FullFisher):
+        _check_single(pattern)
+        pull_D = weights_D.detach() * (keep_D & ~new_keep_D) / fisher.inverse_diagonal().to(weights_D.device)
+        return _write([weights_D.detach() - fisher.solve(pull_D).to(weights_D.device)], weights_D, new_keep_D)
     parts = []
     for first, last in fisher.chunks():
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
         removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
         inverse_KBB = _inverses(_masked(fisher.matrices(first, last), keep_KB))
         pull_KGu1 = removed_KB.unflatten(1, (-1, pattern.unit)).unsqueeze(3)
-        pull_KGu1 = torch.linalg.solve(_diagonal_units(inverse_KBB, pattern.unit), pull_KGu1)
+        pull_KGu1 = torch.linalg.solve(diagonal_units(inverse_KBB, pattern.unit), pull_KGu1)
         parts.append((weights_KB - torch.bmm(inverse_KBB, pull_KGu1.flatten(1).unsqueeze(2)).squeeze(2)).flatten())
     return _write(parts, weights_D, new_keep_D)
 
 
-def _check_flat(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | None = None) -> None:
+def _check_single(pattern: Pattern) -> None:
+    if pattern.unit > 1:
+        raise ValueError(
+            f"pattern is {pattern.name!r}, and the full Fisher serves single weights: give a block_size, a multiple "
+            f"of {pattern.unit}"
+        )
+
+
+def _check_flat(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | FullFisher | None = None) -> None:
     expected = (fisher.dim if fisher is not None else weights_D.numel(),)
     if weights_D.shape != expected or keep_D.shape != expected or keep_D.dtype != torch.bool:
         raise ValueError(
             f"weights of shape {tuple(weights_D.shape)} and a mask of shape {tuple(keep_D.shape)} ({keep_D.dtype}); "
             f"expected flat tensors of {expected[0]} entries, the mask of torch.bool"
         )
-
-
-def _units(keep_D: Tensor, pattern: Pattern) -> Tensor:
-    """Whether a unit is kept, (units,): all of its weights are, or none."""
-    return keep_D.view(-1, pattern.unit).any(dim=1)
 
 
 def _cut(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -321,41 +256,9 @@ def _masked(fisher_KBB: Tensor, keep_KB: Tensor) -> Tensor:
     return masked_KBB
 
 
-def _submatrices(matrices_KBB: Tensor, at_KA: Tensor) -> Tensor:
-    """Rows and columns ``at_KA`` of each matrix: shape (k, a, a)."""
-    blocks, size, _ = matrices_KBB.shape
-    starts_K1 = size * torch.arange(blocks, device=at_KA.device).unsqueeze(1)
-    rows_KAB = matrices_KBB.view(-1, size).index_select(0, (starts_K1 + at_KA).flatten()).unflatten(0, at_KA.shape)
-    return rows_KAB.gather(2, at_KA.unsqueeze(1).expand(-1, at_KA.shape[1], -1))
-
-
 def _inverses(matrices_KBB: Tensor) -> Tensor:
     inverse_KBB = inverse_factors(factor_blocks(matrices_KBB))
     return torch.bmm(inverse_KBB.mT, inverse_KBB)
-
-
-def _diagonal_units(matrices_KBB: Tensor, unit: int) -> Tensor:
-    """Diagonal (unit, unit) blocks, copied: shape (k, g, unit, unit)."""
-    return torch.stack(
-        [matrices_KBB[:, i::unit, j::unit].diagonal(dim1=1, dim2=2) for i in range(unit) for j in range(unit)],
-        dim=2,
-    ).unflatten(2, (unit, unit))
-
-
-def _unit_costs(diagonal_KGuu: Tensor, weights_KGu: Tensor) -> Tensor:
-    r""":math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q` of each unit, by elimination within it: shape (k, g)."""
-    unit = weights_KGu.shape[2]
-    if unit == 1:
-        return weights_KGu.squeeze(2).square() / (2 * diagonal_KGuu[:, :, 0, 0])
-    diagonal_KGuu, weights_KGu = diagonal_KGuu.clone(), weights_KGu.clone()
-    costs_KG = torch.zeros_like(weights_KGu[:, :, 0])
-    for i in range(unit):
-        pivot_KG1 = diagonal_KGuu[:, :, i, i : i + 1]
-        row_KGu = diagonal_KGuu[:, :, i, i + 1 :] / pivot_KG1
-        costs_KG += weights_KGu[:, :, i].square() / (2 * pivot_KG1.squeeze(2))
-        weights_KGu[:, :, i + 1 :] -= row_KGu * weights_KGu[:, :, i : i + 1]
-        diagonal_KGuu[:, :, i + 1 :, i + 1 :] -= row_KGu.unsqueeze(3) * (row_KGu * pivot_KG1).unsqueeze(2)
-    return costs_KG
 
 
 def _write(parts: list[Tensor], weights_D: Tensor, keep_D: Tensor) -> Tensor:
