@@ -1,0 +1,284 @@
+"""Gradients for the Fisher: the right ones, as many as asked, and nothing else disturbed."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    GPT2Config,
+)
+
+from mfac_hf.pruning import MaskSet, find_targets, gradients
+from mfac_hf.pruning.gradients import DataLoaderGradients
+
+SIZES = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 16,
+}
+CONFIGS = {
+    "bert": BertConfig(**SIZES),
+    "gpt2": GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2, pad_token_id=0),
+    "deberta": DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True),
+}
+
+
+def examples(count=40):
+    rng = random.Random(0)
+    return [
+        {"input_ids": [rng.randrange(1, 30) for _ in range(rng.randrange(4, 9))], "labels": rng.randrange(2)}
+        for _ in range(count)
+    ]
+
+
+def collate(rows):
+    length = max(len(row["input_ids"]) for row in rows)
+    padded = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows])
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
+    return {"input_ids": padded, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def classifier(kind="bert"):
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(CONFIGS[kind])
+
+
+def source(rows=None, **options):
+    return DataLoaderGradients(DataLoader(rows or examples(), batch_size=7, collate_fn=collate), **options)
+
+
+def collect(model, source, num_grads, *, parameters=None, seed=0):
+    parameters = parameters or find_targets(model)
+    rows = {name: [] for name in parameters}
+    source.collect(model, parameters, num_grads, seed, lambda name, part: rows[name].append(part))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def used_examples(model, source, num_grads, seed=0):
+    """Examples that gave gradients, in order, recovered by watching the collate function."""
+    seen = []
+    plain = source.collate_fn
+    source.collate_fn = lambda rows: seen.append(rows) or plain(rows)
+    source._separable = {tuple(find_targets(model)): False}
+    collect(model, source, num_grads, seed=seed)
+    source.collate_fn = plain
+    return seen
+
+
+def backward(model, batch):
+    """What Trainer would compute: .grad after one backward pass."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: weight.grad.flatten().clone() for name, weight in find_targets(model).items()}
+
+
+def assert_rows(rows, expected):
+    """Rounding of padding and of other batch sizes, in float32 and over a few layers."""
+    for name, row in expected.items():
+        torch.testing.assert_close(rows[name], row, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_per_sample_gradients_are_those_of_backward(kind, batched, monkeypatch):
+    monkeypatch.setattr(gradients, "_CHUNK", 4)
+    model = classifier(kind).eval()
+    origin = source()
+    if not batched:
+        origin._separable = {tuple(find_targets(model)): False}
+    rows = collect(model, origin, 6)  # more than a chunk
+    used = used_examples(model, source(), 6)
+    assert len(used) == 6 and all(len(batch) == 1 for batch in used)
+    # DeBERTa's projections also see relative positions, which are no examples: told apart by the comparison
+    assert origin._separable == {tuple(find_targets(model)): batched and kind != "deberta"}
+    expected = [backward(model, collate(batch)) for batch in used]
+    assert_rows(rows, {name: torch.stack([row[name] for row in expected]) for name in rows})
+
+
+def test_mini_batch_gradients_are_means():
+    model = classifier().eval()
+    rows = collect(model, source(batch_size=4), 3)
+    used = used_examples(model, source(batch_size=4), 3)
+    assert [len(batch) for batch in used] == [4, 4, 4]
+    expected = [backward(model, collate(batch)) for batch in used]
+    assert_rows(rows, {name: torch.stack([row[name] for row in expected]) for name in rows})
+
+
+class Convolutions(nn.Module):
+    def __init__(self, **conv):
+        super().__init__()
+        options = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2} | conv
+        self.body = nn.Sequential(
+            nn.Conv2d(4, 6, 3, **options), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3)
+        )
+        self.body(torch.randn(2, 4, 9, 9))
+
+    def forward(self, images):
+        return self.body(images)
+
+
+def cross_entropy(model, batch):
+    images, labels = batch
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+@pytest.mark.parametrize("conv", [{}, {"dilation": 2, "groups": 1}, {"padding": "same", "stride": 1}])
+def test_convolutions_with_a_loss_function(conv):
+    torch.manual_seed(0)
+    model = Convolutions(**conv).train()
+    data = TensorDataset(torch.randn(5, 4, 9, 9), torch.randint(0, 3, (5,)))
+    origin = DataLoaderGradients(DataLoader(data), loss_fn=cross_entropy)
+    rows = collect(model, origin, 5)
+    assert list(origin._separable.values()) == ["padding" not in conv]
+    model.eval()
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
+    for position, i in enumerate(order):
+        model.zero_grad()
+        cross_entropy(model, [part[None] for part in data[i]]).backward()
+        assert_rows({n: row[position] for n, row in rows.items()}, {
+            name: weight.grad.flatten() for name, weight in find_targets(model).items()
+        })  # fmt: skip
+
+
+def test_a_loss_that_is_no_mean_over_examples_gets_a_pass_for_each():
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(CONFIGS["bert"]).eval()
+    rows = examples()
+    for row in rows:
+        row["labels"] = row["input_ids"]
+
+    def collate_tokens(rows):
+        batch = collate([row | {"labels": 0} for row in rows])
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens))
+    found = collect(model, origin, 5)
+    assert list(origin._separable.values()) == [False]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    expected = [backward(model, collate_tokens([rows[i]])) for i in order[:5]]
+    assert_rows(found, {name: torch.stack([row[name] for row in expected]) for name in found})
+
+
+def test_the_seed_decides_the_examples_whatever_the_parameters():
+    model = classifier().eval()
+    targets = find_targets(model)
+    all_rows = collect(model, source(), 6)
+    last = list(targets)[-1]
+    assert torch.equal(collect(model, source(), 6)[last], all_rows[last])
+    torch.testing.assert_close(
+        collect(model, source(), 6, parameters={last: targets[last]})[last], all_rows[last], rtol=1e-5, atol=1e-7
+    )
+    assert not torch.allclose(collect(model, source(), 6, seed=1)[last], all_rows[last])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_nothing_else_is_disturbed(batch_size):
+    model = classifier()
+    model.train()
+    model.bert.encoder.layer[0].eval()  # a part that its user has frozen
+    frozen = model.bert.encoder.layer[0].output.dense.weight
+    frozen.requires_grad_(False)
+    targets = find_targets(model)
+    masks = MaskSet.dense(model, targets)
+    masks.update({name: torch.zeros_like(keep) for name, keep in masks.items()})
+    masks.attach(model)  # its hooks are for training; the Fisher needs the gradients
+    first = next(iter(targets.values()))
+    first.grad = torch.ones_like(first)
+    modes = [module.training for module in model.modules()]
+    weights = [p.detach().clone() for p in model.parameters()]
+    torch.manual_seed(5), random.seed(6), np.random.seed(7)
+    expected = torch.rand(3), random.random(), np.random.rand()
+    torch.manual_seed(5), random.seed(6), np.random.seed(7)
+
+    loader = DataLoader(examples(), batch_size=2, shuffle=True, collate_fn=drawing_collate)
+    origin = DataLoaderGradients(loader, batch_size=batch_size, loss_samples=4)
+    rows = collect(model, origin, 4)
+    origin.loss(model)
+
+    assert torch.equal(torch.rand(3), expected[0])
+    assert (random.random(), np.random.rand()) == expected[1:]
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert torch.equal(first.grad, torch.ones_like(first))
+    assert sum(p.grad is not None for p in model.parameters()) == 1
+    assert not frozen.requires_grad
+    assert all(part.any() for part in rows.values())
+
+
+def drawing_collate(rows):
+    torch.rand(1), random.random(), np.random.rand()
+    return collate(rows)
+
+
+def test_held_out_examples_give_the_loss_and_no_gradients():
+    model = classifier().eval()
+    origin = source(loss_samples=8, seed=3)
+    used = used_examples(model, origin, 32)
+    held_out = [origin.dataset[i] for i in origin.held_out]
+    assert len(held_out) == 8 and not any(batch[0] is row for batch in used for row in held_out)
+    with torch.no_grad():
+        losses = [model(**collate([row])).loss for row in held_out]
+    assert origin.loss(model) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert source().loss(model) is None
+
+
+def test_too_few_examples_are_counted():
+    with pytest.raises(ValueError, match="41 gradients of 1 example.*40 examples give 40"):
+        collect(classifier(), source(), 41)
+    with pytest.raises(ValueError, match="11 gradients of 4 example.*36 examples give 9"):
+        source(batch_size=4, loss_samples=4).check(11)
+    with pytest.raises(ValueError, match="40 of 40 examples"):
+        source(loss_samples=40)
+
+
+def test_a_data_set_without_a_length_is_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from examples()
+
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="Stream has no length"):
+        warnings.simplefilter("ignore")
+        DataLoaderGradients(DataLoader(Stream(), collate_fn=collate))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_losses_and_gradients_that_are_not_finite_are_refused(batch_size):
+    model = classifier()
+    modes = [module.training for module in model.modules()]
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="loss of a batch is nan"):
+        collect(model, source(batch_size=batch_size), 4)
+    assert [module.training for module in model.modules()] == modes
+    model = classifier()
+    infinite = DataLoaderGradients(
+        DataLoader(examples(), collate_fn=collate),
+        loss_fn=lambda model, batch: model(**batch).logits.sub(model(**batch).logits).square().sum().sqrt(),
+        batch_size=batch_size,
+    )
+    with pytest.raises(ValueError, match="gradient of .* is not finite"):
+        collect(model, infinite, 4)
+
+
+def test_a_model_without_a_loss_is_refused():
+    unlabelled = [{"input_ids": row["input_ids"], "labels": 0} for row in examples()]
+
+    def collate_inputs(rows):
+        batch = collate(rows)
+        del batch["labels"]
+        return batch
+
+    origin = DataLoaderGradients(DataLoader(unlabelled, collate_fn=collate_inputs))
+    with pytest.raises(ValueError, match=r"returned no loss for a batch of \['attention_mask', 'input_ids'\]"):
+        collect(classifier(), origin, 2)
