@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mfac_hf.memory import MemoryEstimate, memory_estimate
     from mfac_hf.optim import MFAC
+    from mfac_hf.pruning.oneshot import prune_one_shot
     from mfac_hf.pruning.schedule import SparsitySchedule
     from mfac_hf.sparse import load_sparse, save_sparse, to_sparse_inference
 
@@ -18,6 +19,7 @@ _MODULES = {
     "SparsitySchedule": "mfac_hf.pruning.schedule",
     "load_sparse": "mfac_hf.sparse",
     "memory_estimate": "mfac_hf.memory",
+    "prune_one_shot": "mfac_hf.pruning.oneshot",
     "save_sparse": "mfac_hf.sparse",
     "to_sparse_inference": "mfac_hf.sparse",
 }
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "load_sparse",
     "memory_estimate",
+    "prune_one_shot",
     "save_sparse",
     "to_sparse_inference",
 ]

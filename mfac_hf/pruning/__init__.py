@@ -1,7 +1,18 @@
 """Pruning: which weights can go, what the others do about it, and the masks that keep them away."""
 
 from mfac_hf.pruning.masks import MaskSet, masks_from_sparse_model
+from mfac_hf.pruning.oneshot import prune_one_shot, prune_to
+from mfac_hf.pruning.options import PruningOptions, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
 
-__all__ = ["MaskSet", "SparsitySchedule", "find_targets", "masks_from_sparse_model"]
+__all__ = [
+    "MaskSet",
+    "PruningOptions",
+    "PruningReport",
+    "SparsitySchedule",
+    "find_targets",
+    "masks_from_sparse_model",
+    "prune_one_shot",
+    "prune_to",
+]

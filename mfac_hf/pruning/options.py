@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mfac_hf.pruning.masks import MaskSet
 
 __all__ = ["PruningOptions", "PruningReport", "check_sparsity"]
 
@@ -96,8 +99,9 @@ class PruningReport:
         loss_after: the same after pruning.
         num_grads: gradients taken in all sub-steps together.
         steps: of each sub-step: ``sparsity``, ``predicted_loss_increase``, ``damping``, ``damping_losses`` (what a
-            sweep saw), ``num_grads``, ``groups`` (of targets) and seconds by part.
+            sweep saw), ``num_grads``, ``groups`` (of targets) and ``seconds``.
         seconds: wall time.
+        masks: what is kept now.
     """
 
     options: dict[str, Any]
@@ -111,10 +115,11 @@ class PruningReport:
     num_grads: int = 0
     steps: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    masks: MaskSet | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return dataclasses.asdict(self)
+        """The report without the masks, as plain JSON types."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "masks"}
 
 
 def check_sparsity(sparsity: float, current: float = 0.0) -> None:
