@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mfac_hf.memory import MemoryEstimate, memory_estimate
     from mfac_hf.optim import MFAC
+    from mfac_hf.pruning.callback import MFACPruningCallback
     from mfac_hf.pruning.oneshot import prune_one_shot
     from mfac_hf.pruning.schedule import SparsitySchedule
     from mfac_hf.sparse import load_sparse, save_sparse, to_sparse_inference
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 # Imported when first asked for, so that the command line's --help need not wait for torch.
 _MODULES = {
     "MFAC": "mfac_hf.optim",
+    "MFACPruningCallback": "mfac_hf.pruning.callback",
     "MemoryEstimate": "mfac_hf.memory",
     "SparsitySchedule": "mfac_hf.pruning.schedule",
     "load_sparse": "mfac_hf.sparse",
@@ -26,6 +28,7 @@ _MODULES = {
 
 __all__ = [
     "MFAC",
+    "MFACPruningCallback",
     "MemoryEstimate",
     "SparsitySchedule",
     "__version__",

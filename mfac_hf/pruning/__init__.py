@@ -1,5 +1,7 @@
 """Pruning: which weights can go, what the others do about it, and the masks that keep them away."""
 
+from mfac_hf.pruning.callback import MFACPruningCallback
+from mfac_hf.pruning.distillation import Distillation
 from mfac_hf.pruning.masks import MaskSet, masks_from_sparse_model
 from mfac_hf.pruning.oneshot import prune_one_shot, prune_to
 from mfac_hf.pruning.options import PruningOptions, PruningReport
@@ -7,6 +9,8 @@ from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
 
 __all__ = [
+    "Distillation",
+    "MFACPruningCallback",
     "MaskSet",
     "PruningOptions",
     "PruningReport",
