@@ -5,10 +5,14 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from pruning_runs import make_trainer
+from pruning_runs import make_data, make_model, make_trainer
 from ranks import run_on_ranks
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
 
 from mfac_hf import MFACPruningCallback, SparsitySchedule
+from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
+from mfac_hf.pruning.gradients import DataLoaderGradients
 
 FAST = {"num_grads": 9, "block_size": 16, "recomputations": 2}
 
@@ -40,6 +44,38 @@ def train(rank, directory):
         assert len(losses) == 2
         assert_ranks_agree([torch.tensor(losses)])
         assert (directory / optimizer / "checkpoint-8" / "masks.safetensors").is_file()
+
+
+def prune(rank, directory):
+    """What two ranks make of their shares, beside what one process makes of all gradients."""
+    for options in ({}, {"num_grads": 20, "grad_batch_size": 2, "damping": "auto", "loss_samples": 8}):
+        options = PruningOptions(**{**FAST, **options})
+        results = []
+        for group in (dist.group.WORLD, None):
+            model = make_model()
+            source = DataLoaderGradients(
+                DataLoader(make_data(), collate_fn=default_data_collator),
+                batch_size=options.grad_batch_size,
+                loss_samples=options.loss_samples,
+                process_group=group,
+            )
+            masks = MaskSet.dense(model, find_targets(model))
+            report = prune_to(model, masks, source, 0.6, options, progress=False, process_group=group)
+            results.append((model, masks, report))
+            seen = []
+            source.collect(model, find_targets(model), 9, 0, lambda name, rows, seen=seen: seen.append(len(rows)))
+            assert sum(seen) == len(masks) * (9 if group is None else 4 + rank), "the work is shared"
+        (shared, shared_masks, report), (alone, alone_masks, alone_report) = results
+        assert_ranks_agree(shared.parameters())
+        assert shared_masks == alone_masks and report.sparsity == alone_report.sparsity
+        # 1e-4: sums in another order, and blocks in the other of two exact forms
+        for p, q in zip(shared.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_shares_of_the_gradients_add_up_to_all(tmp_path):
+    run_on_ranks(prune, tmp_path, tmp_path)
 
 
 @pytest.mark.slow

@@ -18,15 +18,20 @@ from transformers.trainer_utils import has_length
 from mfac_hf.pruning.checkpoint import Progress, checkpoint_folder, read_checkpoint, write_checkpoint
 from mfac_hf.pruning.distillation import Distillation
 from mfac_hf.pruning.evaluation import mean_loss
-from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
+from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.lr_cycle import LearningRateCycle
 from mfac_hf.pruning.masks import MaskSet, shortened
-from mfac_hf.pruning.oneshot import prune_to
+from mfac_hf.pruning.oneshot import check_targets, prune_to
 from mfac_hf.pruning.options import PruningOptions, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
-from mfac_hf.pruning.trainer_support import refuse_unsupported, without_fp16
-from mfac_hf.pruning.window_gradients import WindowGradients
+from mfac_hf.pruning.trainer_support import (
+    all_ranks,
+    check_source,
+    gradient_source,
+    refuse_unsupported,
+    without_fp16,
+)
 
 __all__ = ["MFACPruningCallback"]
 
@@ -139,34 +144,31 @@ class MFACPruningCallback(TrainerCallback):
                 "the schedule ends at step %d, but training at step %d, with a sparsity of %g instead of %g",
                 last, state.max_steps, self._steps.target(state.max_steps - 1), self.schedule.final,
             )  # fmt: skip
-        source = self._source(optimizer, dataloader)
-        if isinstance(source, WindowGradients):
-            source.check_at_step(self.options.num_grads, self._steps.points[0][0])
-        elif source is not None:
-            source.check(self.options.num_grads)
         if state.global_step:
-            self._resume(args, state, model)
+            folder, self.masks, progress = read_checkpoint(args, state, model, self.schedule, self.resume_from)
         else:
-            self.masks = MaskSet.from_model(model, find_targets(model, self.targets))
-            self.reports, self._target = [], 0.0
-            if self.distillation is not None:
-                self.distillation.begin(model)
-            if self.masks.sparsity:  # a sparse model is pruned further
-                self.masks.clear_optimizer_state(model, optimizer)
-        assert self.masks is not None
+            folder, self.masks = None, MaskSet.from_model(model, find_targets(model, self.targets))
+            progress = Progress(dataclasses.asdict(self.schedule), 0.0, None, [])
+        # Refuse now what a pruning would refuse after hours of training; nothing has changed so far.
+        check_targets(self.masks, self.masks.parameters(model), max(self.schedule.final, self.sparsity), self.options)
+        source = self._source(args, optimizer, dataloader)
+        check_source(source, self.options, self.masks.parameters(model), self._steps.points[0][0])
+        self.reports, self._target = [PruningReport(**report) for report in progress.reports], progress.target
+        if self.distillation is not None:
+            self.distillation.begin(model)
+            if self.distillation.given is None and progress.teacher is not None and folder is not None:
+                self.distillation.load(folder.parent, model, progress.teacher)
+                self._save_teacher(args)  # for the next resume, should the output directory be another
+        if folder is None and self.masks.sparsity:  # a sparse model is pruned further
+            self.masks.clear_optimizer_state(model, optimizer)
         if self.lr_cycle is not None:
             self.lr_cycle.begin([step for step, _ in self._steps.points], state.max_steps)
         self._news = {}
         self.masks.attach(model)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        folder, self.masks, progress = read_checkpoint(args, state, model, self.schedule, self.resume_from)
-        self.reports, self._target = [PruningReport(**report) for report in progress.reports], progress.target
-        if self.distillation is not None:
-            self.distillation.begin(model)
-            if self.distillation.given is None and progress.teacher is not None:
-                self.distillation.load(folder.parent, model, progress.teacher)
-                self._save_teacher(args)  # for the next resume, should the output directory be another
+    def _source(self, args: TrainingArguments, optimizer: Any, dataloader: DataLoader) -> GradientSource | None:
+        """Where gradients come from; a new one for each pruning, which then depends on nothing that came before."""
+        return gradient_source(self.options, self.gradients, optimizer, dataloader, self.loss_fn, all_ranks(args))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -202,32 +204,23 @@ class MFACPruningCallback(TrainerCallback):
         assert self.masks is not None
         losses = {}
         if self.evaluate:
-            losses["pruning/loss_before"] = mean_loss(
-                model, eval_dataloader, self.loss_fn, across_ranks=args.world_size > 1
-            )
+            losses["pruning/loss_before"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
         # Other examples each time, and the same ones after a resume.
         options = dataclasses.replace(self.options, seed=self.options.seed + state.global_step)
-        source = self._source(optimizer, train_dataloader)
-        self.reports.append(prune_to(model, self.masks, source, target, options))
+        report = prune_to(
+            model,
+            self.masks,
+            self._source(args, optimizer, train_dataloader),
+            target,
+            options,
+            progress=state.is_world_process_zero and not args.disable_tqdm,
+            process_group=all_ranks(args),
+        )
+        self.reports.append(dataclasses.replace(report, masks=None))
         self.masks.clear_optimizer_state(model, optimizer)
         if self.evaluate:
-            losses["pruning/loss_after"] = mean_loss(
-                model, eval_dataloader, self.loss_fn, across_ranks=args.world_size > 1
-            )
+            losses["pruning/loss_after"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
         self._news = {f"pruning/sparsity/{name}": value for name, value in self.masks.sparsities().items()} | losses
-
-    def _source(self, optimizer: Any, dataloader: DataLoader) -> GradientSource | None:
-        """Where gradients come from; a new one for each pruning, which then depends on nothing that came before."""
-        options, data = self.options, None
-        if self.gradients == "data" and options.method == "mfac" or options.loss_samples:
-            data = DataLoaderGradients(
-                dataloader,
-                loss_fn=self.loss_fn,
-                batch_size=options.grad_batch_size,
-                loss_samples=options.loss_samples,
-                seed=options.seed,
-            )
-        return WindowGradients(optimizer, data) if self.gradients == "optimizer" else data
 
     def _save_teacher(self, args: TrainingArguments) -> None:
         assert self.distillation is not None

@@ -20,8 +20,7 @@ def mean_loss(
     model: nn.Module,
     dataloader: DataLoader[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    *,
-    across_ranks: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> float:
     """Mean loss over the examples of a data loader, in evaluation mode; model and random states are left as they were.
 
@@ -29,7 +28,7 @@ def mean_loss(
         model: the model.
         dataloader: batches; its last may be smaller.
         loss_fn: ``loss_fn(model, batch)``, a mean over examples; default ``model(**batch).loss``.
-        across_ranks: each rank has a share of the examples, and the mean is that of all.
+        process_group: ranks that have a share of the examples each; the mean is that of all.
     """
     device = next(model.parameters()).device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
@@ -38,6 +37,6 @@ def mean_loss(
             count = find_batch_size(batch)
             loss = (loss_fn or model_loss)(model, to_device(batch, device))
             totals += torch.stack([count * loss.double(), torch.full_like(totals[1], count)])
-    if across_ranks:
-        dist.all_reduce(totals)
+    if process_group is not None:
+        dist.all_reduce(totals, group=process_group)
     return float(totals[0] / totals[1])

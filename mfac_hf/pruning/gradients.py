@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -31,7 +32,13 @@ _SAME = 1e-3
 
 
 class GradientSource(Protocol):
-    """Where the gradients of a pruning step come from."""
+    """Where the gradients of a pruning step come from.
+
+    Attributes:
+        process_group: ranks that take a share of the gradients each; None if every rank takes them all.
+    """
+
+    process_group: dist.ProcessGroup | None
 
     def check(self, num_grads: int) -> None:
         """Raise ValueError unless there are so many gradients for each sub-step."""
@@ -63,6 +70,7 @@ class DataLoaderGradients:
         batch_size: examples that each gradient is the mean of.
         loss_samples: examples held out for :meth:`loss`; they give no gradients.
         seed: of the choice of the held-out examples.
+        process_group: ranks that share the work: each takes a part of the gradients, of examples of its own.
 
     Raises:
         ValueError: a data set without a length, or too small to hold examples out.
@@ -76,6 +84,7 @@ class DataLoaderGradients:
         batch_size: int = 1,
         loss_samples: int = 0,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         dataset: Any = dataloader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -88,6 +97,7 @@ class DataLoaderGradients:
         self.dataset, self.collate_fn = dataset, dataloader.collate_fn
         self.loss_fn = loss_fn or model_loss
         self.batch_size = batch_size
+        self.process_group = process_group
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         self.held_out, self.pool = order[:loss_samples], sorted(order[loss_samples:])
         self._separable: dict[tuple[str, ...], bool] = {}
@@ -99,6 +109,8 @@ class DataLoaderGradients:
                 f"{num_grads} gradients of {self.batch_size} example(s) each were asked for, and {len(self.pool)} "
                 f"examples give {available}; lower num_grads or grad_batch_size, or use more data"
             )
+        if self.process_group is not None and num_grads < self.process_group.size():
+            raise ValueError(f"{num_grads} gradients for {self.process_group.size()} ranks; each needs at least one")
 
     def collect(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
@@ -111,7 +123,7 @@ class DataLoaderGradients:
         Args:
             model: the model.
             parameters: some of its parameters, by name.
-            num_grads: gradients to take, of as many distinct batches.
+            num_grads: gradients to take, of as many distinct batches; of ranks that share the work together.
             seed: of the choice of examples and of whatever collating draws.
             consume: takes the gradients; nothing is kept here.
 
@@ -122,6 +134,10 @@ class DataLoaderGradients:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(self.pool), generator=generator)[: num_grads * self.batch_size]
         indices = [self.pool[i] for i in drawn.tolist()]
+        if self.process_group is not None:
+            rank, ranks = self.process_group.rank(), self.process_group.size()
+            first, last = num_grads * rank // ranks, num_grads * (rank + 1) // ranks
+            indices = indices[first * self.batch_size : last * self.batch_size]
         key = tuple(parameters)
         if self.batch_size == 1 and key not in self._separable:
             with undisturbed(model, parameters, seed):

@@ -13,16 +13,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
@@ -30,7 +32,7 @@ from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.substep import Proposal, magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.targets import find_targets
 
-__all__ = ["prune_one_shot", "prune_to", "substep_sparsity"]
+__all__ = ["check_targets", "prune_one_shot", "prune_to", "substep_sparsity"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ def prune_to(
     options: PruningOptions,
     *,
     progress: bool = True,
+    process_group: dist.ProcessGroup | None = None,
 ) -> PruningReport:
     """Take a model from the sparsity of its masks to a higher one, in place.
 
@@ -137,6 +140,7 @@ def prune_to(
         sparsity: share of the weights under the masks to be zero (with scope ``"uniform"`` in each tensor).
         options: how.
         progress: whether to show a progress bar.
+        process_group: ranks that prune copies of the same model, and must all call this; the first one decides.
 
     Raises:
         ValueError: masks of another model, a sparsity that falls or is out of reach, too few examples, a pattern that
@@ -150,7 +154,11 @@ def prune_to(
     groups: list[list[str]] = []
     if options.method == "mfac":
         sizes = {name: p.numel() for name, p in parameters.items()}
-        groups = plan_groups(sizes, options, next(iter(parameters.values())).device)
+        device, shared = (
+            next(iter(parameters.values())).device,
+            source is not None and source.process_group is not None,
+        )
+        groups = of_first_rank(plan_groups(sizes, options, device, shared=shared), process_group)
     report = PruningReport(
         asdict(options), masks.numel, masks.sparsity, sparsity=masks.sparsity, sparsities=masks.sparsities()
     )
@@ -183,6 +191,7 @@ def prune_to(
                         advance=bar.update,
                     )
             chosen, losses = _best(model, parameters, proposals, source)
+            follow_first_rank(chosen.weights, chosen.keep, process_group)
             _write(parameters, chosen.weights)
             new.update({name: keep.view_as(new[name]) for name, keep in chosen.keep.items()})
             report.steps.append(
@@ -221,6 +230,20 @@ def _check(
     options: PruningOptions,
 ) -> None:
     """Everything that can be refused before work begins."""
+    check_targets(masks, parameters, sparsity, options)
+    if source is None:
+        if options.method == "mfac":
+            raise ValueError("method 'mfac' needs gradients: pass a data loader (or method='magnitude')")
+        if options.loss_samples:
+            raise ValueError(f"loss_samples is {options.loss_samples}, and there is no data loader to take them from")
+    elif options.method == "mfac":
+        source.check(options.num_grads)
+
+
+def check_targets(
+    masks: MaskSet, parameters: Mapping[str, nn.Parameter], sparsity: float, options: PruningOptions
+) -> None:
+    """Raise ValueError for a sparsity that the masks or the pattern do not allow, or a pattern that does not fit."""
     current = masks.sparsities().values() if options.scope == "uniform" else [masks.sparsity]
     check_sparsity(sparsity, max(current))
     pattern = Pattern.parse(options.pattern)
@@ -231,13 +254,6 @@ def _check(
     for name, parameter in parameters.items():
         block_size = options.block_size if options.method == "mfac" else None
         pattern.check(name, parameter, masks[name], block_size)
-    if source is None:
-        if options.method == "mfac":
-            raise ValueError("method 'mfac' needs gradients: pass a data loader (or method='magnitude')")
-        if options.loss_samples:
-            raise ValueError(f"loss_samples is {options.loss_samples}, and there is no data loader to take them from")
-    elif options.method == "mfac":
-        source.check(options.num_grads)
 
 
 def _substeps(masks: MaskSet, sparsity: float, options: PruningOptions) -> Iterator[float | dict[str, float]]:

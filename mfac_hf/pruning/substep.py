@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.memory import GIB, available_bytes
 from mfac_hf.pruning import obs
+from mfac_hf.pruning.agreement import sum_over_ranks
 from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
@@ -39,13 +40,16 @@ class Proposal:
     predicted_loss_increase: float | None = None
 
 
-def plan_groups(sizes: Mapping[str, int], options: PruningOptions, device: torch.device) -> list[list[str]]:
+def plan_groups(
+    sizes: Mapping[str, int], options: PruningOptions, device: torch.device, *, shared: bool = False
+) -> list[list[str]]:
     """Divide targets into groups whose Fishers fit into memory together.
 
     Args:
         sizes: weights of each target, by name.
         options: block size, number of gradients and budget.
         device: where the Fishers will be.
+        shared: whether ranks add up their sums, for which each of them needs whole blocks.
 
     Raises:
         MemoryError: a single target exceeds the budget; the message has the numbers and the ways out.
@@ -54,10 +58,11 @@ def plan_groups(sizes: Mapping[str, int], options: PruningOptions, device: torch
     if budget is None:
         # New weights, costs and the backward passes need room as well.
         budget = available_bytes(device) // 2 if device.type in ("cpu", "cuda") else sys.maxsize
+    num_grads = max(options.num_grads, options.block_size) if shared else options.num_grads
     groups: list[list[str]] = []
     left = 0
     for name, size in sizes.items():
-        needed = BlockedFisher.nbytes(size, options.block_size, options.num_grads)
+        needed = BlockedFisher.nbytes(size, options.block_size, num_grads)
         if needed > budget:
             raise MemoryError(
                 f"the Fisher of {name} ({size:,} weights in blocks of {options.block_size}, {options.num_grads} "
@@ -176,7 +181,12 @@ def _fishers(
     """Fisher of each parameter, and the mean squared entry of a gradient; pruned weights count for nothing."""
     fishers = {
         name: BlockedFisher(
-            p.numel(), block_size=options.block_size, damping=1.0, num_grads=options.num_grads, device=p.device
+            p.numel(),
+            block_size=options.block_size,
+            damping=1.0,
+            num_grads=options.num_grads,
+            device=p.device,
+            process_group=source.process_group,
         )
         for name, p in parameters.items()
     }
@@ -192,6 +202,7 @@ def _fishers(
             advance(len(rows))
 
     source.collect(model, parameters, options.num_grads, seed, add)
+    total = sum_over_ranks(total, parameters[last].device, source.process_group)
     left = sum(int(kept[name].sum()) for name in parameters)
     return fishers, total / (options.num_grads * max(left, 1))
 

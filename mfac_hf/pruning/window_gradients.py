@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from mfac_hf.optim import MFAC
@@ -37,6 +38,8 @@ class WindowGradients:
             raise ValueError("gradients='optimizer' needs a whole window on each rank, and ranks share it; use 'data'")
         self.optimizer = optimizer
         self.losses = losses
+        # Under DistributedDataParallel all ranks hold the same window.
+        self.process_group: dist.ProcessGroup | None = None
 
     def check(self, num_grads: int) -> None:
         """Raise ValueError unless the window holds so many gradients."""
