@@ -4,6 +4,7 @@
     python scripts/benchmark.py --optimizer [--threads N]        # step time over the floor, beside AdamW and the paper
     python scripts/benchmark.py --optimizer --device cuda        # the same on a GPU
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
+    python scripts/benchmark.py --pruning --threads 1            # the static inverse, blocked and full, beside theirs
     python scripts/benchmark.py --sparse                         # sparse files and inference, BERT-base, beside others
 
 Every round times each contender once, so that all meet the same noise; figures are medians over rounds. Results go
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import accuracy, optimizer, sparse
+from bench import accuracy, optimizer, pruning, sparse
 from bench.common import describe_machine
 
 
@@ -41,6 +42,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         action="store_true",
         help="sparse files and inference of a random BERT-base, beside the alternatives",
     )
+    parser.add_argument(
+        "--pruning",
+        action="store_true",
+        help="the static inverse of ResNet-20, blocked and full, beside the paper's recursions (some 20 minutes)",
+    )
     parser.add_argument("--num_grads", type=int, nargs="+", default=[128, 512], help="window lengths m to time")
     parser.add_argument(
         "--dims", type=int, nargs="+", default=[300_000, 4_400_000], help="numbers of parameters d to time"
@@ -50,8 +56,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=None, help="write the results here as JSON")
     args = parser.parse_args(argv)
-    if not (args.accuracy or args.optimizer or args.epoch or args.sparse):
-        parser.error("nothing to do: pass --accuracy, --optimizer, --epoch or --sparse")
+    if not (args.accuracy or args.optimizer or args.epoch or args.pruning or args.sparse):
+        parser.error("nothing to do: pass --accuracy, --optimizer, --epoch, --pruning or --sparse")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {"command": " ".join(["python", "scripts/benchmark.py", *(argv or sys.argv[1:])])}
@@ -68,6 +74,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         optimizer.print_steps(results["optimizer"])
     if args.epoch:
         results["epoch"] = optimizer.benchmark_epoch(*args.epoch)
+    if args.pruning:
+        results["pruning_blocked"] = [
+            pruning.benchmark_blocked(num_grads, block_size, args.rounds)
+            for num_grads in (64, 1024)
+            for block_size in (50, 128)
+        ]
+        pruning.print_blocked(results["pruning_blocked"])
+        results["pruning_full"] = [pruning.benchmark_full(1024, 8, args.rounds)]
+        pruning.print_full(results["pruning_full"])
     if args.sparse:
         results["sparse_files"] = sparse.benchmark_sizes(args.rounds)
         sparse.print_sizes(results["sparse_files"])

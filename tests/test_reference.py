@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher, paper_static_solve
+from mfac_hf.fisher.reference import (
+    PaperBlockedInverse,
+    PaperDynamicInverse,
+    PaperSwapInverse,
+    dense_fisher,
+    paper_static_solve,
+)
 
 
 def draw(m, d, seed=0):
@@ -33,6 +39,28 @@ def test_static_recursion(m, d, damping):
     assert relative_error(paper_static_solve(grads, x, damping), exact) <= 1e-9
 
 
+@pytest.mark.parametrize("block_size", [1, 3, 5, 16, 20])
+@pytest.mark.parametrize("blocks_at_once", [1, 2, 16])
+def test_blocked_recursion(block_size, blocks_at_once):
+    grads, x = draw(7, 16), draw(1, 16, seed=1)[0]
+    blocks = [torch.linalg.inv(dense_fisher(part, 1e-3)) for part in grads.split(block_size, dim=1)]
+    inverse = torch.block_diag(*blocks)
+    paper = PaperBlockedInverse(grads, block_size, damping=1e-3, blocks_at_once=blocks_at_once)
+    assert relative_error(paper.solve(x), inverse @ x) <= 1e-9
+    assert relative_error(paper.inverse_diagonal(), inverse.diagonal()) <= 1e-9
+
+
+@pytest.mark.parametrize(("m", "pages"), [(1, 1), (7, 1), (7, 2), (8, 4), (7, 7), (7, 9)])
+def test_swap_recursion(m, pages):
+    grads, x = draw(m, 12), draw(1, 12, seed=1)[0]
+    inverse = torch.linalg.inv(dense_fisher(grads, 1e-3))
+    before = grads.clone()
+    paper = PaperSwapInverse(grads, damping=1e-3, pages=pages)
+    assert relative_error(paper.solve(x), inverse @ x) <= 1e-9
+    assert relative_error(paper.inverse_diagonal(), inverse.diagonal()) <= 1e-9
+    assert torch.equal(grads, before)
+
+
 @pytest.mark.parametrize(("m", "d"), [(1, 1), (1, 7), (5, 7), (12, 7), (33, 40)])
 @pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-4])
 def test_dynamic_recursion_through_a_wrap_of_the_ring(m, d, damping):
@@ -48,6 +76,8 @@ def test_recursions_work_in_the_precision_of_their_input():
     """They show what float32 costs, so they must not widen in silence."""
     grads = draw(6, 9)
     assert paper_static_solve(grads.float(), grads[0].float(), 1e-2).dtype == torch.float32
+    assert PaperBlockedInverse(grads.float(), 4, damping=1e-2).inverse_diagonal().dtype == torch.float32
+    assert PaperSwapInverse(grads.float(), damping=1e-2, pages=2).inverse_diagonal().dtype == torch.float32
     paper = PaperDynamicInverse(6, 9, damping=1e-2)
     assert paper.step(grads[0].float()).dtype == torch.float32
     assert paper.gram_MM.dtype == torch.float32

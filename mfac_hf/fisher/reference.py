@@ -4,13 +4,19 @@ None of this is used in training or pruning. The oracle is float64 and forms the
 paper (Frantar, Kurtic and Alistarh, NeurIPS 2021, sections 3.1 and 3.2) in the working precision of their input, so
 that tests and benchmarks show what that costs.
 
-Shape suffixes: M stored gradients, D parameters.
+Shape suffixes: M stored gradients, D parameters, K blocks, B block size, R rows of a page or so far.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["PaperDynamicInverse", "dense_fisher", "paper_static_solve"]
+__all__ = [
+    "PaperBlockedInverse",
+    "PaperDynamicInverse",
+    "PaperSwapInverse",
+    "dense_fisher",
+    "paper_static_solve",
+]
 
 
 def dense_fisher(grads_MD: Tensor, damping: float, divisor: int | None = None) -> Tensor:
@@ -22,20 +28,115 @@ def dense_fisher(grads_MD: Tensor, damping: float, divisor: int | None = None) -
 
 
 def paper_static_solve(grads_MD: Tensor, x_D: Tensor, damping: float) -> Tensor:
-    r"""`F⁻¹ x` by m Sherman-Morrison updates (section 3.1), in the dtype of the gradients.
+    """`F⁻¹ x` by m Sherman-Morrison updates (section 3.1), in the dtype of the gradients: one block."""
+    return PaperBlockedInverse(grads_MD, grads_MD.shape[1], damping=damping).solve(x_D)
 
-    With :math:`v_i = F_{i-1}^{-1} g_i` and :math:`F_0 = \lambda I`:
-    :math:`F_i^{-1} x = F_{i-1}^{-1} x - v_i\, (v_i^\top x) / (m + g_i^\top v_i)`. O(d m²) to set up, O(d m) per
-    product.
+
+class PaperBlockedInverse:
+    r"""The paper's static algorithm (section 3.1) on blocks of consecutive parameters, in the dtype of the gradients.
+
+    In each block, with :math:`v_i = F_{i-1}^{-1} g_i`, :math:`s_i = m + g_i^\top v_i` and :math:`F_0 = \lambda I`:
+    :math:`F_i^{-1} x = F_{i-1}^{-1} x - v_i\, (v_i^\top x) / s_i`. O(d m²) to set up, O(d m) for a product or the
+    diagonal, m d numbers of memory.
+
+    Args:
+        grads_MD: shape (m, d).
+        block_size: B; the last block may be shorter.
+        damping: :math:`\lambda`.
+        blocks_at_once: full blocks that the operations work on together.
     """
-    num_grads = len(grads_MD)
-    vectors_MD = torch.empty_like(grads_MD)
-    scales_M = grads_MD.new_empty(num_grads)
-    for i, grad_D in enumerate(grads_MD):
-        earlier = vectors_MD[:i]
-        vectors_MD[i] = grad_D / damping - ((earlier @ grad_D) / scales_M[:i]) @ earlier
-        scales_M[i] = num_grads + grad_D @ vectors_MD[i]
-    return x_D / damping - ((vectors_MD @ x_D) / scales_M) @ vectors_MD
+
+    def __init__(self, grads_MD: Tensor, block_size: int, *, damping: float, blocks_at_once: int = 16) -> None:
+        self.damping = damping
+        num_grads, dim = grads_MD.shape
+        whole = dim // block_size * block_size
+        widths = [block_size * blocks_at_once] * (whole // (block_size * blocks_at_once))
+        widths += [width for width in (whole - sum(widths), dim - whole) if width]
+        self.widths = widths
+        self.factors = [
+            _static_factors(part_MD.reshape(num_grads, -1, min(block_size, width)).transpose(0, 1), damping)
+            for part_MD, width in zip(grads_MD.split(widths, dim=1), widths, strict=True)
+        ]
+
+    def solve(self, x_D: Tensor) -> Tensor:
+        """`F⁻¹ x`, shape (d,)."""
+        parts = []
+        for x_part, (vectors_KMB, scales_KM) in zip(x_D.split(self.widths), self.factors, strict=True):
+            x_KB1 = x_part.reshape(len(vectors_KMB), -1, 1)
+            weights_KM1 = torch.bmm(vectors_KMB, x_KB1) / scales_KM.unsqueeze(2)
+            parts.append((x_KB1 / self.damping - torch.bmm(vectors_KMB.mT, weights_KM1)).flatten())
+        return torch.cat(parts)
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of `F⁻¹`, shape (d,)."""
+        parts = [
+            (1 / self.damping - (vectors_KMB.square() / scales_KM.unsqueeze(2)).sum(dim=1)).flatten()
+            for vectors_KMB, scales_KM in self.factors
+        ]
+        return torch.cat(parts)
+
+
+def _static_factors(grads_KMB: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The vectors v (k, m, B) and scales s (k, m) of the recursion, for a batch of blocks."""
+    blocks, num_grads, size = grads_KMB.shape
+    vectors_KMB = grads_KMB.new_empty(blocks, num_grads, size)
+    scales_KM = grads_KMB.new_empty(blocks, num_grads)
+    for i in range(num_grads):
+        grad_KB1 = grads_KMB[:, i].unsqueeze(2)
+        earlier_KRB = vectors_KMB[:, :i]
+        weights_KR1 = torch.bmm(earlier_KRB, grad_KB1) / scales_KM[:, :i].unsqueeze(2)
+        vectors_KMB[:, i] = (grad_KB1 / damping - torch.bmm(earlier_KRB.mT, weights_KR1)).squeeze(2)
+        scales_KM[:, i] = num_grads + (grad_KB1.squeeze(2) * vectors_KMB[:, i]).sum(dim=1)
+    return vectors_KMB, scales_KM
+
+
+class PaperSwapInverse:
+    r"""The paper's static algorithm without blocks, in pages of rows, in the dtype of the gradients.
+
+    The recursion of `PaperBlockedInverse` with one block, where only two pages are at hand: each page of gradients
+    meets every earlier page of vectors, row by row, and is then completed within itself. Loads grow with the
+    square of the number of pages.
+
+    Args:
+        grads_MD: shape (m, d).
+        damping: :math:`\lambda`.
+        pages: number of pages; the last may be shorter.
+    """
+
+    def __init__(self, grads_MD: Tensor, *, damping: float, pages: int) -> None:
+        self.damping = damping
+        self.vectors_MD = torch.empty_like(grads_MD)
+        self.scales_M = grads_MD.new_empty(len(grads_MD))
+        self.rows = -(-len(grads_MD) // pages)
+        for top in range(0, len(grads_MD), self.rows):
+            page = slice(top, min(top + self.rows, len(grads_MD)))
+            vectors_RD = grads_MD[page] / damping
+            for earlier in range(0, top, self.rows):
+                for i, grad_D in enumerate(grads_MD[page]):
+                    self._subtract(vectors_RD[i], grad_D, slice(earlier, earlier + self.rows))
+            for i, grad_D in enumerate(grads_MD[page]):
+                self.vectors_MD[top + i] = vectors_RD[i]
+                self._subtract(self.vectors_MD[top + i], grad_D, slice(top, top + i))
+                self.scales_M[top + i] = len(grads_MD) + grad_D @ self.vectors_MD[top + i]
+
+    def _subtract(self, out_D: Tensor, x_D: Tensor, rows: slice) -> None:
+        """Subtract from ``out_D`` what the vectors of these rows contribute to `F⁻¹ x`."""
+        vectors_RD = self.vectors_MD[rows]
+        out_D -= ((vectors_RD @ x_D) / self.scales_M[rows]) @ vectors_RD
+
+    def solve(self, x_D: Tensor) -> Tensor:
+        """`F⁻¹ x`, shape (d,)."""
+        out_D = x_D / self.damping
+        for top in range(0, len(self.vectors_MD), self.rows):
+            self._subtract(out_D, x_D, slice(top, top + self.rows))
+        return out_D
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of `F⁻¹`, shape (d,)."""
+        out_D = torch.full_like(self.vectors_MD[0], 1 / self.damping)
+        for vector_D, scale in zip(self.vectors_MD, self.scales_M, strict=True):
+            out_D -= vector_D.square() / scale
+        return out_D
 
 
 class PaperDynamicInverse:
