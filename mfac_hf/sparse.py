@@ -55,19 +55,19 @@ def save_sparse(
     directory = Path(directory)
     path = directory / SPARSE_FILE
     if not isinstance(model, nn.Module):
-        shards = dense_files(model)
+        tensors = read_tensors(model)
         directory.mkdir(parents=True, exist_ok=True)
         # transformers wrote a tied tensor once, and ties it again when loading
-        write_sparse(path, _read_shards(shards), {})
+        write_sparse(path, tensors, {})
         return path
     if sparse_only and any(file != path for file in find_weights(directory)):
         raise ValueError(
             f"{directory} already holds {DENSE_FILE}, which from_pretrained would go on loading in place of the "
             "sparse file: remove it or choose another directory"
         )
-    tensors, tied = _distinct(model.state_dict())
+    state, tied = _distinct(model.state_dict())
     directory.mkdir(parents=True, exist_ok=True)
-    write_sparse(path, iter(tensors.items()), tied)
+    write_sparse(path, iter(state.items()), tied)
     if sparse_only:
         config: Any = getattr(model, "config", None)
         if hasattr(config, "save_pretrained"):
@@ -109,6 +109,15 @@ def dense_files(directory: str | os.PathLike[str]) -> list[Path]:
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
     return [directory / name for name in names]
+
+
+def read_tensors(directory: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the ordinary weight files of a directory, one after the other.
+
+    Raises:
+        FileNotFoundError: at the call, as `dense_files` does.
+    """
+    return _read_shards(dense_files(directory))
 
 
 def _read_shards(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,182 @@
+"""Result files of training and pruning runs, read into one form for cards.
+
+Files are the ``results.json`` of ``scripts/run_glue.py`` and ``run_squad.py``, and the log (``PREFIX.json``) of
+``scripts/train_vision.py`` and ``prune_vision.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MissingResultsError", "metrics_of", "read_run"]
+
+# What Trainer's evaluation reports beside metrics.
+_NO_METRICS = (
+    *("loss", "runtime", "samples_per_second", "steps_per_second"),
+    *("model_preparation_time", "jit_compilation_time"),
+)
+_TRAINING = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16"),
+)
+_DATA = ("max_seq_length", "doc_stride", "max_train_samples", "max_eval_samples")
+_SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
+_VISION = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+_COMMON = ("command", "versions", "device", "threads", "wall_seconds", "peak_memory_gib")
+_NEEDED = ("metrics", "seed", "command", "versions", "device", "optimizer")
+SAME_SPARSITY = 1e-3  # the steps of a schedule lie further apart
+
+
+class MissingResultsError(ValueError):
+    """A card was asked for, and the result files lack what it has to say."""
+
+
+def read_run(source: str | os.PathLike[str] | Mapping[str, Any], *, sparsity: float | None = None) -> dict[str, Any]:
+    """Read one result file.
+
+    Args:
+        source: the file, or its content.
+        sparsity: of the weights that the card is about. A vision log has a row for each step of a run, and the last
+            one of this sparsity is meant. None: the last of all.
+
+    Returns:
+        Plain JSON types: ``task``, ``split``, ``metrics`` by name, ``dataset``, ``base_model``, ``optimizer``
+        (``name`` and settings), ``training``, ``pruning``, ``dense_metrics`` (before pruning), ``seed``, ``command``,
+        ``versions``, ``device``, ``threads``, ``wall_seconds``, ``peak_memory_gib``; None for what is not recorded
+        and not needed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MissingResultsError: the file lacks results that a card needs; the message names them.
+        ValueError: the file is no JSON object.
+    """
+    name = "the given record" if isinstance(source, Mapping) else str(source)
+    record: Any = source
+    if not isinstance(source, Mapping):
+        try:
+            record = json.loads(Path(source).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} is no JSON file: {error}") from error
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{name} holds a {type(record).__name__}; expected an object, as the scripts write it")
+    run = _from_log(record, name, sparsity) if "rows" in record else _from_results(record)
+    run |= {key: record.get(key) for key in _COMMON}
+    if lacking := [key for key in _NEEDED if run[key] in (None, {}, [])]:
+        raise MissingResultsError(
+            f"{name} lacks {', '.join(lacking)}; a card says only what was measured. Run the script with --do_eval, "
+            "and pass the result file that it writes"
+        )
+    return run
+
+
+def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics among Trainer's evaluation results, without the prefix ``eval_``."""
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in results.items()
+        if key.startswith("eval_") and isinstance(value, int | float) and not key.endswith(_NO_METRICS)
+    }
+
+
+def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``results.json`` of a run with Trainer."""
+    results, arguments = record.get("results", {}), record.get("arguments", {})
+    training = arguments.get("TrainingArguments", {})
+    data = {**arguments.get("GlueArguments", {}), **arguments.get("SquadArguments", {})}
+    task, splits = results.get("task"), results.get("evaluated_on", [])
+    dataset = {"id": _SQUAD.get(str(task), "nyu-mll/glue"), "source": data.get("dataset_name")}
+    if task not in _SQUAD:
+        dataset["config"] = data.get("task_name")
+    return {
+        "task": task,
+        "split": ", ".join([splits] if isinstance(splits, str) else splits),
+        "metrics": metrics_of(results),
+        "dataset": dataset if data else record.get("dataset"),
+        "base_model": arguments.get("ModelArguments", {}).get("model_name_or_path") or record.get("base_model"),
+        "optimizer": record.get("optimizer") or _optimizer(arguments.get("OptimizerArguments", {}), training),
+        "training": {key: training[key] for key in _TRAINING if training.get(key) not in (None, False, -1)}
+        | {key: data[key] for key in _DATA if data.get(key) is not None},
+        "pruning": record.get("pruning"),
+        "dense_metrics": record.get("dense_metrics"),
+        "seed": record.get("seed"),
+    }
+
+
+def _optimizer(chosen: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The optimizer that ran: ``optim`` of TrainingArguments names another one."""
+    if "optim_name" not in chosen:
+        return None
+    if chosen["optim_name"] == "adamw":
+        return {"name": "AdamW", **{key: training.get(key) for key in ("adam_beta1", "adam_beta2", "adam_epsilon")}}
+    shown = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "window_dtype", "decoupled_weight_decay")
+    return {"name": "M-FAC", **{key: chosen[key] for key in shown if key in chosen}}
+
+
+def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> dict[str, Any]:
+    """The log of a vision run: a row for the beginning, each pruning step and each epoch."""
+    arguments = record.get("arguments", {})
+    rows = [row for row in record["rows"] if "accuracy" in row]
+    if sparsity is not None:
+        rows = [row for row in rows if abs(row.get("sparsity", 0.0) - sparsity) < SAME_SPARSITY]
+    if not rows:
+        seen = sorted({round(row.get("sparsity", 0.0), 4) for row in record["rows"]})
+        raise MissingResultsError(
+            f"{name} lacks an accuracy at sparsity {sparsity}, that of the weights; it has {seen}"
+        )
+    row, first = rows[-1], record["rows"][0]
+    # a pruning step saves the model after the statistics of its batch norms were estimated anew
+    anew = row.get("event") == "prune" and arguments.get("reestimate_bn") in ("after", "both")
+    return {
+        "task": "image-classification",
+        "split": "test",
+        "metrics": {"accuracy": row["accuracy_bn" if anew else "accuracy"]},
+        "dataset": {
+            "id": _VISION.get(Path(str(arguments.get("dataset"))).name, arguments.get("dataset")),
+            "source": arguments.get("dataset"),
+        },
+        "base_model": arguments.get("checkpoint"),
+        "optimizer": _vision_optimizer(arguments),
+        "training": {
+            key: arguments[key]
+            for key in ("nepochs", "batchsize", "prun_lrs", "drop_at", "drop_by", "train_images", "normalization")
+            if arguments.get(key) is not None
+        },
+        "pruning": _vision_pruning(arguments, record["rows"], row),
+        "dense_metrics": {"accuracy": first["accuracy"]} if first.get("event") == "initial" else None,
+        "seed": arguments.get("seed"),
+    }
+
+
+def _vision_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    names = {"mfac": "M-FAC", "sgd": "SGD", "adam": "Adam"}
+    if arguments.get("optim") not in names:
+        return None
+    settings = ["lr", "momentum", "weightdecay"]
+    if arguments["optim"] == "mfac":
+        settings += ["ngrads", "damping", "grad_decay", "normalize", "window_dtype"]
+    chosen = {key: arguments[key] for key in settings if arguments.get(key) is not None}
+    return {"name": names[arguments["optim"]], **chosen}
+
+
+def _vision_pruning(
+    arguments: Mapping[str, Any], rows: list[dict[str, Any]], last: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """How the model of row ``last`` was pruned."""
+    if not arguments.get("sparsities"):
+        return None
+    keys = ("pruner", "ngrads_schedule", "prun_batchsize", "blocksize", "prundamp", "nrecomps", "selection", "update")
+    until = rows[: 1 + next(index for index, row in enumerate(rows) if row is last)]
+    epochs = 0
+    steps = []
+    for row in until:
+        epochs += row.get("event") == "epoch"
+        if row.get("event") == "prune":
+            steps.append({"at": f"after {epochs} epochs", "sparsity": row["sparsity"]})
+    return {
+        "options": {key: arguments.get(key) for key in (*keys, "pattern", "scope", "reestimate_bn")},
+        "steps": steps,
+    }
