@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mfac_hf.hub import push_to_hub
     from mfac_hf.memory import MemoryEstimate, memory_estimate
     from mfac_hf.optim import MFAC
     from mfac_hf.pruning.callback import MFACPruningCallback
@@ -22,6 +23,7 @@ _MODULES = {
     "load_sparse": "mfac_hf.sparse",
     "memory_estimate": "mfac_hf.memory",
     "prune_one_shot": "mfac_hf.pruning.oneshot",
+    "push_to_hub": "mfac_hf.hub",
     "save_sparse": "mfac_hf.sparse",
     "to_sparse_inference": "mfac_hf.sparse",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "load_sparse",
     "memory_estimate",
     "prune_one_shot",
+    "push_to_hub",
     "save_sparse",
     "to_sparse_inference",
 ]

@@ -1,16 +1,17 @@
-"""Callback that puts the state of M-FAC's gradient window into Trainer's logs."""
+"""Callback that puts the state of M-FAC's gradient window into Trainer's logs, and our card on the Hub."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from mfac_hf.optim import MFAC
+from mfac_hf.trainer_card import CardCallback
 
 
-class MFACLoggingCallback(TrainerCallback):
+class MFACLoggingCallback(CardCallback):
     """Add ``mfac/<name>`` to each training log for every entry of ``MFAC.window_stats()``.
 
     These are the window's fill (0 to 1), the condition number of its damped Gram matrix (an estimate), the steps
@@ -21,6 +22,9 @@ class MFACLoggingCallback(TrainerCallback):
     Trainer stores a log in ``state.log_history`` first and then calls the callbacks in order, its reporters
     (TensorBoard and others) before those of ``Trainer(callbacks=[...])``. Given that way, the values land in the
     history and the progress bar's printed logs; :meth:`attach` goes in front, so that reporters see them too.
+
+    With ``push_to_hub=True`` the model arrives with our card, which names the optimizer that ran
+    (`mfac_hf.trainer_card.CardCallback`).
     """
 
     @classmethod

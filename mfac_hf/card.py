@@ -79,7 +79,7 @@ def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
     run = facts["runs"][0]
     dataset = run["dataset"]
     if not dataset or not facts["model"]["task"]:
-        return []
+        return []  # the Hub takes no result without these
     return [
         EvalResult(
             task_type=facts["model"]["task"],
@@ -128,10 +128,12 @@ def _summary(facts: Mapping[str, Any]) -> str:
 def _results(facts: Mapping[str, Any]) -> str:
     """Metric by metric: this model, and mean and standard deviation over the seeds, dense and sparse."""
     runs, dense = facts["runs"], facts["dense_runs"]
+    if not runs[0]["metrics"]:
+        return "These weights had not been evaluated when the card was written."
     groups = [("sparse" if facts["sparse"] else "this model", runs)]
     if dense:
         groups.append(("dense", dense))
-    elif facts["sparse"]:
+    elif facts["sparse"] and all(run["dense_metrics"] for run in runs):
         groups.append(("dense", [{**run, "metrics": run["dense_metrics"]} for run in runs]))
     rows = []
     for title, group in groups:
@@ -146,9 +148,12 @@ def _results(facts: Mapping[str, Any]) -> str:
     place = "" if not dataset else f" on `{' '.join(filter(None, [dataset['id'], dataset.get('config')]))}`"
     split = f", {runs[0]['split']} split" if runs[0]["split"] else ""
     header = ["", "metric", "first seed", "mean ± std", "seeds"]
+    missing = ""
+    if facts["sparse"] and len(groups) == 1:
+        missing = "\n\nThe dense model was not measured beside it."
     return (
         f"Measured{place}{split}, in percent. The weights here are those of seed {runs[0]['seed']}.\n\n"
-        f"{_table(header, rows)}"
+        f"{_table(header, rows)}{missing}"
     )
 
 

@@ -44,6 +44,7 @@ def collect(
     caveats: Sequence[str] = (),
     license: str | None = None,
     latency: bool = True,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Gather what a card says.
 
@@ -58,6 +59,8 @@ def collect(
         caveats: what readers have to know about data and weights.
         license: licence identifier of the weights.
         latency: whether to time a forward pass on this machine, dense and, for sparse weights, with sparse layers.
+        strict: whether results may not be missing; Trainer pushes models that nothing has evaluated yet, and their
+            card says that.
 
     Returns:
         Plain JSON types: ``name``, ``model``, ``sparse``, ``weights``, ``files``, ``latency``, ``runs``,
@@ -74,11 +77,11 @@ def collect(
     weights = describe_weights(model)
     targets = weights["targets"]
     sparsity = targets["zeros"] / targets["numel"] if targets["numel"] else 0.0
-    read = [read_run(run, sparsity=sparsity) for run in runs]
+    read = [read_run(run, sparsity=sparsity, strict=strict) for run in runs]
     read_dense = [read_run(run) for run in dense]
     _check_consistent(read, read_dense)
     sparse = sparsity >= SPARSE_FROM
-    if sparse and not read_dense and any(run["dense_metrics"] is None for run in read):
+    if strict and sparse and not read_dense and any(run["dense_metrics"] is None for run in read):
         raise MissingResultsError(
             f"{sparsity:.1%} of the weights are zero, and the results of the dense model are missing: give its result "
             "files too (dense=..., --dense)"

@@ -187,6 +187,6 @@ def _explained(repo_id: str) -> Iterator[None]:
         ) from error
     except (RuntimeError, ValueError) as error:  # what the client makes of a refused or malformed upload
         raise PushError(
-            f"the push to {repo_id} failed: {error} ({error.__cause__ or 'no other cause'}). No file of the repository "
-            "has changed"
+            f"the push to {repo_id} failed: {error} ({error.__cause__ or 'no other cause'}). No file of the "
+            "repository has changed"
         ) from error

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MissingResultsError", "metrics_of", "read_run"]
+__all__ = ["MissingResultsError", "metrics_of", "pruning_facts", "read_run"]
 
 # What Trainer's evaluation reports beside metrics.
 _NO_METRICS = (
     *("loss", "runtime", "samples_per_second", "steps_per_second"),
     *("model_preparation_time", "jit_compilation_time"),
 )
-_TRAINING = (
+TRAINING_SETTINGS = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16"),
 )
@@ -35,13 +35,16 @@ class MissingResultsError(ValueError):
     """A card was asked for, and the result files lack what it has to say."""
 
 
-def read_run(source: str | os.PathLike[str] | Mapping[str, Any], *, sparsity: float | None = None) -> dict[str, Any]:
+def read_run(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, sparsity: float | None = None, strict: bool = True
+) -> dict[str, Any]:
     """Read one result file.
 
     Args:
-        source: the file, or its content.
+        source: the file, its content, or what this function made of it.
         sparsity: of the weights that the card is about. A vision log has a row for each step of a run, and the last
             one of this sparsity is meant. None: the last of all.
+        strict: whether metrics are needed.
 
     Returns:
         Plain JSON types: ``task``, ``split``, ``metrics`` by name, ``dataset``, ``base_model``, ``optimizer``
@@ -63,9 +66,13 @@ def read_run(source: str | os.PathLike[str] | Mapping[str, Any], *, sparsity: fl
             raise ValueError(f"{name} is no JSON file: {error}") from error
     if not isinstance(record, Mapping):
         raise ValueError(f"{name} holds a {type(record).__name__}; expected an object, as the scripts write it")
-    run = _from_log(record, name, sparsity) if "rows" in record else _from_results(record)
-    run |= {key: record.get(key) for key in _COMMON}
-    if lacking := [key for key in _NEEDED if run[key] in (None, {}, [])]:
+    if "metrics" in record:
+        run = dict(record)  # read before
+    else:
+        run = _from_log(record, name, sparsity) if "rows" in record else _from_results(record)
+        run |= {key: record.get(key) for key in _COMMON}
+    lacking = [key for key in _NEEDED if run.get(key) in (None, {}, []) and (strict or key != "metrics")]
+    if lacking:
         raise MissingResultsError(
             f"{name} lacks {', '.join(lacking)}; a card says only what was measured. Run the script with --do_eval, "
             "and pass the result file that it writes"
@@ -98,12 +105,29 @@ def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": dataset if data else record.get("dataset"),
         "base_model": arguments.get("ModelArguments", {}).get("model_name_or_path") or record.get("base_model"),
         "optimizer": record.get("optimizer") or _optimizer(arguments.get("OptimizerArguments", {}), training),
-        "training": {key: training[key] for key in _TRAINING if training.get(key) not in (None, False, -1)}
+        "training": {key: training[key] for key in TRAINING_SETTINGS if training.get(key) not in (None, False, -1)}
         | {key: data[key] for key in _DATA if data.get(key) is not None},
-        "pruning": record.get("pruning"),
+        "pruning": pruning_facts((record.get("pruning") or {}).get("reports", [])),
         "dense_metrics": record.get("dense_metrics"),
         "seed": record.get("seed"),
     }
+
+
+def pruning_facts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a card says of pruning steps, from their reports (``PruningReport.to_dict()``); None without any."""
+    if not reports:
+        return None
+    hidden = ("loss_samples", "memory_budget", "damping") if reports[-1]["options"].get("damping") == "auto" else ()
+    options = {key: value for key, value in reports[-1]["options"].items() if key not in hidden and value is not None}
+    shown = ("position", "sparsity", "num_grads", "loss_before", "loss_after", "seconds")
+    steps = []
+    for number, report in enumerate(reports, start=1):
+        step = {"step": number, **{key: report[key] for key in shown if report.get(key) is not None}}
+        dampings = {part["damping"] for part in report.get("steps", []) if part.get("damping") is not None}
+        if len(dampings) > 0:
+            step["damping"] = sorted(dampings)
+        steps.append(step)
+    return {"options": options, "steps": steps}
 
 
 def _optimizer(chosen: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any] | None:

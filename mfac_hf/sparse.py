@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import Counter
@@ -69,8 +70,9 @@ def save_sparse(
     directory.mkdir(parents=True, exist_ok=True)
     write_sparse(path, iter(state.items()), tied)
     if sparse_only:
-        config: Any = getattr(model, "config", None)
+        config: Any = copy.deepcopy(getattr(model, "config", None))
         if hasattr(config, "save_pretrained"):
+            config.architectures = [type(model).__name__]  # as the model's own save_pretrained does
             config.save_pretrained(directory)
     elif callable(save_pretrained := getattr(model, "save_pretrained", None)):
         save_pretrained(directory)

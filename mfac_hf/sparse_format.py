@@ -11,10 +11,11 @@ Counts are unsigned integers of the fewest bytes that hold the length of a row, 
 last column. A weight counts as zero only where all its bits are zero, so negative zeros and NaN payloads come back as
 they were.
 
-The safetensors metadata has five entries: ``format`` ("mfac_sparse"), ``version`` ("1"), ``tensors`` (JSON: for each
-name ``encoding``, ``dtype``, ``shape`` and ``sha256`` over the bytes of its parts, in the order above), ``tied``
-(JSON: further names of a tensor) and ``sha256`` over the texts of ``version``, ``tensors`` and ``tied``, joined by
-line feeds. Any safetensors library reads the parts, and nothing but this page is needed to put them together.
+The safetensors metadata has one entry, ``mfac_sparse``, a JSON object: ``version`` (1); ``tensors``, for each name its
+``encoding``, ``dtype``, ``shape`` and ``sha256`` over the bytes of its parts in the order above; ``tied``, further
+names of a tensor; and ``sha256`` over the same object without this entry, as JSON without spaces, keys in the file's
+order. Any safetensors library reads the parts, and nothing but this page is needed to put them together. The same
+weights give the same bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 
 __all__ = ["DamagedFileError", "SparseFile", "TensorRecord", "encode", "write_sparse"]
 
-FORMAT = "mfac_sparse"
+KEY = "mfac_sparse"
 VERSION = 1
 PARTS = {"dense": ("values",), "bitmask": ("mask", "values"), "csr": ("counts", "columns", "values")}
 # Integers that carry the bits of a value of so many bytes.
@@ -149,8 +150,9 @@ def write_sparse(path: str | os.PathLike[str], tensors: Iterator[tuple[str, Tens
         record, pieces = encode(name, tensor)
         records[name] = vars(record)
         parts |= {f"{name}/{part}": piece for part, piece in pieces.items()}
-    texts = {"version": str(VERSION), "tensors": json.dumps(records), "tied": json.dumps(dict(tied))}
-    metadata = {"format": FORMAT, **texts, "sha256": _text_digest(texts)}
+    header: dict[str, Any] = {"version": VERSION, "tensors": records, "tied": dict(tied)}
+    # one entry, as safetensors writes several in an order that changes from run to run
+    metadata = {KEY: _json({**header, "sha256": _header_digest(header)})}
     unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
     try:
         save_file(parts, unfinished, metadata=metadata)
@@ -159,8 +161,12 @@ def write_sparse(path: str | os.PathLike[str], tensors: Iterator[tuple[str, Tens
         unfinished.unlink(missing_ok=True)
 
 
-def _text_digest(texts: Mapping[str, str]) -> str:
-    return hashlib.sha256("\n".join(texts[key] for key in ("version", "tensors", "tied")).encode()).hexdigest()
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _header_digest(header: dict[str, Any]) -> str:
+    return hashlib.sha256(_json(header).encode()).hexdigest()
 
 
 class SparseFile:
@@ -187,25 +193,14 @@ class SparseFile:
             raise DamagedFileError(
                 f"{self.path} is truncated or damaged: {error}. Copy or download it again"
             ) from error
-        if metadata.get("format") != FORMAT:
+        if KEY not in metadata:
             raise DamagedFileError(
-                f"{self.path} is not a sparse file: its format is {metadata.get('format')!r}, expected {FORMAT!r}. "
+                f"{self.path} is not a sparse file: its metadata has {sorted(metadata)}, expected {KEY!r}. "
                 "from_pretrained reads an ordinary model.safetensors"
             )
-        version = metadata.get("version", "")
-        if version.isdecimal() and int(version) > VERSION:
-            raise DamagedFileError(
-                f"{self.path} has version {version} of the format; this mfac_hf reads versions up to {VERSION}. "
-                "Install a newer one: pip install --upgrade mfac_hf"
-            )
-        try:
-            intact = _text_digest(metadata) == metadata["sha256"]
-        except KeyError:
-            intact = False
-        if not intact:
-            raise DamagedFileError(f"the header of {self.path} does not match its checksum. Copy or download it again")
-        self.records = {name: self._record(name, entry) for name, entry in json.loads(metadata["tensors"]).items()}
-        self.tied: dict[str, str] = json.loads(metadata["tied"])
+        header = self._header(metadata[KEY])
+        self.records = {name: self._record(name, entry) for name, entry in header["tensors"].items()}
+        self.tied: dict[str, str] = header["tied"]
         if stray := {a: b for a, b in self.tied.items() if a in self.records or b not in self.records}:
             raise DamagedFileError(f"{self.path} ties names that do not fit its tensors: {stray}")
         expected = {f"{name}/{part}" for name, record in self.records.items() for part in PARTS[record.encoding]}
@@ -214,6 +209,24 @@ class SparseFile:
                 f"{self.path} does not hold what its header lists: missing {sorted(expected - keys)}, not listed "
                 f"{sorted(keys - expected)}"
             )
+
+    def _header(self, text: str) -> dict[str, Any]:
+        """Parse the header and check its version and checksum."""
+        try:
+            header = json.loads(text)
+            version, sha256 = header["version"], header.pop("sha256")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedFileError(
+                f"the header of {self.path} is damaged: {error!r}. Copy or download it again"
+            ) from error
+        if isinstance(version, int) and version > VERSION:
+            raise DamagedFileError(
+                f"{self.path} has version {version} of the format; this mfac_hf reads versions up to {VERSION}. "
+                "Install a newer one: pip install --upgrade mfac_hf"
+            )
+        if _header_digest(header) != sha256:
+            raise DamagedFileError(f"the header of {self.path} does not match its checksum. Copy or download it again")
+        return header
 
     def _record(self, name: str, entry: dict[str, Any]) -> TensorRecord:
         """Check and convert an entry of the header."""

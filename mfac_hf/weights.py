@@ -50,7 +50,13 @@ def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any
             pruned[key] += value if target else 0
         if tensor.ndim > 1:
             tensors.append({"name": name, "shape": list(tensor.shape), **counts, "target": target})
+    tensors.sort(key=lambda t: _natural(str(t["name"])))  # files are in another order than models
     return {**total, "targets": pruned, "tensors": tensors}
+
+
+def _natural(name: str) -> list[Any]:
+    """A key that puts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _weights(model: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:

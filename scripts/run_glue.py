@@ -46,6 +46,7 @@ from mfac_hf.tasks.arguments import (
     require_action,
     write_results,
 )
+from mfac_hf.trainer_card import push_run
 
 
 @dataclass
@@ -200,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             glue.write_predictions(training_args.output_dir, task, name, predictions)
     if trainer.is_world_process_zero():
         write_results(training_args.output_dir, results, arguments=arguments, argv=argv, started=started)
+        push_run(trainer)
     return results
 
 

@@ -52,6 +52,7 @@ from mfac_hf.tasks.arguments import (
 )
 from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
+from mfac_hf.trainer_card import push_run
 
 SELECTION_METRIC = "eval_f1"
 
@@ -246,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
     if trainer.is_world_process_zero():
         write_results(training_args.output_dir, results, arguments=arguments, argv=argv, started=started)
+        push_run(trainer)
     return results
 
 

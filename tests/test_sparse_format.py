@@ -64,6 +64,11 @@ def test_round_trip_is_exact(tmp_path_factory, dtype, shape, density, seed):
     assert same_bits(SparseFile(path).read("tensor"), tensor)
 
 
+def test_same_weights_give_the_same_bytes(tmp_path):
+    tensors = {f"t{i}": sparse_tensor((8, 200), 0.02, torch.float32, i) for i in range(5)}
+    assert write(tmp_path / "a", **tensors).read_bytes() == write(tmp_path / "b", **tensors).read_bytes()
+
+
 def test_tensor_that_is_not_contiguous_round_trips(tmp_path):
     tensor = sparse_tensor((6, 10), 0.1, torch.float32).T[::2]
     assert not tensor.is_contiguous()
@@ -175,29 +180,28 @@ def test_truncated_file_is_refused(small):
         SparseFile(path.with_name("nothing"))
 
 
-def rewrite(path, change_parts=lambda parts: None, change_records=lambda records: None, **metadata):
+def rewrite(path, change_parts=lambda parts: None, change_header=lambda header: None):
     """Change a file and put its checksums right again, as another program with a mistake would."""
     with safe_open(path, framework="pt") as file:
         parts = {key: file.get_tensor(key).clone() for key in file.keys()}
-        texts = file.metadata()
-    records = json.loads(texts["tensors"])
+        header = json.loads(file.metadata()["mfac_sparse"])
+    del header["sha256"]
     change_parts(parts)
-    change_records(records)
-    for name, entry in records.items():
+    change_header(header)
+    for name, entry in header["tensors"].items():
         order = sparse_format.PARTS.get(entry["encoding"], ())
         entry["sha256"] = sparse_format._digest(parts[f"{name}/{part}"] for part in order)
-    texts |= {"tensors": json.dumps(records), **metadata}
-    texts["sha256"] = sparse_format._text_digest(texts)
-    save_file(parts, path, metadata=texts)
+    header["sha256"] = sparse_format._header_digest(header)
+    save_file(parts, path, metadata={"mfac_sparse": json.dumps(header)})
 
 
 def test_unknown_files_and_later_versions_are_refused(small):
     path, _ = small
-    rewrite(path, version="2")
+    rewrite(path, change_header=lambda header: header.update(version=2))
     with pytest.raises(DamagedFileError, match="version 2 .* reads versions up to 1"):
         SparseFile(path)
     save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(DamagedFileError, match="not a sparse file.*None"):
+    with pytest.raises(DamagedFileError, match="not a sparse file"):
         SparseFile(path)
 
 
@@ -242,7 +246,7 @@ def test_senseless_headers_are_refused(small):
     intact = path.read_bytes()
     for change in ({"encoding": "zip"}, {"dtype": "nn"}, {"shape": [-1]}):
         path.write_bytes(intact)
-        rewrite(path, change_records=lambda records, change=change: records["dense"].update(change))
+        rewrite(path, change_header=lambda header, change=change: header["tensors"]["dense"].update(change))
         with pytest.raises(DamagedFileError, match="dense in .*makes no sense"):
             SparseFile(path)
     path.write_bytes(intact)
@@ -250,6 +254,6 @@ def test_senseless_headers_are_refused(small):
     with pytest.raises(DamagedFileError, match=r"not listed \['extra'\]"):
         SparseFile(path)
     path.write_bytes(intact)
-    rewrite(path, tied='{"other": "nothing"}')
+    rewrite(path, change_header=lambda header: header.update(tied={"other": "nothing"}))
     with pytest.raises(DamagedFileError, match="ties names"):
         SparseFile(path)
