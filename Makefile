@@ -1,4 +1,5 @@
 # make demo     set up .venv if it is missing, then run the demonstration (no network, minutes on two cores)
+# make demo-vision   train and prune a small ResNet on scikit-learn's digits (no network, under a minute)
 # make test     set up .venv if it is missing, then run every test, the slow ones included
 # make lint     check format, lint and types          make format   rewrite the files in place
 # make clean    remove build products and caches; .venv and outputs/ stay
@@ -16,11 +17,20 @@ DEV_READY := $(VENV)/.mfac-dev-ready
 CHECK_VERSION := import sys; sys.exit(sys.version_info < (3, 10) and "mfac_hf needs Python 3.10 or newer, this is \
 	%s: try make PYTHON=python3.12" % sys.version.split()[0])
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-vision test lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
 	$(RUN) scripts/demo.py
+
+# SGD, because it learns digits in seconds; pruned once by magnitude and once by M-FAC, without training afterwards.
+VISION := --model resnet20 --progress false
+PRUNE_DIGITS := scripts/prune_vision.py $(VISION) --checkpoint outputs/demo-vision/dense.pth --nepochs 0 \
+	--sparsities .5 .7 .8 .9 --prun_batchsize 4 --nrecomps 1 --blocksize 64
+demo-vision: $(READY)
+	$(RUN) scripts/train_vision.py $(VISION) --optim sgd --nepochs 4 --batchsize 64 --save outputs/demo-vision/dense.pth
+	$(RUN) $(PRUNE_DIGITS) --pruner mag --prefix outputs/demo-vision/magnitude
+	$(RUN) $(PRUNE_DIGITS) --pruner mfac --prefix outputs/demo-vision/mfac
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from mfac_hf.tasks.vision_arguments import (
     VisionArguments,
     build_optimizer,
     build_run,
+    flag,
     model_state,
     set_learning_rate,
     sparse_masks,
@@ -45,23 +46,14 @@ _MOMENTA = {"sgd": 0.9, "adam": 0.0, "mfac": 0.0}
 class TrainArguments(VisionArguments):
     """Flags of this script."""
 
-    optim: Literal["sgd", "adam", "mfac"] = field(default="mfac", metadata={"help": "Optimizer."})
-    lr: float | None = field(
-        default=None, metadata={"help": "Learning rate; without it .1 for sgd, .001 for adam and mfac."}
+    optim: Literal["sgd", "adam", "mfac"] = flag("mfac", "Optimizer.")
+    lr: float | None = flag(None, "Learning rate; without it .1 for sgd, .001 for adam and mfac.")
+    momentum: float | None = flag(None, "Without it .9 for sgd, 0 for mfac (there, of the directions).")
+    nepochs: int | None = flag(
+        None, "Without it 164 with drops at 82 and 123; Wide ResNet 200, 100, 150; MobileNet 100, 50, 75."
     )
-    momentum: float | None = field(
-        default=None, metadata={"help": "Without it .9 for sgd, 0 for mfac (there, of the directions)."}
-    )
-    nepochs: int | None = field(
-        default=None,
-        metadata={
-            "help": "Without it 164 with drops at 82 and 123; Wide ResNet 200, 100, 150; MobileNet 100, 50, 75."
-        },
-    )
-    sparse: bool = field(
-        default=False, metadata={"help": "Train only the weights that the checkpoint's masks, or zeros, leave."}
-    )
-    save: str = field(default="trained.pth", metadata={"help": "File of the model after the latest epoch."})
+    sparse: bool = flag(False, "Train only the weights that the checkpoint's masks, or zeros, leave.")
+    save: str = flag("trained.pth", "File of the model after the latest epoch.")
 
     def plan(self) -> list[float]:
         """Learning rate of each epoch.

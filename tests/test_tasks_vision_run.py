@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mfac_hf.tasks.vision import Images, Preprocess, VisionData, load_vision
+from mfac_hf.tasks.vision import Images, VisionData, load_vision
+from mfac_hf.tasks.vision_preprocess import Preprocess
 from mfac_hf.tasks.vision_run import RunLog, VisionRun, learning_rate_plan, load_state, save_state
 
 

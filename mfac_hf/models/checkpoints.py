@@ -70,8 +70,8 @@ class Checkpoint:
         weights: state dict, without ``module.``.
         mask: pruning mask, True = keep: {name: bool tensor}, or one flat bool tensor over all pruned weights in the
             model's order, as the reference writes it; None if there is none.
-        normalization: key of `mfac_hf.tasks.vision.NORMALIZATIONS` that the weights were trained with, where the file
-            says so or is one of the published ones that we know; else None.
+        normalization: the one that the weights were trained with, by its name in
+            `mfac_hf.tasks.vision_preprocess.NORMALIZATIONS`, where the file says so or is a published one; else None.
     """
 
     weights: dict[str, Tensor]

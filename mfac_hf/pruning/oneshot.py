@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
+from mfac_hf.pruning.full_step import full_step
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
@@ -46,7 +47,7 @@ def prune_one_shot(
     targets: Sequence[str] | str | None = None,
     num_grads: int = 64,
     grad_batch_size: int = 1,
-    block_size: int = 128,
+    block_size: int | None = 128,
     damping: float | Literal["auto"] = 1e-5,
     recomputations: int = 16,
     selection: Literal["greedy", "diagonal"] = "greedy",
@@ -56,6 +57,7 @@ def prune_one_shot(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     loss_samples: int = 0,
     seed: int = 0,
+    pages: int = 1,
     memory_budget: int | None = None,
     progress: bool = True,
 ) -> PruningReport:
@@ -73,7 +75,7 @@ def prune_one_shot(
         targets: regular expressions of parameter names; default: `find_targets`.
         num_grads: gradients that each Fisher is made of.
         grad_batch_size: examples that each gradient is the mean of.
-        block_size: weights of a block of the Fisher.
+        block_size: weights of a block of the Fisher; None: all targets together.
         damping: of the Fisher, or ``"auto"``.
         recomputations: sub-steps, with new gradients in each.
         selection: ``"greedy"``, or ``"diagonal"`` as in the paper.
@@ -83,6 +85,7 @@ def prune_one_shot(
         loss_fn: ``loss_fn(model, batch)``, the mean loss of a batch; default ``model(**batch).loss``.
         loss_samples: held-out examples on which the loss is measured.
         seed: of the choice of examples.
+        pages: pieces that the gradients are worked on in where ``block_size`` is None.
         memory_budget: bytes for the Fisher; default half of what is free.
         progress: whether to show a progress bar.
 
@@ -107,6 +110,7 @@ def prune_one_shot(
         scope=scope,
         loss_samples=loss_samples,
         seed=seed,
+        pages=pages,
         memory_budget=memory_budget,
     )
     check_sparsity(sparsity)
@@ -158,7 +162,10 @@ def prune_to(
             next(iter(parameters.values())).device,
             source is not None and source.process_group is not None,
         )
-        groups = of_first_rank(plan_groups(sizes, options, device, shared=shared), process_group)
+        if options.block_size is None:
+            groups = [list(sizes)]
+        else:
+            groups = of_first_rank(plan_groups(sizes, options, device, shared=shared), process_group)
     report = PruningReport(
         asdict(options), masks.numel, masks.sparsity, sparsity=masks.sparsity, sparsities=masks.sparsities()
     )
@@ -178,18 +185,15 @@ def prune_to(
                     unit="gradient",
                     disable=not progress,
                 )
+                sources: dict[str, Any] = {"source": source, "seed": options.seed * 10_007 + number}
                 with bar:
-                    proposals = mfac_step(
-                        model,
-                        parameters,
-                        new,
-                        target,
-                        options,
-                        source=source,
-                        groups=groups,
-                        seed=options.seed * 10_007 + number,
-                        advance=bar.update,
-                    )
+                    if options.block_size is None:
+                        step = full_step(model, parameters, new, target, options, **sources, advance=bar.update)
+                        proposals = [step]
+                    else:
+                        proposals = mfac_step(
+                            model, parameters, new, target, options, **sources, groups=groups, advance=bar.update
+                        )
             chosen, losses = _best(model, parameters, proposals, source)
             follow_first_rank(chosen.weights, chosen.keep, process_group)
             _write(parameters, chosen.weights)

@@ -22,7 +22,8 @@ class PruningOptions:
         method: ``"mfac"``, or ``"magnitude"`` as the baseline, which needs no gradients.
         num_grads: gradients of which each Fisher is the average, m.
         grad_batch_size: examples that each gradient is the mean of; 1 for per-sample gradients.
-        block_size: B, weights of a block of the Fisher.
+        block_size: B, weights of a block of the Fisher; None for one Fisher of all targets together, for which
+            selection is ``"diagonal"`` and the gradients are kept in host memory.
         damping: added to the Fisher's diagonal, in units of a squared gradient entry; it has to scale with the
             gradients, and those of single examples are larger than those of batches. ``"auto"`` tries several and
             keeps the one with the lowest loss on ``loss_samples`` held-out examples.
@@ -36,6 +37,7 @@ class PruningOptions:
         loss_samples: held-out examples on which the loss is measured before and after; 0 for none, which
             ``damping="auto"`` raises to 256. They give no gradients.
         seed: of the choice of examples.
+        pages: pieces in which the gradients go to the device where ``block_size`` is None; changes nothing else.
         memory_budget: bytes for the Fisher's blocks; beyond it the targets are treated in groups, each with a pass
             over the same gradients. None: half of what is free on the model's device.
 
@@ -46,7 +48,7 @@ class PruningOptions:
     method: Literal["mfac", "magnitude"] = "mfac"
     num_grads: int = 64
     grad_batch_size: int = 1
-    block_size: int = 128
+    block_size: int | None = 128
     damping: float | Literal["auto"] = 1e-5
     recomputations: int = 16
     selection: Literal["greedy", "diagonal"] = "greedy"
@@ -55,6 +57,7 @@ class PruningOptions:
     scope: Literal["global", "uniform"] = "global"
     loss_samples: int = 0
     seed: int = 0
+    pages: int = 1
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,11 +71,15 @@ class PruningOptions:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         for name, least in {
-            "num_grads": 1, "grad_batch_size": 1, "block_size": 1, "recomputations": 1, "loss_samples": 0,
+            "num_grads": 1, "grad_batch_size": 1, "pages": 1, "recomputations": 1, "loss_samples": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+        if self.block_size is None:
+            self._check_full()
+        elif not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
+            raise ValueError(f"block_size is {self.block_size!r}; expected an integer of at least 1, or None")
         if isinstance(self.damping, str):
             if self.damping != "auto":
                 raise ValueError(f"damping is {self.damping!r}; expected a positive number or 'auto'")
@@ -82,6 +89,16 @@ class PruningOptions:
             raise ValueError(f"damping is {self.damping!r}; expected a positive number or 'auto'")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ValueError(f"memory_budget is {self.memory_budget}; expected a number of bytes, or None")
+
+    def _check_full(self) -> None:
+        """What the Fisher of all targets together does not offer."""
+        for name, only in {"selection": "diagonal", "pattern": "unstructured", "scope": "global"}.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; without blocks (block_size None) only {only!r} is possible"
+                )
+        if isinstance(self.damping, str):
+            raise ValueError("damping is 'auto'; without blocks (block_size None) it has to be a number")
 
 
 @dataclass

@@ -54,6 +54,7 @@ def plan_groups(
     Raises:
         MemoryError: a single target exceeds the budget; the message has the numbers and the ways out.
     """
+    assert options.block_size is not None  # full_step has no blocks
     budget = options.memory_budget
     if budget is None:
         # New weights, costs and the backward passes need room as well.
@@ -179,6 +180,7 @@ def _fishers(
     advance: Callable[[int], None],
 ) -> tuple[dict[str, BlockedFisher], float]:
     """Fisher of each parameter, and the mean squared entry of a gradient; pruned weights count for nothing."""
+    assert options.block_size is not None  # full_step has no blocks
     fishers = {
         name: BlockedFisher(
             p.numel(),

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from mfac_hf.models import MODEL_NAMES, Checkpoint, create_model, read_checkpoint
+from mfac_hf.models import MODEL_NAMES, Checkpoint, ResNetCifar, create_model, read_checkpoint
 from mfac_hf.optim import MFAC
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.targets import find_targets
-from mfac_hf.tasks.vision import NORMALIZATIONS, Preprocess, load_vision
+from mfac_hf.tasks.vision import load_vision
+from mfac_hf.tasks.vision_preprocess import NORMALIZATIONS, Preprocess
 from mfac_hf.tasks.vision_run import VisionRun
 
 __all__ = [
     "VisionArguments",
     "build_optimizer",
     "build_run",
+    "flag",
     "masks_of",
     "model_state",
+    "prunable",
     "set_learning_rate",
     "sparse_masks",
 ]
 
 
-def _flag(default: Any, text: str, *aliases: str) -> Any:
+def flag(default: Any, text: str, *aliases: str) -> Any:
+    """A field of a dataclass of flags, with its help text and other names."""
     return field(default=default, metadata={"help": text, "aliases": list(aliases)})
 
 
@@ -38,35 +42,35 @@ class VisionArguments:
     """Model, data and optimizer."""
 
     model: str = field(metadata={"help": f"One of {', '.join(MODEL_NAMES)}."})
-    dataset: str = _flag(
+    dataset: str = flag(
         "digits",
         "'digits' (comes with scikit-learn), 'cifar10', 'cifar100', a name on the Hub, a local directory in the same "
         "layout, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE.",
         "--dataset_path",
         "--data",
     )
-    checkpoint: str | None = _flag(None, "Weights to start from: .pth, .pth.tar, .th or .safetensors.")
-    normalization: str | None = _flag(
+    checkpoint: str | None = flag(None, "Weights to start from: .pth, .pth.tar, .th or .safetensors.")
+    normalization: str | None = flag(
         None,
         f"One of {', '.join(NORMALIZATIONS)}; without it, what the checkpoint is known to expect, else the data's.",
     )
-    augment: bool = _flag(True, "Random crops and, but for digits, mirror images.")
-    train_images: int | None = _flag(None, "Train on so many images only, chosen by --seed.")
-    batchsize: int = _flag(128, "Images in a batch, over all processes.")
-    nworkers: int | None = _flag(None, "Processes that read images; none are needed for images in memory.")
-    weightdecay: float = _flag(0.0, "Coupled weight decay.")
-    drop_at: list[int] | None = _flag(None, "Epochs at which the learning rate drops.")
-    drop_by: float = _flag(0.1, "Factor by which it drops.")
-    ngrads: int = _flag(1024, "mfac: gradients in the optimizer's window.")
-    damping: float = _flag(1e-5, "mfac: multiple of the identity that is added to the Fisher.")
-    grad_decay: float = _flag(0.0, "mfac: decay of the average of gradients that is preconditioned; 0: the paper.")
-    normalize: Literal["num_grads", "count"] = _flag(
+    augment: bool = flag(True, "Random crops and, but for digits, mirror images.")
+    train_images: int | None = flag(None, "Train on so many images only, chosen by --seed.")
+    batchsize: int = flag(128, "Images in a batch, over all processes.")
+    nworkers: int | None = flag(None, "Processes that read images; none are needed for images in memory.")
+    weightdecay: float = flag(0.0, "Coupled weight decay.")
+    drop_at: list[int] | None = flag(None, "Epochs at which the learning rate drops.")
+    drop_by: float = flag(0.1, "Factor by which it drops.")
+    ngrads: int = flag(1024, "mfac: gradients in the optimizer's window.")
+    damping: float = flag(1e-5, "mfac: multiple of the identity that is added to the Fisher.")
+    grad_decay: float = flag(0.0, "mfac: decay of the average of gradients that is preconditioned; 0: the paper.")
+    normalize: Literal["num_grads", "count"] = flag(
         "num_grads", "mfac: divide the Fisher by ngrads (the paper), or by the gradients held so far."
     )
-    window_dtype: Literal["float32", "bfloat16"] = _flag("float32", "mfac: storage of the window.")
-    seed: int = _flag(0, "Of weights, order, augmentation and the choice of gradients.")
-    resume: bool = _flag(False, "Continue the run of the same flags that was cut off; start if there is none.")
-    progress: bool = _flag(True, "Show progress bars.")
+    window_dtype: Literal["float32", "bfloat16"] = flag("float32", "mfac: storage of the window.")
+    seed: int = flag(0, "Of weights, order, augmentation and the choice of gradients.")
+    resume: bool = flag(False, "Continue the run of the same flags that was cut off; start if there is none.")
+    progress: bool = flag(True, "Show progress bars.")
 
     def to_dict(self) -> dict[str, Any]:
         """Flags that decide the result, as plain values."""
@@ -135,6 +139,21 @@ def masks_of(checkpoint: Checkpoint, model: nn.Module) -> MaskSet | None:
     return masks
 
 
+def prunable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The weights to prune: `find_targets`, but for a CIFAR ResNet without its 1 x 1 shortcuts.
+
+    They are one weight in a hundred and are missed more than others; the reference leaves them alone too, so that
+    sparsities mean the same.
+
+    Args:
+        model: a model.
+        patterns: regular expressions of parameter names, instead of that.
+    """
+    if patterns is None and isinstance(model, ResNetCifar):
+        patterns = [r"conv\d", model.classifier_name]
+    return find_targets(model, patterns)
+
+
 def sparse_masks(checkpoint: Checkpoint | None, model: nn.Module) -> MaskSet:
     """Masks of a sparse model: the checkpoint's, else the zeros of its convolutions and linear layers.
 
@@ -143,7 +162,7 @@ def sparse_masks(checkpoint: Checkpoint | None, model: nn.Module) -> MaskSet:
     """
     masks = None if checkpoint is None else masks_of(checkpoint, model)
     if masks is None:
-        masks = MaskSet.from_model(model, find_targets(model))
+        masks = MaskSet.from_model(model, prunable(model))
     if masks.sparsity == 0:
         raise ValueError("--sparse: no weight of this model is zero; give the --checkpoint of a pruned model")
     return masks
@@ -182,7 +201,7 @@ def build_optimizer(
             normalize=args.normalize,
             window_dtype=getattr(torch, args.window_dtype),
             masks=None if masks is None else masks.parameter_masks(run.bare_model),
-            process_group=dist.group.WORLD if run.accelerator.num_processes > 1 else None,
+            process_group=run.process_group,
         )
     return run.accelerator.prepare(optimizer)
 

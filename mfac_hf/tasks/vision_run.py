@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from mfac_hf.tasks.vision import FolderImages, Preprocess, VisionData, whole_batch
+from mfac_hf.tasks.vision import FolderImages, VisionData, whole_batch
+from mfac_hf.tasks.vision_preprocess import AugmentedImages, Preprocess
 
 __all__ = ["RunLog", "VisionRun", "learning_rate_plan", "load_state", "save_state"]
 
@@ -74,6 +76,11 @@ class VisionRun:
         bare: nn.Module = self.accelerator.unwrap_model(self.model)
         return bare
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """All processes, or None where there is one."""
+        return dist.group.WORLD if self.accelerator.num_processes > 1 else None
+
     def loader(self, images: Any, batch_size: int, *, shuffle: bool = False) -> Any:
         """A prepared loader of whole batches."""
         loader: DataLoader[Any] = DataLoader(
@@ -91,6 +98,15 @@ class VisionRun:
         output = model(self.preprocess(batch[0], generator))
         logits: Tensor = getattr(output, "logits", output)
         return logits
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a raw batch."""
+        return F.cross_entropy(self.logits(model, batch), batch[1])
+
+    def gradient_loader(self) -> DataLoader[Any]:
+        """The training images as a pruner draws them, each augmented in one way; not prepared, for one process."""
+        images = AugmentedImages(self.data.train, self.preprocess, self.seed) if self.augment else self.data.train
+        return DataLoader(images, collate_fn=whole_batch)
 
     def train_epoch(
         self, optimizer: Any, epoch: int, after_step: Callable[[], None] | None = None

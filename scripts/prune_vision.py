@@ -1,0 +1,308 @@
+r"""Prune a vision model: ``python scripts/prune_vision.py --model resnet20 --checkpoint FILE --dataset DATASET …``.
+
+Gradual pruning with training in between, through the flags of the M-FAC paper's own script, or one-shot pruning with
+``--nepochs 0``:
+
+    python scripts/prune_vision.py --model resnet20 --checkpoint resnet20_cifar10.pth.tar --data DATASET --nepochs 10 \
+        --optim sgd --lr .005 --momentum .9 --batchsize 128 --drop_at 7 9 --pruner mfac --blocksize 128 \
+        --nrecomps 16 --ngrads_schedule 64 --sparsities .5 .75 .875 --prun_every 2 --prun_lrs .005 .0005 \
+        --prefix experiments/rn20-test/model
+    python scripts/prune_vision.py --model resnet20 --checkpoint FILE --data DATASET --nepochs 0 --sparsities .5 .7 .9
+
+DATASET is ``cifar10``, a name on the Hub, a local directory laid out like the Hub repository, or a folder of images;
+without it, scikit-learn's digits.
+
+The first pruning step comes before the first epoch and the others ``--prun_every`` epochs apart. Until the last,
+epochs cycle through ``--prun_lrs``; from then on they run at ``--lr``, dropped at ``--drop_at``, counted over all
+epochs. The defaults are our procedure; ``--selection diagonal --update sum`` is the paper's, ``--pruner mag`` is
+magnitude pruning, and ``--blocksize -1`` takes the inverse of the whole Fisher, in ``--pages`` pages.
+
+``PREFIX.csv`` and ``.json`` have accuracy and time of every step and epoch, as the model is and with re-estimated
+batch norms; ``PREFIX.png`` shows accuracy over sparsity; ``PREFIX-prune-XXX.pth`` and ``PREFIX-last.pth`` are the
+models and their masks. ``--resume`` continues a run that was cut off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from mfac_hf.pruning.gradients import DataLoaderGradients
+from mfac_hf.pruning.masks import MaskSet
+from mfac_hf.pruning.oneshot import prune_to
+from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.tasks.arguments import parse_args
+from mfac_hf.tasks.results import describe_run
+from mfac_hf.tasks.vision_arguments import (
+    VisionArguments,
+    build_optimizer,
+    build_run,
+    flag,
+    masks_of,
+    model_state,
+    prunable,
+    set_learning_rate,
+)
+from mfac_hf.tasks.vision_run import RunLog, VisionRun, learning_rate_plan, load_state, save_state
+
+
+@dataclass
+class PruneArguments(VisionArguments):
+    """Flags of this script."""
+
+    nepochs: int | None = flag(None, "Epochs of training in all; 0 prunes in one go. Required.")
+    sparsities: list[float] | None = flag(None, "Sparsity after each pruning step, rising. Required.")
+    prefix: str = flag("experiment/model", "Beginning of the names of all files that are written.")
+    adjust_sparsities: bool = flag(False, "Sparsities count all parameters, not the pruned layers' alone.")
+    optim: Literal["sgd", "adam", "mfac"] = flag("sgd", "Optimizer of the training between the steps.")
+    lr: float = flag(0.005, "Learning rate after the last pruning step.")
+    momentum: float = flag(0.9, "Of sgd; for mfac of the directions.")
+    pruner: Literal["mfac", "mag"] = flag("mfac", "M-FAC, or magnitude pruning.")
+    prun_every: int = flag(1, "Epochs from one pruning step to the next.")
+    prun_lrs: list[float] | None = flag(None, "Learning rates to cycle through between pruning steps; else --lr.")
+    ngrads_schedule: list[int] | None = flag(None, "Gradients for each recomputation: one number, or one a step; 64.")
+    nrecomps: int = flag(16, "Recomputations in each pruning step.")
+    prun_batchsize: int = flag(32, "Images that each gradient is the mean of.")
+    blocksize: int = flag(128, "Weights in a block of the Fisher; -1: all weights together.")
+    prundamp: float = flag(1e-5, "Damping of the Fisher; it has to scale with the gradients.")
+    perbatch: int | None = flag(None, "Blocks to work on at the same time; as many as fit if it is left out.")
+    pages: int = flag(1, "Pieces that the gradients are worked on in, with --blocksize -1.", "--prunpages")
+    targets: list[str] | None = flag(
+        None, "Regular expressions of the weights to prune; else convolutions and classifier, without 1 x 1 shortcuts."
+    )
+    selection: Literal["greedy", "diagonal"] | None = flag(
+        None, "greedy: costs follow every removed weight (default); diagonal: all from one inverse, as in the paper."
+    )
+    update: Literal["joint", "sum"] = flag("joint", "joint: exact for all removed weights; sum: the paper's.")
+    pattern: str = flag("unstructured", "unstructured, 2:4 (any N:M) or block4 (any length).")
+    scope: Literal["global", "uniform"] = flag("global", "Rank all weights together, or prune every layer alike.")
+    reestimate_bn: Literal["none", "before", "after", "both"] = flag(
+        "after", "When to keep batch norm statistics that were re-estimated on augmented training images."
+    )
+    bn_images: int = flag(5120, "Images to re-estimate with.")
+
+    def steps(self) -> tuple[tuple[int, float], ...]:
+        """(epoch, sparsity) of each pruning step, before any adjustment.
+
+        Raises:
+            ValueError: missing or falling sparsities, or a step that comes after the last epoch.
+        """
+        if self.nepochs is None or self.nepochs < 0:
+            raise ValueError(f"--nepochs {self.nepochs}: expected a number of epochs, or 0 to prune in one go")
+        if not self.sparsities:
+            raise ValueError("--sparsities is missing: name the sparsity of each pruning step, such as .5 .75 .875")
+        points = SparsitySchedule.from_list(self.sparsities, every=self.prun_every).points
+        if self.nepochs and points[-1][0] >= self.nepochs:
+            raise ValueError(
+                f"the pruning step to {points[-1][1]:g} would come before epoch {points[-1][0]}, and there are "
+                f"{self.nepochs} (0 to {self.nepochs - 1}): raise --nepochs or lower --prun_every"
+            )
+        return points
+
+    def plan(self) -> list[float]:
+        """Learning rate of each epoch.
+
+        Raises:
+            ValueError: drops outside the run.
+        """
+        if not self.nepochs:
+            return []
+        plan = learning_rate_plan(self.lr, self.nepochs, self.drop_at or [], self.drop_by)
+        cycle = self.prun_lrs or [self.lr]
+        for epoch in range(self.steps()[-1][0]):
+            plan[epoch] = cycle[epoch % self.prun_every % len(cycle)]
+        return plan
+
+    def options(self, step: int, num_steps: int) -> PruningOptions:
+        """What one pruning step is asked to do.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        schedule = self.ngrads_schedule or [64]
+        if len(schedule) not in (1, num_steps):
+            raise ValueError(
+                f"--ngrads_schedule has {len(schedule)} numbers for {num_steps} pruning steps: give one, or one a step"
+            )
+        if self.blocksize < 1 and self.blocksize != -1:
+            raise ValueError(f"--blocksize {self.blocksize}: expected at least 1, or -1 for all weights together")
+        selection = self.selection or ("diagonal" if self.blocksize == -1 else "greedy")
+        return PruningOptions(
+            method="mfac" if self.pruner == "mfac" else "magnitude",
+            num_grads=schedule[step % len(schedule)],
+            grad_batch_size=self.prun_batchsize,
+            block_size=None if self.blocksize == -1 else self.blocksize,
+            pages=self.pages,
+            damping=self.prundamp,
+            recomputations=self.nrecomps if self.pruner == "mfac" else 1,
+            selection=selection,
+            update=self.update,
+            pattern=self.pattern,
+            scope=self.scope,
+            seed=self.seed + 1000 * step,
+        )
+
+
+class Pruner:
+    """Carries out pruning steps: gradients of augmented images, the engine, accuracies, a row and a checkpoint.
+
+    Args:
+        args: the flags.
+        run: model and data.
+        masks: what is pruned; updated by each step.
+        log: takes the rows.
+    """
+
+    def __init__(self, args: PruneArguments, run: VisionRun, masks: MaskSet, log: RunLog) -> None:
+        self.args, self.run, self.masks, self.log = args, run, masks, log
+        self.source = DataLoaderGradients(
+            run.gradient_loader(),
+            loss_fn=run.loss,
+            batch_size=args.prun_batchsize,
+            seed=args.seed,
+            process_group=None if args.blocksize == -1 else run.process_group,
+        )
+
+    def measure(self, event: str, step: int, **more: Any) -> None:
+        """Write a row with the accuracy as the model is, and with batch norms re-estimated."""
+        keep = self.args.reestimate_bn in ("after", "both") and event == "prune"
+        keep |= self.args.reestimate_bn in ("before", "both") and event == "initial"
+        row = {"event": event, "step": step, "sparsity": self.masks.sparsity, **more}
+        self.record(row | self.run.accuracies(self.args.bn_images, keep=keep, salt=step + 1))
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Print and log a row on the main process."""
+        if self.run.accelerator.is_main_process:
+            shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "event"]
+            print(f"{row['event']}: {', '.join(shown)}", flush=True)
+            self.log.add(row)
+
+    def step(self, number: int, sparsity: float, options: PruningOptions) -> None:
+        """Prune to a sparsity, measure, and save the model."""
+        model, args = self.run.bare_model, self.args
+        source = self.source if args.pruner == "mfac" else None
+        report = prune_to(
+            model, self.masks, source, sparsity, options, progress=args.progress, process_group=self.run.process_group
+        )
+        self.measure(
+            "prune",
+            number,
+            seconds=report.seconds,
+            num_grads=report.num_grads,
+            predicted_loss_increase=report.predicted_loss_increase,
+        )
+        if self.run.accelerator.is_main_process:
+            save_state(f"{args.prefix}-prune-{round(sparsity * 1000):03d}.pth", model_state(self.run, self.masks))
+
+
+def draw_plot(log: RunLog) -> None:
+    """Draw accuracy over sparsity, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install 'mfac_hf[plots]')")
+        return
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).add_subplot()
+    pruned = [row for row in log.rows if row["event"] in ("initial", "prune")]
+    for column, label in (("accuracy", "pruned"), ("accuracy_bn", "pruned, batch norm re-estimated")):
+        axes.plot([row["sparsity"] for row in pruned], [row[column] for row in pruned], "o-", label=label)
+    trained = {row["sparsity"]: row["accuracy"] for row in log.rows if row["event"] == "epoch"}
+    if trained:
+        axes.plot(list(trained), list(trained.values()), "s", label="after the last epoch at this sparsity")
+    axes.set(xlabel="sparsity of the pruned layers", ylabel="test accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(f"{log.prefix}.png", dpi=120)
+
+
+def adjusted(points: Sequence[tuple[int, float]], model: torch.nn.Module, masks: MaskSet) -> list[tuple[int, float]]:
+    """Sparsities of the targets that make the whole model as sparse as asked for.
+
+    Raises:
+        ValueError: the targets are too few for that.
+    """
+    share = masks.numel / sum(p.numel() for p in model.parameters())
+    if points[-1][1] >= share:
+        raise ValueError(
+            f"--adjust_sparsities: {points[-1][1]:g} of all parameters cannot be pruned; the targets are {share:.4f}"
+        )
+    return [(epoch, sparsity / share) for epoch, sparsity in points]
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Prune as the flags say.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+        A row for the beginning, each pruning step and each epoch.
+    """
+    args: PruneArguments = parse_args(PruneArguments, argv=argv)[0]
+    points, plan = args.steps(), args.plan()
+    options = [args.options(step, len(points)) for step in range(len(points))]
+    state_path = f"{args.prefix}.state"
+    state = load_state(state_path, args.to_dict()) if args.resume else None
+    run, checkpoint = build_run(args)
+    model = run.bare_model
+    masks = MaskSet.from_model(model, prunable(model, args.targets))
+    if checkpoint is not None and (given := masks_of(checkpoint, model)) is not None:
+        masks.update({name: keep & masks[name] for name, keep in given.items() if name in masks})
+    if args.adjust_sparsities:
+        points = adjusted(points, model, masks)
+    if points[0][1] < masks.sparsity:
+        raise ValueError(f"--sparsities {points[0][1]:g}: the model is {masks.sparsity:.4f} sparse already")
+    header = {"arguments": args.to_dict(), **describe_run(argv, run.accelerator.device)}
+    pruner = Pruner(args, run, masks, RunLog(args.prefix, header, state["rows"] if state is not None else ()))
+    if args.pruner == "mfac":
+        for asked in options:
+            pruner.source.check(asked.num_grads)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        masks.update(state["masks"])
+    masks.attach(model)
+    optimizer = build_optimizer(run, args.optim, args, lr=args.lr, momentum=args.momentum, masks=masks)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+
+    def save(epoch: int, done: int) -> None:
+        optimizer_state = optimizer.state_dict()
+        if run.accelerator.is_main_process:
+            now = {"arguments": args.to_dict(), "epoch": epoch, "steps": done, "rows": pruner.log.rows}
+            now |= {"model": model.state_dict(), "masks": dict(masks), "optimizer": optimizer_state}
+            save_state(state_path, now)
+
+    first, done = (state["epoch"], state["steps"]) if state is not None else (0, 0)
+    if state is None:
+        pruner.measure("initial", -1)
+    for epoch in range(first, len(plan) or 1):
+        while done < len(points) and (points[done][0] <= epoch or not plan):
+            pruner.step(done, points[done][1], options[done])
+            masks.clear_optimizer_state(model, optimizer)
+            done += 1
+            save(epoch, done)
+        if plan:
+            set_learning_rate(optimizer, plan[epoch])
+            row = run.train_epoch(optimizer, epoch, lambda: masks.apply(model))
+            accuracy = run.evaluate()
+            pruner.record(
+                {"event": "epoch", "epoch": epoch, "lr": plan[epoch], "sparsity": masks.sparsity, **row}
+                | {"accuracy": accuracy}
+            )
+            if run.accelerator.is_main_process:
+                save_state(f"{args.prefix}-last.pth", model_state(run, masks, epoch=epoch))
+            save(epoch + 1, done)
+    if run.accelerator.is_main_process:
+        draw_plot(pruner.log)
+    return pruner.log.rows
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    main()
