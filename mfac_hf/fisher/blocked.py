@@ -30,13 +30,13 @@ from mfac_hf.fisher.window import MAX_NORM
 __all__ = ["BlockedFisher"]
 
 # Width of the panels that hold the lower triangle of a block: narrower ones save more products, and make them slower.
-PANEL = 32
+PANEL = 64
 
 # Single gradients are collected until so many are there: adding them one by one would read all sums each time.
 PENDING_ROWS = 32
 
 # Gradients multiplied at once, and bytes of their float64 copy: it should stay in a core's own cache.
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 512
 COPY_BYTES = 1 << 20
 
 # Bytes of the (B, B) matrices that are factored at once.
@@ -156,7 +156,7 @@ class BlockedFisher:
                 "construct it with a larger num_grads"
             )
         grads_ND = grads_ND.detach().to(self.device)
-        norms_N = torch.linalg.vector_norm(grads_ND, dim=1, dtype=torch.float64)
+        norms_N = torch.linalg.vector_norm(grads_ND, dim=1)
         if not bool((norms_N <= MAX_NORM).all()):
             raise ValueError(
                 f"the norm of a gradient is {float(norms_N[~(norms_N <= MAX_NORM)][0])}; expected a finite one up to "
@@ -200,13 +200,14 @@ class BlockedFisher:
                 )
 
     def _in_blocks(self, rows_ND: Tensor, first: int, last: int) -> Tensor:
-        """Columns of blocks ``first`` to ``last`` as float64 (k, n, B), zeros beyond the end."""
-        blocks, size = last - first, self.block_size
+        """Columns of blocks ``first`` to ``last`` as float64 (k, n, B), contiguous, zeros beyond the end."""
+        size = self.block_size
         columns_ND = rows_ND[:, first * size : last * size]
-        copy_ND = torch.empty(len(rows_ND), blocks * size, dtype=torch.float64, device=self.device)
-        copy_ND[:, : columns_ND.shape[1]] = columns_ND
-        copy_ND[:, columns_ND.shape[1] :] = 0
-        return copy_ND.view(len(rows_ND), blocks, size).transpose(0, 1)
+        missing = (last - first) * size - columns_ND.shape[1]
+        if missing:
+            columns_ND = torch.nn.functional.pad(columns_ND, (0, missing))
+        grads_KNB = columns_ND.unflatten(1, (last - first, size)).transpose(0, 1)
+        return grads_KNB.to(torch.float64, memory_format=torch.contiguous_format)
 
     def _finish(self) -> None:
         """Bring the sums up to date, over all ranks."""
