@@ -2,9 +2,14 @@
 
 import functools
 
+import numpy as np
+import pytest
 import torch
 from datasets import load_dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from mfac_hf.models import create_model
 
 # A query and a feed-forward matrix of the first layer: 16,384 and 65,536 weights.
 BERT_NAMES = ("encoder.layer.0.attention.self.query.weight", "encoder.layer.0.intermediate.dense.weight")
@@ -43,3 +48,35 @@ def bert_on_sst2(folder, count, batch_size):
         for name, gradient in zip(BERT_NAMES, found, strict=True):
             gradients[name][i] = gradient.flatten()
     return gradients
+
+
+RESNET_NAMES = ("layer1.0.conv1.weight", "layer3.2.conv2.weight")  # 2,304 and 36,864 weights
+
+
+@functools.cache
+def resnet20_on_cifar10(folder, count, batch_size):
+    """Gradients of the M-FAC paper's ResNet-20 on CIFAR-10: {name: (count, numel)}, float32."""
+    model = create_model(
+        "resnet20", num_classes=10, weights=load_file(folder / "checkpoints" / "mfac_resnet20_cifar10.safetensors")
+    ).eval()
+    rows = load_dataset(str(folder / "cifar10"), split="train")[: count * batch_size]
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in rows["img"]])
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # the normalisation that this checkpoint expects
+    labels = torch.tensor(rows["label"])
+    parameters = [model.get_parameter(name) for name in RESNET_NAMES]
+    gradients = {name: torch.empty(count, p.numel()) for name, p in zip(RESNET_NAMES, parameters, strict=True)}
+    for i in range(count):
+        batch = slice(i * batch_size, (i + 1) * batch_size)
+        loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        for name, gradient in zip(RESNET_NAMES, torch.autograd.grad(loss, parameters), strict=True):
+            gradients[name][i] = gradient.flatten()
+    return gradients
+
+
+# Both models, single examples (whose gradients vary most) and batches, more and fewer gradients than a block is long.
+REAL = [
+    pytest.param(function, name, count, batch_size, id=f"{name}-{count}x{batch_size}")
+    for function, names in ((bert_on_sst2, BERT_NAMES), (resnet20_on_cifar10, RESNET_NAMES))
+    for name in names
+    for count, batch_size in ((256, 1), (64, 8))
+]

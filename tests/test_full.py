@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from real_gradients import BERT_NAMES, bert_on_sst2
+from real_gradients import REAL
 
 from mfac_hf.fisher import FullFisher, full
-from mfac_hf.fisher.reference import dense_fisher, paper_static_solve
+from mfac_hf.fisher.reference import PaperSwapInverse, dense_fisher, paper_static_solve
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.patterns import Pattern
 
@@ -102,17 +102,20 @@ def test_pages_do_not_change_a_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "batch_size"), [(256, 1), (64, 8)])
-def test_precision_on_gradients_of_bert(shared_data, count, batch_size):
+@pytest.mark.parametrize(("function", "name", "count", "batch_size"), REAL)
+def test_precision_on_real_gradients(shared_data, function, name, count, batch_size):
     """The issue asks for 1e-4 at damping 1e-8 and above; results are float32."""
-    grads = bert_on_sst2(shared_data, count, batch_size)[BERT_NAMES[0]][:, :1500]
-    x = draw(1, 1500, seed=1, dtype=torch.float32)[0]
+    grads = function(shared_data, count, batch_size)[name][:, :1500]
+    x = draw(1, grads.shape[1], seed=1, dtype=torch.float32)[0]
     for damping in (1e-4, 1e-6, 1e-8):
         fisher = FullFisher(grads, damping=damping)
         inverse = torch.linalg.inv(dense_fisher(grads, damping))
         diagonal = inverse.diagonal()
         assert float(((fisher.inverse_diagonal() - diagonal) / diagonal).abs().max()) <= 1e-4
         assert relative_error(fisher.solve(x), inverse @ x.double()) <= 1e-4
+    paper = PaperSwapInverse(grads.double(), damping=1e-8, pages=3)
+    assert relative_error(fisher.inverse_diagonal(), paper.inverse_diagonal()) <= 1e-4
+    assert relative_error(fisher.solve(x), paper.solve(x.double())) <= 1e-4
 
 
 @pytest.mark.parametrize(
