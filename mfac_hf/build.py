@@ -9,9 +9,9 @@ the same results up to rounding. The environment variable ``MFAC_NATIVE`` choose
 - ``off``: never.
 
 A build lives in a directory of its own, named after a hash of everything that it depends on (sources, flags, torch,
-compiler, processor), under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``. Several processes build it once: a lock on an open
-file orders them, and disappears with the process that holds it. The library is made under a temporary name and gets
-its own when it is whole.
+compilers, processor, kinds of CUDA devices), under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``. Several processes build it
+once: a lock on an open file orders them, and disappears with the process that holds it. The library is made under a
+temporary name and gets its own when it is whole.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from mfac_hf import cuda_toolkit
+
 __all__ = [
     "NativeBuildError",
     "build_directory",
@@ -38,7 +40,10 @@ __all__ = [
     "native_status",
 ]
 
-SOURCES = {"cpu": ("mfac_cpu.cpp", "mfac_cpu_sparse.cpp")}
+SOURCES = {
+    "cpu": ("mfac_cpu.cpp", "mfac_cpu_sparse.cpp"),
+    "cuda": ("mfac_kernels.cu", "mfac_binding.cpp"),
+}
 CSRC = Path(__file__).parent / "csrc"
 FLAGS = (
     "-std=c++20",
@@ -48,6 +53,8 @@ FLAGS = (
     "-fPIC",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
+
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 
 # The kernels use torch's stable ABI, of which they need a part that came with this version.
 OLDEST_TORCH = (2, 10)
@@ -134,6 +141,8 @@ def missing_tools(device_type: str) -> list[str]:
     if find_compiler() is None:
         sought = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "c++, g++ or clang++"
         missing.append(f"no C++ compiler was found ({sought}): install one, or name it in CXX")
+    if device_type == "cuda":
+        missing += cuda_toolkit.missing_cuda()
     return missing
 
 
@@ -161,6 +170,9 @@ def build_directory(device_type: str) -> Path:
         platform.machine(),
         _processor(),
     ]
+    if device_type == "cuda":
+        nvcc = cuda_toolkit.find_nvcc() or ""
+        parts += [*NVCC_FLAGS, nvcc, cuda_toolkit.toolkit_version(nvcc) or "", *cuda_toolkit.architectures()]
     return root / f"{device_type}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
 
 
@@ -201,17 +213,24 @@ def _build(device_type: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(
         dir=library.parent, prefix="unfinished-", ignore_cleanup_errors=True
     ) as temporary:
-        compile_object = [*_compiler(), *FLAGS, "-c"]
-        for path in include_paths():
-            compile_object += ["-isystem", path]
-        link = [*_compiler(), "-shared", "-o", library.name]
+        objects = [Path(source).with_suffix(".o").name for source in SOURCES[device_type]]
+        rules = ""
+        for source, name in zip(SOURCES[device_type], objects, strict=True):
+            if source.endswith(".cu"):
+                command = [*_nvcc(), *NVCC_FLAGS]
+                for arch in cuda_toolkit.architectures():
+                    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+            else:
+                command = [*_compiler(), *FLAGS, *(["-DUSE_CUDA"] if device_type == "cuda" else [])]
+                for path in include_paths():
+                    command += ["-isystem", path]
+            rules += _rule(name, [], [*command, "-c", str(CSRC / source), "-o", name])
+        # The runtime inside the library: torch's own is of the same major version at best.
+        link = [*_nvcc(), "-shared", "-cudart", "static"] if device_type == "cuda" else [*_compiler(), "-shared"]
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-        rules, objects = "", []
-        for source in SOURCES[device_type]:
-            objects.append(Path(source).with_suffix(".o").name)
-            command = [*compile_object, str(CSRC / source), "-o", objects[-1]]
-            rules += _rule(objects[-1], [], command)
-        rules += _rule(library.name, objects, [*link, *objects, *libraries])
+        if device_type == "cuda":
+            libraries.append("-ltorch_cuda")
+        rules += _rule(library.name, objects, [*link, *objects, "-o", library.name, *libraries])
         (Path(temporary) / "build.ninja").write_text(rules, encoding="utf-8")
         with open(log, "wb") as messages:
             try:
@@ -262,6 +281,10 @@ def _compiler() -> list[str]:
     """Command of the C++ compiler, with the arguments that CXX gives it; empty where there is none."""
     path = find_compiler()
     return [path, *_cxx()[1:]] if path else []
+
+
+def _nvcc() -> list[str]:
+    return [cuda_toolkit.find_nvcc() or "nvcc"]
 
 
 def _cxx() -> list[str]:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from mfac_hf import build, cli
+from mfac_hf import build, cli, cuda_toolkit
 from mfac_hf.cli import env
 
 
@@ -219,9 +219,9 @@ def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
         program.write_text("#!/bin/sh\necho 'name, copyright'\necho 'tools, release 13.0, V13.0.1'\n")
         program.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert env._find_nvcc() == str(tmp_path / "bin" / "nvcc")
+    assert cuda_toolkit.find_nvcc() == str(tmp_path / "bin" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
-    assert env._find_nvcc() is None, "another toolkit than the one named must not stand in for it"
+    assert cuda_toolkit.find_nvcc() is None, "another toolkit than the one named must not stand in for it"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("CXX", "my++ -O3")
     compiler = str(tmp_path / "bin" / "my++")

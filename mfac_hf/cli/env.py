@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    from mfac_hf import build
+    from mfac_hf import build, cuda_toolkit
 
     device = _accelerate_device()
     try:
@@ -95,7 +95,7 @@ def environment() -> dict[str, Any]:
         "tools": {
             "ninja": _tool(build.find_ninja()),
             "cxx": _tool(build.find_compiler()),
-            "nvcc": _tool(_find_nvcc()),
+            "nvcc": _tool(cuda_toolkit.find_nvcc()),
         },
     }
     report["missing"] = _missing(report)
@@ -166,15 +166,6 @@ def _accelerate_device() -> str:
             f"accelerate cannot choose a device: {error}. Check or unset the environment variables that it reads; "
             f"set now: {settings or 'none of ACCELERATE_*'}"
         ) from error
-
-
-def _find_nvcc() -> str | None:
-    """Find nvcc in the CUDA folder that the environment names, on PATH, or in the customary place."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable)
-        if home:
-            return shutil.which("nvcc", path=os.path.join(home, "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def _tool(path: str | None) -> dict[str, str] | None:

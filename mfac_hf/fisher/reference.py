@@ -10,6 +10,8 @@ Shape suffixes: M stored gradients, D parameters, K blocks, B block size, R rows
 import torch
 from torch import Tensor
 
+from mfac_hf.coefficients import lower_product, unit_lower_inverse
+
 __all__ = [
     "PaperBlockedInverse",
     "PaperDynamicInverse",
@@ -156,12 +158,21 @@ class PaperDynamicInverse:
         dim: number of parameters, d.
         damping: :math:`\lambda`.
         dtype: of everything held and computed.
+        device: of everything held and computed; with native kernels for the coefficients on CUDA.
     """
 
-    def __init__(self, num_grads: int, dim: int, *, damping: float, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        num_grads: int,
+        dim: int,
+        *,
+        damping: float,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
         self.damping = damping
-        self.grads_MD = torch.zeros(num_grads, dim, dtype=dtype)
-        self.gram_MM = torch.zeros(num_grads, num_grads, dtype=dtype)
+        self.grads_MD = torch.zeros(num_grads, dim, dtype=dtype, device=device)
+        self.gram_MM = torch.zeros(num_grads, num_grads, dtype=dtype, device=device)
         self.pushed = 0
 
     def step(self, grad_D: Tensor) -> Tensor:
@@ -177,7 +188,7 @@ class PaperDynamicInverse:
         system_MM.diagonal().add_(num_grads)
         factor_MM, _ = torch.linalg.cholesky_ex(system_MM)
         pivots_M = factor_MM.diagonal()
-        identity_MM = torch.eye(num_grads, dtype=system_MM.dtype)
-        coefficients_MM = torch.linalg.solve_triangular(factor_MM / pivots_M, identity_MM, upper=False) / self.damping
-        weights_M = coefficients_MM.T @ ((coefficients_MM @ dots_M) / pivots_M.square())
+        coefficients_MM = unit_lower_inverse((factor_MM / pivots_M).contiguous()) / self.damping
+        products_M = lower_product(coefficients_MM, dots_M) / pivots_M.square()
+        weights_M = lower_product(coefficients_MM, products_M, transposed=True)
         return grad_D / self.damping - weights_M @ self.grads_MD

@@ -1,0 +1,314 @@
+// CUDA kernels for the two passes over the gradient window and for the paper's coefficients (see mfac_kernels.h).
+//
+// The passes are bound by memory bandwidth: threads read 16 bytes at a time (fewer only where rows are not aligned to that),
+// several rows in flight. Without warp intrinsics and dynamic shared memory the same source also compiles as C++ for the tests,
+// through a header that stands in for cuda_runtime.h.
+
+#include "mfac_kernels.h"
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+// Queue a kernel; the calling function returns the error where the launch fails. The kernel's name goes into parentheses where
+// it has a comma.
+#ifdef __CUDACC__
+#define MFAC_LAUNCH(kernel, grid, threads, stream, ...)                                        \
+  do {                                                                                         \
+    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);              \
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return static_cast<int>(error); \
+  } while (false)
+#endif  // else by the header that stands in for cuda_runtime.h
+
+namespace {
+
+#ifndef MFAC_THREADS
+#define MFAC_THREADS 256
+#endif
+
+constexpr int THREADS = MFAC_THREADS;  // of a block
+constexpr int ROWS = 8;                // of the window that a block of row_dots reads side by side
+constexpr int LANES = THREADS / ROWS;  // threads that add up a row in the end
+constexpr int64_t CHUNK = 8192;        // columns of a block of row_dots: 32 of them are summed by a thread before float64
+constexpr int WEIGHTS = 1024;          // coefficients of combine in shared memory at a time
+constexpr int64_t MOST_BLOCKS = 65535; // in the second dimension of a grid
+static_assert(LANES * ROWS == THREADS && (THREADS & (THREADS - 1)) == 0, "threads are dealt out to rows, and halved");
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename A, typename G>
+__device__ inline A widen(G value) {
+  return static_cast<A>(value);
+}
+template <>
+__device__ inline float widen<float, BFloat16>(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+template <>
+__device__ inline double widen<double, BFloat16>(BFloat16 value) {
+  return widen<float>(value);
+}
+
+// COUNT numbers that are read at once.
+template <typename G, int COUNT>
+struct alignas(sizeof(G) * COUNT) Pack {
+  G values[COUNT];
+};
+
+template <int COUNT, typename G>
+__device__ inline Pack<G, COUNT> load(const G* p) {
+  return *reinterpret_cast<const Pack<G, COUNT>*>(p);
+}
+
+// partial[chunk, row]: the part of a dot product that the columns of one chunk make. Grid: chunks x groups of ROWS rows.
+template <typename G, typename A, int COUNT>
+__global__ void dot_chunks(const G* grads, int64_t stride, int64_t m, int64_t d, const A* x, double* partial) {
+  __shared__ double sums[ROWS][THREADS];
+  const int64_t first = blockIdx.x * CHUNK, end = first + CHUNK < d ? first + CHUNK : d;
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * ROWS;
+  A totals[ROWS] = {};
+  int64_t column = first + threadIdx.x * COUNT;
+  if (row + ROWS <= m) {
+    const G* g = grads + row * stride;
+    for (; column + COUNT <= end; column += THREADS * COUNT) {
+      Pack<G, COUNT> packs[ROWS];
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) packs[k] = load<COUNT>(g + k * stride + column);
+#pragma unroll
+      for (int j = 0; j < COUNT; ++j) {
+        const A value = x[column + j];
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) totals[k] += widen<A>(packs[k].values[j]) * value;
+      }
+    }
+  } else {
+    for (; column + COUNT <= end; column += THREADS * COUNT) {
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) {
+        if (row + k >= m) continue;
+        const Pack<G, COUNT> pack = load<COUNT>(grads + (row + k) * stride + column);
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) totals[k] += widen<A>(pack.values[j]) * x[column + j];
+      }
+    }
+  }
+  for (; column < end; ++column) {  // less than a pack, at the end of the window: one thread comes here
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+      if (row + k < m) totals[k] += widen<A>(grads[(row + k) * stride + column]) * x[column];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < ROWS; ++k) sums[k][threadIdx.x] = totals[k];
+  __syncthreads();
+  const int k = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  double total = 0;
+  for (int i = lane; i < THREADS; i += LANES) total += sums[k][i];
+  sums[k][lane] = total;  // which no other thread has read
+  __syncthreads();
+  if (threadIdx.x < ROWS && row + threadIdx.x < m) {
+    total = 0;
+    for (int i = 0; i < LANES; ++i) total += sums[threadIdx.x][i];
+    partial[blockIdx.x * m + row + threadIdx.x] = total;
+  }
+}
+
+__global__ void add_chunks(const double* partial, int64_t m, int64_t chunks, double* out) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (row >= m) return;
+  double total = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * m + row];
+  out[row] = total;
+}
+
+// A thread has COUNT columns of the result.
+template <typename G, typename A, int COUNT>
+__global__ void combine_columns(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, const A* x, A alpha, A* out) {
+  __shared__ A shared[WEIGHTS];
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * COUNT;
+  const bool whole = column + COUNT <= d;
+  A totals[COUNT] = {};
+  for (int64_t first = 0; first < m; first += WEIGHTS) {
+    const int count = m - first < WEIGHTS ? static_cast<int>(m - first) : WEIGHTS;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += THREADS) shared[i] = weights[first + i];
+    __syncthreads();
+    const G* g = grads + first * stride + column;
+    if (whole) {
+#pragma unroll 8
+      for (int i = 0; i < count; ++i) {
+        const Pack<G, COUNT> pack = load<COUNT>(g + i * stride);
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) totals[j] += shared[i] * widen<A>(pack.values[j]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < COUNT; ++j) {
+        for (int i = 0; i < count && column + j < d; ++i) totals[j] += shared[i] * widen<A>(g[i * stride + j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if (column + j < d) out[column + j] = totals[j] + (x == nullptr ? A(0) : alpha * x[column + j]);
+  }
+}
+
+// Block c: column c of the inverse, by forward substitution. Its numbers are made one after the other, each from a sum that the
+// block's threads share.
+template <typename A>
+__global__ void invert_columns(const A* lower, int64_t m, A* out) {
+  __shared__ A sums[THREADS];
+  const int64_t c = blockIdx.x;
+  for (int64_t i = threadIdx.x; i <= c; i += THREADS) out[i * m + c] = i == c ? A(1) : A(0);
+  __syncthreads();
+  for (int64_t i = c + 1; i < m; ++i) {
+    A total = 0;
+    for (int64_t j = c + threadIdx.x; j < i; j += THREADS) total += lower[i * m + j] * out[j * m + c];
+    sums[threadIdx.x] = total;
+    __syncthreads();
+    for (unsigned half = THREADS / 2; half > 0; half /= 2) {
+      if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) out[i * m + c] = -sums[0];
+    __syncthreads();
+  }
+}
+
+// A thread has one number of the product: it reads a row of the matrix, or a column of it where `transposed`.
+template <typename A>
+__global__ void multiply_lower(const A* lower, bool transposed, int64_t m, const A* x, A* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= m) return;
+  A total = 0;
+  if (transposed) {
+    for (int64_t j = i; j < m; ++j) total += lower[j * m + i] * x[j];
+  } else {
+    for (int64_t j = 0; j <= i; ++j) total += lower[i * m + j] * x[j];
+  }
+  out[i] = total;
+}
+
+int64_t blocks(int64_t total, int64_t each) { return (total + each - 1) / each; }
+
+template <int COUNT, typename G>
+bool aligned(const G* grads, int64_t stride, int64_t m) {
+  constexpr uintptr_t BYTES = sizeof(G) * COUNT;
+  return reinterpret_cast<uintptr_t>(grads) % BYTES == 0 && (m <= 1 || static_cast<uint64_t>(stride) * sizeof(G) % BYTES == 0);
+}
+
+template <int COUNT, typename G, typename A>
+int dots_of(const G* grads, int64_t stride, int64_t m, int64_t d, const A* x, double* partial, double* out, void* stream) {
+  const int64_t chunks = blocks(d, CHUNK), groups = blocks(m, ROWS);
+  for (int64_t group = 0; group < groups; group += MOST_BLOCKS) {
+    const int64_t row = group * ROWS, now = groups - group < MOST_BLOCKS ? groups - group : MOST_BLOCKS;
+    const int64_t rows = now * ROWS < m - row ? now * ROWS : m - row;
+    double* here = partial + chunks * row;
+    MFAC_LAUNCH((dot_chunks<G, A, COUNT>), dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(now)), THREADS, stream,
+                grads + row * stride, stride, rows, d, x, here);
+    MFAC_LAUNCH(add_chunks, dim3(static_cast<unsigned>(blocks(rows, THREADS))), THREADS, stream, here, rows, chunks, out + row);
+  }
+  return 0;
+}
+
+template <int COUNT, typename G, typename A>
+int combination_of(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, const A* x, A alpha, A* out,
+                   void* stream) {
+  MFAC_LAUNCH((combine_columns<G, A, COUNT>), dim3(static_cast<unsigned>(blocks(d, THREADS * COUNT))), THREADS, stream, grads, stride,
+              m, d, weights, x, alpha, out);
+  return 0;
+}
+
+// Calls f with the type of the window, and with how many of its numbers can be read at once: 16 bytes, or what alignment allows.
+template <int COUNT>
+struct Width {
+  static constexpr int value = COUNT;
+};
+template <typename A, typename F>
+int with_window(const void* grads, int type, int64_t stride, int64_t m, F f) {
+  if (type == MFAC_FLOAT64) {
+    if constexpr (sizeof(A) == sizeof(double)) return f(static_cast<const double*>(grads), Width<1>{});
+    return static_cast<int>(cudaErrorInvalidValue);
+  }
+  if (type == MFAC_FLOAT32) {
+    const float* g = static_cast<const float*>(grads);
+    if constexpr (sizeof(A) == sizeof(float)) {  // float64 arithmetic is rare: one number at a time will do
+      if (aligned<4>(g, stride, m)) return f(g, Width<4>{});
+      if (aligned<2>(g, stride, m)) return f(g, Width<2>{});
+    }
+    return f(g, Width<1>{});
+  }
+  if (type != MFAC_BFLOAT16) return static_cast<int>(cudaErrorInvalidValue);
+  const BFloat16* g = static_cast<const BFloat16*>(grads);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (aligned<8>(g, stride, m)) return f(g, Width<8>{});
+    if (aligned<4>(g, stride, m)) return f(g, Width<4>{});
+    if (aligned<2>(g, stride, m)) return f(g, Width<2>{});
+  }
+  return f(g, Width<1>{});
+}
+
+}  // namespace
+
+const char* mfac_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+int64_t mfac_row_dots_scratch(int64_t m, int64_t d) { return m * blocks(d, CHUNK); }
+
+int mfac_row_dots(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* x, bool wide, double* scratch,
+                  double* out, void* stream) {
+  if (m == 0) return 0;
+  if (d == 0) {
+    MFAC_LAUNCH(add_chunks, dim3(static_cast<unsigned>(blocks(m, THREADS))), THREADS, stream, scratch, m, 0, out);
+    return 0;
+  }
+  const auto run = [&](auto working) {
+    using A = decltype(working);
+    return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
+      return dots_of<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(x), scratch, out, stream);
+    });
+  };
+  return wide ? run(double{}) : run(float{});
+}
+
+int mfac_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* weights, const void* x,
+                 double alpha, void* out, bool wide, void* stream) {
+  if (d == 0) return 0;
+  const auto run = [&](auto working) {
+    using A = decltype(working);
+    return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
+      return combination_of<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), static_cast<const A*>(x),
+                                                    static_cast<A>(alpha), static_cast<A*>(out), stream);
+    });
+  };
+  return wide ? run(double{}) : run(float{});
+}
+
+int mfac_unit_lower_inverse(const void* lower, bool wide, int64_t m, void* out, void* stream) {
+  if (m == 0) return 0;
+  const dim3 grid(static_cast<unsigned>(m));
+  if (wide) {
+    MFAC_LAUNCH(invert_columns<double>, grid, THREADS, stream, static_cast<const double*>(lower), m, static_cast<double*>(out));
+  } else {
+    MFAC_LAUNCH(invert_columns<float>, grid, THREADS, stream, static_cast<const float*>(lower), m, static_cast<float*>(out));
+  }
+  return 0;
+}
+
+int mfac_lower_product(const void* lower, bool wide, bool transposed, int64_t m, const void* x, void* out, void* stream) {
+  if (m == 0) return 0;
+  const dim3 grid(static_cast<unsigned>(blocks(m, THREADS)));
+  if (wide) {
+    MFAC_LAUNCH(multiply_lower<double>, grid, THREADS, stream, static_cast<const double*>(lower), transposed, m,
+                static_cast<const double*>(x), static_cast<double*>(out));
+  } else {
+    MFAC_LAUNCH(multiply_lower<float>, grid, THREADS, stream, static_cast<const float*>(lower), transposed, m,
+                static_cast<const float*>(x), static_cast<float*>(out));
+  }
+  return 0;
+}

@@ -1,0 +1,32 @@
+// The CUDA kernels of mfac_hf behind plain C functions: raw device pointers, a stream (cudaStream_t as void*), an error code.
+//
+// Each function queues its kernels on the stream and returns 0, or the CUDA error of a launch (mfac_error_text explains it).
+// `stride` is the distance of rows in numbers. Results are the same bits at each call: no atomics, sums in a fixed order.
+
+#pragma once
+
+#include <cstdint>
+
+#define MFAC_API extern "C" __attribute__((visibility("default")))
+
+enum MfacType { MFAC_FLOAT32 = 0, MFAC_BFLOAT16 = 1, MFAC_FLOAT64 = 2 };
+
+MFAC_API const char* mfac_error_text(int error);
+
+// float64 numbers of scratch memory that mfac_row_dots needs for a window of m x d.
+MFAC_API int64_t mfac_row_dots_scratch(int64_t m, int64_t d);
+
+// out[i] = sum over j of grads[i, j] * x[j], for i < m. x is float64 where `wide` (always for a float64 window), else float32.
+MFAC_API int mfac_row_dots(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* x, bool wide,
+                           double* scratch, double* out, void* stream);
+
+// out[j] = alpha * x[j] + sum over i of weights[i] * grads[i, j], for j < d; x may be null. x, weights and out are float64 where
+// `wide` (always for a float64 window), else float32.
+MFAC_API int mfac_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* weights, const void* x,
+                          double alpha, void* out, bool wide, void* stream);
+
+// The paper's coefficients: the inverse of a unit lower triangular matrix (m x m, contiguous, float32 or float64), ...
+MFAC_API int mfac_unit_lower_inverse(const void* lower, bool wide, int64_t m, void* out, void* stream);
+
+// ... and its product with a vector, or that of its transpose.
+MFAC_API int mfac_lower_product(const void* lower, bool wide, bool transposed, int64_t m, const void* x, void* out, void* stream);
