@@ -37,7 +37,7 @@ def toolkit_version(nvcc: str) -> str | None:
 
 
 def architectures() -> list[str]:
-    """Compute capabilities of the CUDA devices that torch sees, such as "90": a window may be split over all of them."""
+    """Compute capabilities of the CUDA devices that torch sees, such as "90"; a window may be on all of them."""
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return [f"{major}{minor}" for major, minor in sorted(capabilities)]
 

@@ -3,6 +3,7 @@
     python scripts/benchmark.py --accuracy                       # error of the direction against float64, in seconds
     python scripts/benchmark.py --optimizer [--threads N]        # step time over the floor, beside AdamW and the paper
     python scripts/benchmark.py --optimizer --device cuda        # the same on a GPU
+    python scripts/benchmark.py --kernels [--device cuda]        # checks and times of the two passes; minutes
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
     python scripts/benchmark.py --pruning --threads 1            # the static inverse, blocked and full, beside theirs
     python scripts/benchmark.py --sparse                         # sparse files and inference, BERT-base, beside others
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import accuracy, optimizer, pruning, sparse
+from bench import accuracy, kernels, optimizer, pruning, sparse
 from bench.common import describe_machine
 
 
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--accuracy", action="store_true", help="error of the direction against a dense float64 oracle"
     )
     parser.add_argument("--optimizer", action="store_true", help="time of an optimizer step")
+    parser.add_argument(
+        "--kernels", action="store_true", help="checks and times of the native kernels (16 GiB of memory on a CPU)"
+    )
     parser.add_argument(
         "--epoch",
         nargs=2,
@@ -56,8 +60,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=None, help="write the results here as JSON")
     args = parser.parse_args(argv)
-    if not (args.accuracy or args.optimizer or args.epoch or args.pruning or args.sparse):
-        parser.error("nothing to do: pass --accuracy, --optimizer, --epoch, --pruning or --sparse")
+    if not (args.accuracy or args.optimizer or args.kernels or args.epoch or args.pruning or args.sparse):
+        parser.error("nothing to do: pass --accuracy, --optimizer, --kernels, --epoch, --pruning or --sparse")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {"command": " ".join(["python", "scripts/benchmark.py", *(argv or sys.argv[1:])])}
@@ -72,6 +76,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for row in optimizer.benchmark_step(num_grads, dim, args.rounds, device)
         ]
         optimizer.print_steps(results["optimizer"])
+    if args.kernels:
+        device = torch.device(args.device)
+        results["kernels"] = kernels.benchmark_kernels(device, kernels.TIMED[device.type], args.rounds)
+        kernels.print_kernels(results["kernels"])
     if args.epoch:
         results["epoch"] = optimizer.benchmark_epoch(*args.epoch)
     if args.pruning:

@@ -1,4 +1,4 @@
-"""What is missing for CUDA kernels, on machines that are made up: scripts for nvcc, and a torch that says it has CUDA."""
+"""What is missing for CUDA kernels, on made-up machines: scripts for nvcc, and a torch that says it has CUDA."""
 
 import pytest
 import torch
