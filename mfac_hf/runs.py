@@ -107,18 +107,27 @@ def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": record.get("optimizer") or _optimizer(arguments.get("OptimizerArguments", {}), training),
         "training": {key: training[key] for key in TRAINING_SETTINGS if training.get(key) not in (None, False, -1)}
         | {key: data[key] for key in _DATA if data.get(key) is not None},
-        "pruning": pruning_facts((record.get("pruning") or {}).get("reports", [])),
+        "pruning": pruning_facts((results.get("pruning") or {}).get("reports", []), arguments.get("PruningArguments")),
         "dense_metrics": record.get("dense_metrics"),
         "seed": record.get("seed"),
     }
 
 
-def pruning_facts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What a card says of pruning steps, from their reports (``PruningReport.to_dict()``); None without any."""
+def pruning_facts(
+    reports: Sequence[Mapping[str, Any]], flags: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """What a card says of pruning steps, from their reports (``PruningReport.to_dict()``); None without any.
+
+    Args:
+        reports: one for each step.
+        flags: of the script; those of the schedule and of distillation are shown.
+    """
     if not reports:
         return None
     hidden = ("loss_samples", "memory_budget", "damping") if reports[-1]["options"].get("damping") == "auto" else ()
+    schedule = {k: v for k, v in (flags or {}).items() if k.startswith(("pruning_", "distillation_")) and v}
     options = {key: value for key, value in reports[-1]["options"].items() if key not in hidden and value is not None}
+    options = {**schedule, **options}
     shown = ("position", "sparsity", "num_grads", "loss_before", "loss_after", "seconds")
     steps = []
     for number, report in enumerate(reports, start=1):

@@ -203,12 +203,14 @@ def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
             raise FileNotFoundError(f"{path} has no {name}; found: {sorted(entry.name for entry in path.iterdir())}")
         return path / name
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(source), name, **hub))
     except HFValidationError as error:
         raise FileNotFoundError(f"{source} is no file, no directory and no name on the Hub: {error}") from error
+    except LocalEntryNotFoundError:
+        raise  # no network and nothing in the cache, which its message says
     except EntryNotFoundError as error:
         raise FileNotFoundError(
             f"{source} on the Hub has no {name}; from_pretrained loads repositories with an ordinary model.safetensors"

@@ -15,12 +15,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mfac_hf.card import build_card
-from mfac_hf.card_facts import collect
-from mfac_hf.hub import push_to_hub
 from mfac_hf.runs import TRAINING_SETTINGS, metrics_of, pruning_facts
-from mfac_hf.sparse import SPARSE_FILE
-from mfac_hf.tasks.results import describe_run
 
 __all__ = ["CardCallback", "facts_of_trainer", "push_run", "use_our_card"]
 
@@ -66,6 +61,8 @@ def use_our_card(trainer: Trainer, options: dict[str, Any] | None = None) -> Non
     def create_model_card(
         language: Any = None, license: Any = None, tags: Any = None, model_name: str | None = None, **ignored: Any
     ) -> None:
+        from mfac_hf.card import build_card  # here and below: a callback that never pushes need not wait for these
+
         if not trainer.is_world_process_zero():
             return
         chosen = {"name": model_name or Path(trainer.hub_model_id or str(trainer.args.output_dir)).name}
@@ -78,6 +75,10 @@ def use_our_card(trainer: Trainer, options: dict[str, Any] | None = None) -> Non
 
 def facts_of_trainer(trainer: Trainer, **options: Any) -> dict[str, Any]:
     """What a card says of the model of ``trainer`` as it is now, as `mfac_hf.card_facts.collect` gathers it."""
+    from mfac_hf.card_facts import collect
+    from mfac_hf.sparse import SPARSE_FILE
+    from mfac_hf.tasks.results import describe_run
+
     args: Any = trainer.args
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     dataset: Any = trainer.eval_dataset
@@ -113,6 +114,9 @@ def push_run(trainer: Trainer) -> None:
     Raises:
         PushError: the Hub could not be reached, or refused.
     """
+    from mfac_hf.card_facts import collect
+    from mfac_hf.hub import push_to_hub
+
     args: Any = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero():
         return

@@ -17,10 +17,10 @@ from mfac_hf.runs import MissingResultsError
 from mfac_hf.weights import describe_weights
 
 
-def run(seed, accuracy, **changes):
+def run(seed, accuracy, pruning=None, **changes):
     """The results of one seed."""
     record = results(seed=seed, **changes)
-    record["results"] = {**record["results"], "eval_accuracy": accuracy}
+    record["results"] = {**record["results"], "eval_accuracy": accuracy, "pruning": pruning}
     return record
 
 

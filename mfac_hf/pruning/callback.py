@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from mfac_hf.pruning.checkpoint import Progress, checkpoint_folder, read_checkpoint, write_checkpoint
@@ -32,13 +32,14 @@ from mfac_hf.pruning.trainer_support import (
     refuse_unsupported,
     without_fp16,
 )
+from mfac_hf.trainer_card import CardCallback
 
 __all__ = ["MFACPruningCallback"]
 
 logger = logging.getLogger(__name__)
 
 
-class MFACPruningCallback(TrainerCallback):
+class MFACPruningCallback(CardCallback):
     """Prune a model step by step while Trainer trains it.
 
     ``trainer.add_callback(MFACPruningCallback(SparsitySchedule.cubic(final=0.9, start=100, end=900, every=100)))`` is

@@ -1,0 +1,94 @@
+"""`mfac card` writes a model card from result files and weights.
+
+    mfac card --model outputs/sst2-90 --results outputs/sst2-90*/results.json --dense outputs/sst2*/results.json \
+        --caveats caveats.yaml --output model_cards/sst2-90
+    mfac card --facts model_cards/sst2-90/card.json          # the same card again, from its facts alone
+
+Facts go to ``card.json``, the card that is made from them and from nothing else to ``README.md`` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mfac_hf.cli.errors import CommandError, mendable
+
+
+def add_parser(commands: Any) -> None:
+    """Add `mfac card` to the sub-commands."""
+    card = commands.add_parser(
+        "card",
+        help="write a model card from result files",
+        description="Write card.json (what was measured) and README.md (the card made from it).",
+    )
+    source = card.add_mutually_exclusive_group(required=True)
+    source.add_argument("--facts", type=Path, help="card.json of an earlier call: write README.md beside it again")
+    source.add_argument("--model", type=Path, help="directory with the weights of the first result file")
+    add_fact_arguments(card)
+    card.add_argument("--output", type=Path, help="folder of card.json and README.md (default: the model's)")
+    card.add_argument("--repo_id", help="name on the Hub for the snippets (default: the model's name)")
+    card.set_defaults(run=_run_card)
+
+
+def add_fact_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where the facts of a card come from."""
+    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="results.json of each seed")
+    parser.add_argument("--dense", type=Path, nargs="+", default=[], metavar="FILE", help="the same before pruning")
+    parser.add_argument("--caveats", type=Path, help="YAML list of sentences about data and weights")
+    parser.add_argument("--license", help="licence identifier of the weights, such as apache-2.0")
+    parser.add_argument("--name", help="the model's name (default: the directory's)")
+    parser.add_argument("--model_class", help="package.module.Class, where config.json does not name a class")
+    parser.add_argument("--no_latency", action="store_true", help="do not time a forward pass")
+
+
+def _run_card(arguments: argparse.Namespace) -> None:
+    from mfac_hf.card import build_card
+
+    with mendable():
+        if arguments.facts is not None:
+            facts = json.loads(arguments.facts.read_text(encoding="utf-8"))
+            folder = arguments.output or arguments.facts.parent
+        else:
+            facts = collect_facts(arguments, arguments.model)
+            folder = arguments.output or arguments.model
+        card = build_card(facts, arguments.repo_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.facts is None:
+            (folder / "card.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        card.save(folder / "README.md")
+    print(folder / "README.md")
+
+
+def collect_facts(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """Gather the facts that the flags point to."""
+    from mfac_hf.card_facts import collect
+
+    results = arguments.results
+    if results is None:
+        results = [model / "results.json"]
+        if not results[0].is_file():
+            raise CommandError(f"--results is missing, and {results[0]} is no file")
+    return collect(
+        results,
+        model=model,
+        dense=arguments.dense,
+        name=arguments.name,
+        model_class=arguments.model_class,
+        caveats=_read_caveats(arguments.caveats),
+        license=arguments.license,
+        latency=not arguments.no_latency,
+    )
+
+
+def _read_caveats(path: Path | None) -> list[str]:
+    import yaml  # type: ignore[import-untyped]
+
+    if path is None:
+        return []
+    caveats = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(caveats, list) or not all(isinstance(text, str) for text in caveats):
+        raise CommandError(f"--caveats {path}: expected a YAML list of sentences")
+    return caveats

@@ -1,0 +1,106 @@
+"""`mfac estimate` says what the gradient window of a model takes, in memory and in time for each step.
+
+    mfac estimate google/bert_uncased_L-2_H-128_A-2 --num_grads 1024 --dtype bfloat16
+    mfac estimate 4400000 --num_grads 512
+
+Of a model only the configuration is read; its weights are not downloaded. The time is what the two passes over the
+window take at the pace of this machine, measured on a small window in the same dtype, and the factorization of an
+m x m matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mfac_hf.cli.errors import mendable
+
+SAMPLE_BYTES = 128 << 20  # larger than the caches
+ROUNDS = 5
+
+
+def add_parser(commands: Any) -> None:
+    """Add `mfac estimate` to the sub-commands."""
+    estimate = commands.add_parser(
+        "estimate",
+        help="memory and time of the optimizer for a model",
+        description="Say what the gradient window of a model takes: memory, and time in each step on this machine.",
+    )
+    estimate.add_argument("model", help="directory or name on the Hub, of which config.json is read, or a number")
+    estimate.add_argument("--num_grads", type=int, default=1024, help="gradients in the window, m (default: 1024)")
+    estimate.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the window"
+    )
+    estimate.add_argument(
+        "--embedding_rows", type=int, default=512, help="rows of an embedding that a batch touches (default: 512)"
+    )
+    estimate.add_argument("--no_time", action="store_true", help="do not measure this machine")
+    estimate.add_argument("--json", action="store_true", help="print JSON")
+    estimate.set_defaults(run=_run_estimate)
+
+
+def _run_estimate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mfac_hf.memory import available_bytes, memory_estimate
+
+    with mendable():
+        model = int(arguments.model) if arguments.model.isdecimal() else _skeleton(arguments.model)
+        dtype = getattr(torch, arguments.dtype)
+        memory = memory_estimate(model, arguments.num_grads, dtype, embedding_rows=arguments.embedding_rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    free = available_bytes(device)
+    report: dict[str, Any] = {"bytes": memory.bytes, "device": str(device), "free_bytes": free, "step_seconds": None}
+    if not arguments.no_time:
+        report["step_seconds"] = _step_seconds(memory.bytes, arguments.num_grads, dtype, device)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(memory.breakdown)
+    verdict = "fits" if memory.bytes <= free else "does NOT fit"
+    print(f"{verdict}: {free / 2**30:.2f} GiB are free on {device} (the model and its training come on top)")
+    if report["step_seconds"] is not None:
+        print(f"about {1000 * report['step_seconds']:.0f} ms in each step on top of forward and backward, window full")
+
+
+def _skeleton(name: str) -> Any:
+    """The model without weights, from its configuration."""
+    import torch
+    import transformers
+
+    path = Path(name)
+    source = path / "config.json" if path.is_dir() else name
+    config = transformers.AutoConfig.from_pretrained(source)
+    kind = getattr(transformers, str((config.architectures or [""])[0]), None)
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config) if kind is None else kind(config)
+
+
+def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any) -> float:
+    """Two passes over the window at the pace of this machine, and the factorization."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    from mfac_hf.ops import combine, row_dots
+
+    rows = min(num_grads, 64)
+    columns = SAMPLE_BYTES // (rows * dtype.itemsize)
+    window_MD = torch.ones(rows, columns, dtype=dtype, device=device)
+    x_D = torch.ones(columns, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    weights_M = torch.ones(rows, dtype=torch.float64, device=device)
+    gram_MM = torch.eye(num_grads, dtype=torch.float64, device=device)
+    scope = {
+        "dots": row_dots,
+        "combine": combine,
+        "torch": torch,
+        "g": window_MD,
+        "x": x_D,
+        "w": weights_M,
+        "k": gram_MM,
+    }
+    threads = torch.get_num_threads()
+    passes = Timer("dots(g, x); combine(g, w)", globals=scope, num_threads=threads).timeit(ROUNDS).median
+    factor = Timer("torch.linalg.cholesky_ex(k)", globals=scope, num_threads=threads).timeit(ROUNDS).median
+    return passes * window_bytes / (window_MD.numel() * dtype.itemsize) + factor

@@ -1,0 +1,53 @@
+"""`mfac push` uploads a model with its card to the Hub, in one commit.
+
+mfac push outputs/sst2-90 user/sst2-90 --card outputs/sst2-90/card.json
+mfac push outputs/sst2-90 user/sst2-90 --results outputs/sst2-90*/results.json --dense outputs/sst2*/results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mfac_hf.cli.card import add_fact_arguments, collect_facts
+from mfac_hf.cli.errors import mendable
+
+
+def add_parser(commands: Any) -> None:
+    """Add `mfac push` to the sub-commands."""
+    push = commands.add_parser(
+        "push",
+        help="upload a model with its card to the Hub",
+        description="Upload weights, configuration, tokenizer and a card made from results, in one commit.",
+    )
+    push.add_argument("model", type=Path, help="directory that save_pretrained or save_sparse wrote")
+    push.add_argument("repo_id", help="user/name; made if there is none")
+    push.add_argument("--card", type=Path, help="card.json of `mfac card`, in place of the result files")
+    add_fact_arguments(push)
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", help="branch, made if missing (default: main)")
+    push.add_argument(
+        "--sparse_only",
+        "--sparse-only",
+        action="store_true",
+        help="upload the small file in place of the ordinary one",
+    )
+    push.set_defaults(run=_run_push)
+
+
+def _run_push(arguments: argparse.Namespace) -> None:
+    from mfac_hf.hub import push_to_hub
+
+    with mendable():
+        if arguments.card is None:
+            arguments.name = arguments.name or arguments.repo_id.rpartition("/")[2]
+        commit = push_to_hub(
+            arguments.model,
+            arguments.repo_id,
+            card=arguments.card if arguments.card is not None else collect_facts(arguments, arguments.model),
+            private=arguments.private or None,
+            revision=arguments.revision,
+            sparse_only=arguments.sparse_only,
+        )
+    print(commit.commit_url)
