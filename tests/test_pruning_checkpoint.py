@@ -154,6 +154,11 @@ def spoil_weights(folder):
     (folder / "pruning.json").write_text(json.dumps({**progress, "weights": "of another run"}))
 
 
+def spoil_teacher(folder):
+    progress = json.loads((folder / "pruning.json").read_text())
+    (folder / "pruning.json").write_text(json.dumps({**progress, "teacher": None}))
+
+
 def spoil_model(folder):
     make_model(seed=5).save_pretrained(folder)
 
@@ -167,6 +172,8 @@ def spoil_model(folder):
         (spoil_model, {}, ValueError, "should be pruned are not zero in bert.encoder"),
         (spoil_weights, {}, ValueError, "is not the one in .*checkpoint-8; name the checkpoint"),
         (spoil_nothing, {"schedule": SparsitySchedule(((3, 0.3), (7, 0.6)))}, ValueError, "follows the schedule"),
+        (spoil_nothing, {"targets": ["query"]}, ValueError, "resume with the same targets"),
+        (spoil_teacher, {}, ValueError, "weights were pruned before distillation was asked for"),
         (lambda folder: (folder.parent / "teacher.safetensors").unlink(), {}, FileNotFoundError, "no teacher at"),
     ],
 )

@@ -145,10 +145,16 @@ class MFACPruningCallback(CardCallback):
                 "the schedule ends at step %d, but training at step %d, with a sparsity of %g instead of %g",
                 last, state.max_steps, self._steps.target(state.max_steps - 1), self.schedule.final,
             )  # fmt: skip
+        targets = find_targets(model, self.targets)
         if state.global_step:
             folder, self.masks, progress = read_checkpoint(args, state, model, self.schedule, self.resume_from)
+            if self.masks.keys() != targets.keys():
+                raise ValueError(
+                    f"the run in {folder} prunes {shortened(self.masks)}, and the targets of this one are "
+                    f"{shortened(targets)}; resume with the same targets"
+                )
         else:
-            folder, self.masks = None, MaskSet.from_model(model, find_targets(model, self.targets))
+            folder, self.masks = None, MaskSet.from_model(model, targets)
             progress = Progress(dataclasses.asdict(self.schedule), 0.0, None, [])
         # Refuse now what a pruning would refuse after hours of training; nothing has changed so far.
         check_targets(self.masks, self.masks.parameters(model), max(self.schedule.final, self.sparsity), self.options)
@@ -157,7 +163,7 @@ class MFACPruningCallback(CardCallback):
         self.reports, self._target = [PruningReport(**report) for report in progress.reports], progress.target
         if self.distillation is not None:
             self.distillation.begin(model)
-            if self.distillation.given is None and progress.teacher is not None and folder is not None:
+            if folder is not None and self.distillation.given is None and progress.reports:
                 self.distillation.load(folder.parent, model, progress.teacher)
                 self._save_teacher(args)  # for the next resume, should the output directory be another
         if folder is None and self.masks.sparsity:  # a sparse model is pruned further

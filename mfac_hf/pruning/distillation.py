@@ -103,18 +103,23 @@ class Distillation:
         save_model(self.teacher, str(half))
         half.replace(directory / TEACHER_NAME)
 
-    def load(self, directory: Path, model: nn.Module, expected: str) -> None:
+    def load(self, directory: Path, model: nn.Module, expected: str | None) -> None:
         """Bring back a teacher that :meth:`save` wrote.
 
         Args:
             directory: where it lies.
             model: the student, whose structure the teacher has.
-            expected: its ``mark``.
+            expected: its ``mark``; None if the run so far had no teacher.
 
         Raises:
             FileNotFoundError: there is no teacher.
-            ValueError: it is another one.
+            ValueError: it is another one, or there never was one.
         """
+        if expected is None:
+            raise ValueError(
+                "weights were pruned before distillation was asked for, so there is no dense model to take as a "
+                "teacher; pass one: Distillation(teacher=...)"
+            )
         file = directory / TEACHER_NAME
         if not file.is_file():
             raise FileNotFoundError(
