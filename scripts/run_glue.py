@@ -46,6 +46,8 @@ from mfac_hf.tasks.arguments import (
     require_action,
     write_results,
 )
+from mfac_hf.tasks.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
+from mfac_hf.tasks.pruning import PruningArguments, one_shot
 from mfac_hf.trainer_card import push_run
 
 
@@ -147,9 +149,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         models.
     """
     started = time.perf_counter()
-    arguments = parse_args(ModelArguments, GlueArguments, OptimizerArguments, TrainingArguments, argv=argv)
-    model_args, data_args, optimizer_args, training_args = arguments
+    kinds = (ModelArguments, GlueArguments, OptimizerArguments, PruningArguments, GradualArguments, TrainingArguments)
+    arguments = parse_args(*kinds, argv=argv)
+    model_args, data_args, optimizer_args, pruning_args, gradual_args, training_args = arguments
     require_action(training_args)
+    prune_only = pruning_args.is_one_shot(training_args)
+    trains = training_args.do_train and not prune_only
+    pruning = build_pruning_callback(pruning_args, gradual_args, training_args)
     task = glue.get_task(data_args.task_name)
     checkpoint = find_checkpoint(training_args)
     data = glue.load_glue(data_args.dataset_name, task, cache_dir=model_args.cache_dir)
@@ -178,15 +184,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=eval_features if len(eval_features) > 1 else next(iter(eval_features.values()), None),
         processing_class=tokenizer,
         compute_metrics=glue.make_compute_metrics(task),
-        optimizers=(build_optimizer(model, optimizer_args, training_args) if training_args.do_train else None, None),
+        optimizers=(build_optimizer(model, optimizer_args, training_args) if trains else None, None),
     )
     MFACLoggingCallback.attach(trainer)
 
     results: dict[str, Any] = {"task": task.name}
-    if training_args.do_train:
+    if prune_only:
+        results |= one_shot(trainer, pruning_args)
+    if trains:
+        if pruning is not None:
+            pruning.attach(trainer)
         results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.save_state()
+        if pruning is not None:
+            results |= pruning_results(pruning, training_args)
     if training_args.do_eval:
         results |= trainer.evaluate()
         results |= {

@@ -50,6 +50,8 @@ from mfac_hf.tasks.arguments import (
     require_action,
     write_results,
 )
+from mfac_hf.tasks.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
+from mfac_hf.tasks.pruning import PruningArguments, one_shot
 from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
 from mfac_hf.trainer_card import push_run
@@ -170,9 +172,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         and, for v2 with ``--do_predict``, under ``threshold_search`` what the best threshold would have given.
     """
     started = time.perf_counter()
-    arguments = parse_args(ModelArguments, SquadArguments, OptimizerArguments, TrainingArguments, argv=argv)
-    model_args, data_args, optimizer_args, training_args = arguments
+    kinds = (ModelArguments, SquadArguments, OptimizerArguments, PruningArguments, GradualArguments, TrainingArguments)
+    arguments = parse_args(*kinds, argv=argv)
+    model_args, data_args, optimizer_args, pruning_args, gradual_args, training_args = arguments
     require_action(training_args)
+    prune_only = pruning_args.is_one_shot(training_args)
+    trains = training_args.do_train and not prune_only
+    pruning = build_pruning_callback(pruning_args, gradual_args, training_args)
     checkpoint = find_checkpoint(training_args)
     train, evaluation = choose_splits(data_args, training_args, model_args.cache_dir)
     if evaluation is not None and training_args.train_sampling_strategy == "group_by_length":
@@ -217,15 +223,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=eval_features,
         processing_class=tokenizer,
         compute_metrics=scoring,
-        optimizers=(build_optimizer(model, optimizer_args, training_args) if training_args.do_train else None, None),
+        optimizers=(build_optimizer(model, optimizer_args, training_args) if trains else None, None),
     )
     MFACLoggingCallback.attach(trainer)
 
     results: dict[str, Any] = {"task": "squad_v2" if data_args.version_2_with_negative else "squad"}
-    if training_args.do_train:
+    if prune_only:
+        results |= one_shot(trainer, pruning_args)
+    if trains:
+        if pruning is not None:
+            pruning.attach(trainer)
         results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.save_state()
+        if pruning is not None:
+            results |= pruning_results(pruning, training_args)
     if scoring is not None and eval_features is not None:
         if training_args.do_predict:
             # one pass over the questions serves --do_eval too
