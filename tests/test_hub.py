@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from mfac_hf import load_sparse, push_to_hub, save_sparse
 from mfac_hf.hub import PushError
+from mfac_hf.models import ResNetCifar
 
 CARD = ModelCard("---\nlicense: mit\n---\n# A model\n")
 
@@ -36,6 +37,14 @@ def hub():
 def api(hub):
     """A client with the right token."""
     return HfApi(endpoint=hub.url, token=TOKEN)
+
+
+def prune_convolutions(model):
+    """Zero half of each convolution."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight[: len(module.weight) // 2] = 0
 
 
 def files(hub, name="user/sparse", branch="main"):
@@ -117,6 +126,18 @@ def test_dense_and_plain_models(hub, api, tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     push_to_hub(model, "user/plain", card=CARD, api=api)
     assert set(files(hub, "user/plain")) == {"README.md", "model.safetensors"}, "a second copy would save nothing"
+
+
+def test_vision_model_comes_back(hub, api, tmp_path):
+    torch.manual_seed(0)
+    model = ResNetCifar(20, 10).eval()
+    prune_convolutions(model)
+    push_to_hub(model, "user/resnet", card=CARD, api=api)
+    for name in files(hub, "user/resnet"):
+        (tmp_path / name).write_bytes(download(hub, name, tmp_path, "user/resnet"))
+    assert "sparse.safetensors" in files(hub, "user/resnet")
+    assert_same_state(ResNetCifar.from_pretrained(tmp_path).state_dict(), model.state_dict())
+    assert_same_state(load_sparse(tmp_path), model.state_dict())
 
 
 def test_private_repositories(bert, hub, api, tmp_path):  # noqa: F811

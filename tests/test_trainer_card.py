@@ -15,8 +15,9 @@ from test_sparse import CONFIG, bert, prune  # noqa: F401
 from test_tasks_glue import make_tokenizer, write_glue
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
 
-from mfac_hf import MFAC
+from mfac_hf import MFAC, SparsitySchedule
 from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.pruning import MFACPruningCallback
 from mfac_hf.trainer_card import CardCallback, _last_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,20 @@ def test_trainer_pushes_our_card(add, hub, bert, tmp_path):  # noqa: F811
     assert "from_pretrained" in text and "load_sparse" not in text, "Trainer pushes no sparse file"
     assert card_on(hub).data.license == "mit"
     assert "model.safetensors" in hub.repositories["user/run"].branches["main"]
+
+
+def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**CONFIG))
+    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), lr=1e-3, num_grads=8))
+    schedule = SparsitySchedule.from_list([0.5, 0.75], every=1, unit="step")
+    trainer.add_callback(MFACPruningCallback(schedule, num_grads=4, block_size=16, recomputations=1))
+    trainer.train()
+    trainer.evaluate()
+    trainer.push_to_hub()
+    text = str(card_on(hub))
+    assert "75.00%" in text and "| block_size | 16 |" in text and "| recomputations | 1 |" in text
+    assert "The dense model was not measured beside it." in text and "| optimizer | M-FAC |" in text
 
 
 def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):  # noqa: F811
