@@ -10,14 +10,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mfac_hf import __version__
 from mfac_hf.runs import MissingResultsError
 
 __all__ = ["build_card"]
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 METRIC_NAMES = {"f1": "F1", "exact_match": "exact match", "matthews_correlation": "Matthews correlation"}
-_FACTS = ("name", "model", "weights", "files", "runs")
+_FACTS = ("name", "model", "weights", "files", "runs", "mfac_hf")
 
 
 def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_only: bool = False) -> ModelCard:
@@ -68,7 +67,7 @@ def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_o
         "commands": [_command(r) for r in facts["runs"]],
         "environment": _environment(run),
         "caveats": "\n".join(f"- {text}" for text in facts.get("caveats") or ["None were given with the results."]),
-        "version": __version__,
+        "version": facts["mfac_hf"],
     }
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), **words)
     return ModelCard(str(card))  # parsed back: what the Hub would refuse fails here

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from mfac_hf import __version__
 from mfac_hf.cli.env import cpu_name
 from mfac_hf.runs import MissingResultsError, read_run
 from mfac_hf.sparse import SPARSE_FILE, dense_files, save_sparse
@@ -64,7 +65,7 @@ def collect(
 
     Returns:
         Plain JSON types: ``name``, ``model``, ``sparse``, ``weights``, ``files``, ``latency``, ``runs``,
-        ``dense_runs``, ``base_model``, ``caveats``, ``license``.
+        ``dense_runs``, ``base_model``, ``caveats``, ``license``, ``mfac_hf`` (the version that gathered them).
 
     Raises:
         MissingResultsError: no run, or a file that lacks results, or no dense result beside sparse weights.
@@ -104,6 +105,7 @@ def collect(
         "base_model": _hub_name(read[0]["base_model"]),
         "caveats": list(caveats),
         "license": license,
+        "mfac_hf": __version__,
     }
     if latency:
         loaded = model if isinstance(model, nn.Module) else load_model(model, architecture["class"])

@@ -207,6 +207,6 @@ def test_bad_input_is_refused_before_any_request(bert, hub, api, tmp_path):  # n
     results.write_text(json.dumps({"results": {"task": "sst2"}}))
     with pytest.raises(ValueError, match="lacks metrics, seed, command, versions, device, optimizer"):
         push_to_hub(tmp_path, "user/x", card=results, api=api)
-    with pytest.raises(ValueError, match="lack name, model, weights, files"):
+    with pytest.raises(ValueError, match="lack name, model, weights, files, runs, mfac_hf"):
         push_to_hub(tmp_path, "user/x", card={"runs": []}, api=api)
     assert hub.requests == []
