@@ -107,8 +107,8 @@ def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": record.get("optimizer") or _optimizer(arguments.get("OptimizerArguments", {}), training),
         "training": {key: training[key] for key in TRAINING_SETTINGS if training.get(key) not in (None, False, -1)}
         | {key: data[key] for key in _DATA if data.get(key) is not None},
-        "pruning": pruning_facts((results.get("pruning") or {}).get("reports", []), arguments.get("PruningArguments")),
-        "dense_metrics": record.get("dense_metrics"),
+        "pruning": pruning_facts((results.get("pruning") or {}).get("reports", []), arguments.get("GradualArguments")),
+        "dense_metrics": metrics_of(results.get("before_pruning") or {}) or None,
         "seed": record.get("seed"),
     }
 
@@ -120,12 +120,14 @@ def pruning_facts(
 
     Args:
         reports: one for each step.
-        flags: of the script; those of the schedule and of distillation are shown.
+        flags: of gradual pruning (schedule, learning rates, distillation), where the steps were part of a training.
     """
     if not reports:
         return None
     hidden = ("loss_samples", "memory_budget", "damping") if reports[-1]["options"].get("damping") == "auto" else ()
-    schedule = {k: v for k, v in (flags or {}).items() if k.startswith(("pruning_", "distillation_")) and v}
+    schedule = {key: value for key, value in (flags or {}).items() if value not in (None, False)}
+    if schedule.get("prune_end") is None:  # pruned in one go: the defaults of these flags had no part in it
+        schedule = {}
     options = {key: value for key, value in reports[-1]["options"].items() if key not in hidden and value is not None}
     options = {**schedule, **options}
     shown = ("position", "sparsity", "num_grads", "loss_before", "loss_after", "seconds")
@@ -143,6 +145,8 @@ def _optimizer(chosen: Mapping[str, Any], training: Mapping[str, Any]) -> dict[s
     """The optimizer that ran: ``optim`` of TrainingArguments names another one."""
     if "optim_name" not in chosen:
         return None
+    if training.get("num_train_epochs") == 0:
+        return {"name": "none (pruned without training)"}
     if chosen["optim_name"] == "adamw":
         return {"name": "AdamW", **{key: training.get(key) for key in ("adam_beta1", "adam_beta2", "adam_epsilon")}}
     shown = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "window_dtype", "decoupled_weight_decay")

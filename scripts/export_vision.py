@@ -1,4 +1,4 @@
-"""From a checkpoint to a directory for the Hub: ``python scripts/export_vision.py FILE --model resnet20 --output DIR``.
+"""From a checkpoint to a directory for the Hub: ``python scripts/export_vision.py FILE --model NAME --output DIR``.
 
 FILE is what ``train_vision.py`` and ``prune_vision.py`` write, or a published checkpoint. DIR gets
 ``model.safetensors``, ``config.json`` and the small ``sparse.safetensors``; ``from_pretrained`` of the model's class

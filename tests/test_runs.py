@@ -129,3 +129,18 @@ def test_pruning_reports():
     assert [step["sparsity"] for step in facts["steps"]] == [0.5, 0.9]
     assert facts["steps"][0]["damping"] == [1e-4]
     assert pruning_facts([]) is None
+    flags = {"prune_schedule": "cubic", "prune_end": 20, "initial_sparsity": 0.5, "teacher_name_or_path": None}
+    assert pruning_facts([report(0.9)], flags)["options"]["prune_schedule"] == "cubic"
+    assert "teacher_name_or_path" not in pruning_facts([report(0.9)], flags)["options"]
+    at_once = pruning_facts([report(0.9)], {**flags, "prune_end": None})
+    assert "prune_schedule" not in at_once["options"], "flags that had no part in it"
+
+
+def test_model_that_was_pruned_at_once():
+    """run_glue.py --num_train_epochs 0 measures the dense model itself, and trains with no optimizer."""
+    record = results()
+    record["arguments"]["TrainingArguments"]["num_train_epochs"] = 0
+    record["results"]["before_pruning"] = {"eval_accuracy": 0.84, "eval_loss": 0.3}
+    run = read_run(record)
+    assert run["dense_metrics"] == {"accuracy": 0.84} and run["metrics"] == {"accuracy": 0.8125}
+    assert run["optimizer"] == {"name": "none (pruned without training)"}
