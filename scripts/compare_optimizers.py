@@ -14,9 +14,9 @@ A study names a training script, the flags that all runs share, and for each con
 Every point of every grid is trained once without a held-out part of the *training* split and judged on that part, by
 the task's own metric or by ``tuning: {metric: eval_loss}``; ``tuning: {flags: {...}}`` makes these runs shorter, for
 all alike. The best point of each contender is then trained with every seed and judged on the validation split, which
-nothing before has seen. Each run is a process of its own. Finished runs are kept in ``OUTPUT/NAME.jsonl``, with their
-command lines, and are not repeated, so a study that was cut off goes on where it stopped. ``OUTPUT/NAME.md`` has the
-table.
+nothing before has seen; a grid of one point is taken as it is. Each run is a process of its own. Finished runs are kept
+in ``OUTPUT/NAME.jsonl``, with their command lines, and are not repeated, so a study that was cut off goes on where it
+stopped. ``OUTPUT/NAME.md`` has the table.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.only is not None and contender not in args.only:
             continue
         tuning = study["tuning"]
-        for point in spec["grid"]:
+        for point in spec["grid"] if len(spec["grid"]) > 1 else ():
             flags = {**study["flags"], **spec["flags"], **point, **tuning["flags"], "seed": tuning["seed"]}
             flags["holdout_fraction"] = tuning["holdout_fraction"]
             run_once(study, contender, "tuning", point, flags, runs, log)
@@ -127,6 +127,8 @@ def run_once(
 
 def best_point(runs: list[dict[str, Any]], contender: str, grid: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """The point of the grid with the best value on the held-out part; of a loss, the lowest is the best."""
+    if len(grid) == 1:
+        return grid[0]
     sign = -1 if metric.endswith("loss") else 1
     tuned = [run for run in runs if run["key"]["contender"] == contender and run["key"]["phase"] == "tuning"]
     values = {json.dumps(run["point"]): sign * run["results"][metric] for run in tuned if run["value"] is not None}
@@ -162,6 +164,7 @@ def summarize(study: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
 
 def format_table(study: dict[str, Any], summary: dict[str, Any]) -> str:
     """The summary as Markdown."""
+    tuned = any(row["tuning"] for row in summary.values())
     lines = [
         f"# {study['name']}",
         "",
@@ -170,7 +173,9 @@ def format_table(study: dict[str, Any], summary: dict[str, Any]) -> str:
         f"Tuned with one run per point (seed {study['tuning']['seed']}) on a held-out "
         f"{study['tuning']['holdout_fraction']:g} of the training split, by {study['tuning']['metric']}"
         f"{', with ' + str(study['tuning']['flags']) if study['tuning']['flags'] else ''}; "
-        "the first table is on the evaluation split.",
+        "the first table is on the evaluation split."
+        if tuned
+        else "Nothing was tuned: each grid has one point.",
         "",
         "| optimizer | chosen | metric | mean ± std | each seed | s / epoch | peak GiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -183,7 +188,8 @@ def format_table(study: dict[str, Any], summary: dict[str, Any]) -> str:
             f"| {name} | {chosen} | {row['metric'].removeprefix('eval_')} | {scale * row['mean']:.2f} ± "
             f"{scale * row['std']:.2f} | {values} | {row['seconds_per_epoch']:.0f} | {row['peak_memory_gib']:.2f} |"
         )
-    lines += ["", "| optimizer | tuning point | held-out value |", "| --- | --- | --- |"]
+    if tuned:
+        lines += ["", "| optimizer | tuning point | held-out value |", "| --- | --- | --- |"]
     for name, row in summary.items():
         for point, value in row["tuning"]:
             shown = "failed" if value is None else f"{value:.4f}"

@@ -1,6 +1,7 @@
 """How a study of optimizers chooses and sums up; the runs themselves are those of run_glue.py and run_squad.py."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_the_summary_is_over_final_runs_alone():
     row = compare.summarize(study, runs)["adamw"]
     assert row["mean"] == pytest.approx(0.6) and row["std"] == pytest.approx(0.1 * 2**0.5)
     assert row["seconds_per_epoch"] == 10.0 and row["tuning"] == [(GRID[0], 0.99)]
+
+
+def test_a_grid_of_one_point_is_not_tuned(tmp_path, monkeypatch):
+    phases = []
+
+    def pretend(study, contender, phase, point, flags, runs, log):
+        phases.append(phase)
+        runs.append({**run(point, 0.5, 0.1, phase), "key": {"contender": contender, "phase": phase, "flags": flags}})
+
+    monkeypatch.setattr(compare, "run_once", pretend)
+    study = {"name": "x", "script": "s", "flags": {}, "seeds": [1, 2], "tuning": {"holdout_fraction": 0.1, "seed": 0}}
+    for points, count in (([{"lr": 1}], 0), ([{"lr": 1}, {"lr": 2}], 2)):
+        phases.clear()
+        contenders = {"adamw": {"grid": points}}
+        (tmp_path / "study.yaml").write_text(json.dumps({**study, "contenders": contenders}))  # JSON is YAML
+        compare.main([str(tmp_path / "study.yaml"), "--output", str(tmp_path)])
+        assert phases == ["tuning"] * count + ["final"] * 2
+        assert ("Nothing was tuned" in (tmp_path / "x.md").read_text()) == (count == 0)
 
 
 def test_a_study_that_is_missing_or_incomplete_is_refused(tmp_path, capsys):
