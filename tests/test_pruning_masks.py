@@ -180,6 +180,22 @@ def test_optimizers_forget_pruned_weights(optimizer_class):
         assert masks.nonzeros(model) == {}
 
 
+def test_mfac_gets_the_masks_as_its_own():
+    model = small_model()
+    optimizer = MFAC(model.parameters(), lr=0.01, num_grads=4, damping=1e-3, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        train_step(model, optimizer)
+    masks = random_masks(model)
+    masks.apply(model)
+    masks.clear_optimizer_state(model, optimizer)
+    state = optimizer.state[model[0].weight]
+    assert torch.equal(state["mask"], masks["0.weight"])
+    assert not state["momentum_buffer"][~masks["0.weight"]].any() and state["momentum_buffer"].any()
+    for _ in range(3):  # the window itself leaves them out: no hook is needed
+        train_step(model, optimizer)
+        assert masks.nonzeros(model) == {}
+
+
 def test_saved_masks_come_back_in_an_eighth_of_the_bytes(tmp_path):
     model = small_model()
     masks = random_masks(model)

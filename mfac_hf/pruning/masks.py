@@ -229,9 +229,9 @@ class MaskSet(Mapping[str, Tensor]):
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         trained = {p for group in optimizer.param_groups for p in group["params"]}
-        masks = {p: keep for p, keep in self.parameter_masks(model).items() if p in trained}
+        masks: dict[Tensor, Tensor] = {p: keep for p, keep in self.parameter_masks(model).items() if p in trained}
         if isinstance(optimizer, MFAC):
-            getattr(optimizer, "set_masks")(masks)  # noqa: B009
+            optimizer.set_masks(masks)
         for parameter, keep in masks.items():
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
