@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mfac_hf.cli import card, env, estimate, inspect, push
+from mfac_hf.cli import card, env, estimate, inspect, prune, push
 from mfac_hf.cli.errors import CommandError
 
 __all__ = ["CommandError", "main"]
@@ -40,6 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     """Build the parser; a sub-command is a sub-parser whose default `run` takes the parsed arguments."""
     parser = argparse.ArgumentParser(prog="mfac", description="M-FAC for Hugging Face transformers.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (env, estimate, inspect, card, push):
+    for module in (env, estimate, inspect, prune, card, push):
         module.add_parser(commands)
     return parser

@@ -84,7 +84,7 @@ def full_step(
         new[name] = torch.zeros(kept[name].shape, device=parameters[name].device, dtype=parameters[name].dtype)
         new[name][at[name]] = values_D.to(new[name])
     keep = {name: mask.to(parameters[name].device) for name, mask in keep.items()}
-    return Proposal(new, keep, fisher.damping, increase.item())
+    return Proposal(sparsity, new, keep, fisher.damping, increase.item())
 
 
 def _collect(

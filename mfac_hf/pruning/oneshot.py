@@ -176,7 +176,7 @@ def prune_to(
         for number, target in enumerate(_substeps(masks, sparsity, options), 1):
             begun = time.perf_counter()
             if options.method == "magnitude":
-                proposals = [magnitude_step(parameters, new, target, options)]
+                proposals = magnitude_step(parameters, new, [target], options)
             else:
                 assert source is not None  # _check
                 bar = tqdm(
@@ -192,7 +192,7 @@ def prune_to(
                         proposals = [step]
                     else:
                         proposals = mfac_step(
-                            model, parameters, new, target, options, **sources, groups=groups, advance=bar.update
+                            model, parameters, new, [target], options, **sources, groups=groups, advance=bar.update
                         )
             chosen, losses = _best(model, parameters, proposals, source)
             follow_first_rank(chosen.weights, chosen.keep, process_group)

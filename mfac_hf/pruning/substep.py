@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +22,22 @@ __all__ = ["Proposal", "magnitude_step", "mfac_step", "plan_groups"]
 # Dampings that "auto" tries, in units of the mean squared entry of a gradient.
 SWEEP = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
+Target = Mapping[str, float] | float
+
 
 @dataclass
 class Proposal:
     """New weights and masks, flat, by parameter name.
 
     Attributes:
+        target: the sparsity: of all tensors together, or of each by name.
         weights: exactly zero where they are pruned.
         keep: the masks.
         damping: that the Fisher had; None without one.
         predicted_loss_increase: what the quadratic model of the loss expects; None without one.
     """
 
+    target: Target
     weights: dict[str, Tensor]
     keep: dict[str, Tensor]
     damping: float | None = None
@@ -81,28 +85,31 @@ def plan_groups(
 def magnitude_step(
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
-    sparsities: Mapping[str, float] | float,
+    targets: Sequence[Target],
     options: PruningOptions,
-) -> Proposal:
-    """Remove the smallest weights; the others stay as they are. The arguments are those of :func:`mfac_step`."""
+) -> list[Proposal]:
+    """Remove the smallest weights, leaving the others alone; arguments and result are those of :func:`mfac_step`."""
     pattern = Pattern.parse(options.pattern)
     weights, kept = _flat(parameters, masks)
     costs = {name: obs.magnitude_costs(weights[name], kept[name], pattern) for name in weights}
-    keep = _select(costs, kept, sparsities, pattern)
-    return Proposal({name: weights[name].masked_fill(~keep[name], 0) for name in weights}, keep)
+    proposals = [Proposal(target, {}, _select(costs, kept, target, pattern)) for target in targets]
+    for proposal in proposals:
+        proposal.weights = {name: weights[name].masked_fill(~keep, 0) for name, keep in proposal.keep.items()}
+    return proposals
 
 
 def mfac_step(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
-    sparsities: Mapping[str, float] | float,
+    targets: Sequence[Target],
     options: PruningOptions,
     *,
     source: GradientSource,
     groups: list[list[str]],
     seed: int,
     advance: Callable[[int], None],
+    dampings: Sequence[float] = (),
 ) -> list[Proposal]:
     """Remove the weights that the Fisher says cost least, and move the others to make up for it.
 
@@ -113,15 +120,17 @@ def mfac_step(
         model: the model.
         parameters: the targets, by name.
         masks: which of their weights are left.
-        sparsities: to reach: over all targets together, or in each by name.
+        targets: one or more sparsities to reach from here: over all tensors together, or in each by name. All of them
+            are served by the same gradients and costs.
         options: how.
         source: of the gradients.
         groups: names of targets whose Fishers fit into memory together (:func:`plan_groups`).
         seed: of the gradients.
         advance: is told how many gradients were taken.
+        dampings: to try; default that of the options, or several for ``"auto"``.
 
     Returns:
-        A proposal, or with ``damping="auto"`` one for each damping for which the Fisher can be inverted.
+        A proposal for each damping for which the Fisher can be inverted, and each target.
 
     Raises:
         ValueError: a loss or gradient that is not finite, or too few of them.
@@ -143,7 +152,7 @@ def mfac_step(
     for names in groups:
         mean_square = visit(names)
         if not costs:
-            costs = {damping: {} for damping in _dampings(options, mean_square)}
+            costs = {damping: {} for damping in dampings or _dampings(options, mean_square)}
         for damping in list(costs):
             try:
                 for name in names:
@@ -152,7 +161,11 @@ def mfac_step(
                 del costs[damping]
                 if not costs:
                     raise
-    proposals = [Proposal({}, _select(costs[damping], kept, sparsities, pattern), damping, 0.0) for damping in costs]
+    proposals = [
+        Proposal(target, {}, _select(of_damping, kept, target, pattern), damping, 0.0)
+        for damping, of_damping in costs.items()
+        for target in targets
+    ]
     for names in groups:
         if len(groups) > 1:
             visit(names)
@@ -220,14 +233,14 @@ def _costs(
 def _select(
     costs: dict[str, Tensor],
     kept: dict[str, Tensor],
-    sparsities: Mapping[str, float] | float,
+    target: Target,
     pattern: Pattern,
 ) -> dict[str, Tensor]:
-    if not isinstance(sparsities, Mapping):
-        return obs.select(costs, kept, sparsities, pattern=pattern)
+    if not isinstance(target, Mapping):
+        return obs.select(costs, kept, target, pattern=pattern)
     return {
         name: obs.select({name: costs[name]}, kept, sparsity, pattern=pattern, scope="uniform")[name]
-        for name, sparsity in sparsities.items()
+        for name, sparsity in target.items()
     }
 
 

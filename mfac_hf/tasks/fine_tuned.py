@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class FineTuned:
         trainer: an unmodified Trainer that evaluates it; it trains nothing.
         metric: name of the task's metric in :meth:`evaluate`.
         evaluated_on: where the evaluation examples come from.
+        scratch: the directory that Trainer insists on; it goes with this object.
     """
 
     model: PreTrainedModel
@@ -43,6 +45,7 @@ class FineTuned:
     trainer: Trainer
     metric: str
     evaluated_on: str
+    scratch: tempfile.TemporaryDirectory[str]
 
     def loader(self) -> DataLoader[Any]:
         """The training examples, for the gradients."""
@@ -58,7 +61,6 @@ def load_fine_tuned(
     task: str,
     dataset_name: str | None = None,
     *,
-    output_dir: str = "outputs",
     max_seq_length: int | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
@@ -73,8 +75,8 @@ def load_fine_tuned(
         model_name: name on the Hub, or a directory; its task head has to be trained.
         task: a GLUE task, ``"squad"`` or ``"squad_v2"``.
         dataset_name: name on the Hub, or a directory in the same layout; default the official data set.
-        output_dir: for Trainer, which writes nothing there.
-        max_seq_length: tokens of an input; default 128 for GLUE and 384 for SQuAD.
+        max_seq_length: tokens of an input; default 128 for GLUE and 384 for SQuAD, where windows share a third of it
+            and questions take at most a sixth.
         max_train_samples: so many examples of the training split, drawn at random but always the same; None for all.
         max_eval_samples: so many of the evaluation examples, likewise.
         holdout_fraction: evaluate on this fraction of the training split, which then gives no gradients, and leave the
@@ -112,8 +114,9 @@ def load_fine_tuned(
         train, evaluation, metric, compute = _glue(
             task, dataset_name, tokenizer, max_seq_length or 128, limits, holdout_fraction, cache_dir
         )
+    scratch = tempfile.TemporaryDirectory()
     arguments = TrainingArguments(
-        output_dir=output_dir,
+        output_dir=scratch.name,
         per_device_eval_batch_size=eval_batch_size,
         report_to="none",
         disable_tqdm=True,
@@ -128,7 +131,7 @@ def load_fine_tuned(
         compute_metrics=compute,
     )
     where = "validation" if holdout_fraction is None else "held-out training examples"
-    return FineTuned(model, tokenizer, trainer, f"eval_{metric}", where)
+    return FineTuned(model, tokenizer, trainer, f"eval_{metric}", where, scratch)
 
 
 def _limit(examples: Dataset, count: int | None) -> Dataset:
@@ -184,7 +187,13 @@ def _squad(
         train, evaluation = load("train"), load("validation")
     evaluation = _limit(evaluation, limits[1])
     train_features, eval_features = (
-        squad.squad_features(part, tokenizer, max_seq_length=max_seq_length)
+        squad.squad_features(
+            part,
+            tokenizer,
+            max_seq_length=max_seq_length,
+            doc_stride=max_seq_length // 3,
+            max_query_length=max_seq_length // 6,
+        )
         for part in (_limit(train, limits[0]), evaluation)
     )
     scoring = SquadEvaluation(evaluation, eval_features, version_2_with_negative=name == "squad_v2")

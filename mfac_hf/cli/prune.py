@@ -1,0 +1,176 @@
+"""`mfac prune` prunes a fine-tuned model in one go, without training it, and says what that costs.
+
+    mfac prune MODEL --task sst2 --sparsity 0.8 --output DIR
+
+MODEL is a name on the Hub or a directory, fine-tuned on the task. DIR gets the pruned model with its tokenizer, which
+`from_pretrained` reads as before, `masks.safetensors`, which keeps it sparse in training that follows, and
+`pruning.json`: the metrics before and after, and the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfac_hf.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from mfac_hf.pruning.options import PruningReport
+    from mfac_hf.tasks.fine_tuned import FineTuned
+
+_DEFAULT_EVAL_BATCH = 64
+
+
+def add_parser(commands: Any) -> None:
+    """Add `mfac prune` to the sub-commands."""
+    prune = commands.add_parser(
+        "prune",
+        help="prune a fine-tuned model in one go",
+        description="Prune a model that is fine-tuned on a GLUE task or SQuAD, without training it any further.",
+    )
+    prune.add_argument("model", metavar="MODEL", help="name on the Hub, or a directory")
+    prune.add_argument("--task", required=True, help="GLUE task (sst2, mrpc, ...), squad or squad_v2")
+    prune.add_argument("--sparsity", required=True, type=float, help="share of the target weights to be zero")
+    prune.add_argument("--output", required=True, type=Path, metavar="DIR", help="new directory for the result")
+    data = prune.add_argument_group("data")
+    data.add_argument("--dataset", help="name on the Hub, or a directory in the same layout (default: the official)")
+    data.add_argument("--max-seq-length", type=int, help="tokens of an input (default: 128, SQuAD 384)")
+    data.add_argument("--max-train-samples", type=int, help="take gradients from so many examples only")
+    data.add_argument("--max-eval-samples", type=int, help="evaluate on so many examples only")
+    data.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
+    how = prune.add_argument_group("method")
+    how.add_argument("--method", choices=("mfac", "magnitude"), default="mfac")
+    how.add_argument(
+        "--targets", nargs="+", metavar="REGEX", help="parameters (default: linear layers of the encoder)"
+    )
+    how.add_argument("--recomputations", type=int, default=16, help="sub-steps with new gradients (default: 16)")
+    how.add_argument("--num-grads", type=int, default=256, help="gradients in each of them (default: 256)")
+    how.add_argument("--grad-batch-size", type=int, default=1, help="examples of a gradient (default: 1)")
+    how.add_argument("--block-size", type=int, default=128, help="weights of a block of the Fisher (default: 128)")
+    how.add_argument("--damping", default="auto", help="of the Fisher (default: auto, by held-out training examples)")
+    how.add_argument("--selection", choices=("greedy", "diagonal"), default="greedy", help="diagonal is the paper's")
+    how.add_argument("--update", choices=("joint", "sum"), default="joint", help="sum is the paper's")
+    how.add_argument("--pattern", default="unstructured", help="unstructured, 2:4, block4 (default: unstructured)")
+    how.add_argument("--scope", choices=("global", "uniform"), default="global", help="rank together, or each alike")
+    how.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: 0)")
+    prune.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    prune.set_defaults(run=_run_prune)
+
+
+def _run_prune(arguments: argparse.Namespace) -> None:
+    """Check what can be checked at once, then load, prune, save and show."""
+    if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
+        raise CommandError(f"{arguments.output} exists and is no empty directory; name a new one")
+    from mfac_hf.pruning.gradients import DataLoaderGradients
+    from mfac_hf.pruning.masks import MaskSet
+    from mfac_hf.pruning.oneshot import check_targets, prune_to
+    from mfac_hf.pruning.options import check_sparsity
+    from mfac_hf.pruning.targets import find_targets
+    from mfac_hf.tasks.fine_tuned import load_fine_tuned
+
+    try:
+        options = _options(arguments)
+        check_sparsity(arguments.sparsity)
+        tuned = load_fine_tuned(
+            arguments.model,
+            arguments.task,
+            arguments.dataset,
+            max_seq_length=arguments.max_seq_length,
+            max_train_samples=arguments.max_train_samples,
+            max_eval_samples=arguments.max_eval_samples,
+            eval_batch_size=_DEFAULT_EVAL_BATCH,
+            use_cpu=arguments.cpu,
+        )
+        masks = MaskSet.from_model(tuned.model, find_targets(tuned.model, arguments.targets))
+        # What can be refused is refused before an evaluation that takes minutes.
+        check_targets(masks, masks.parameters(tuned.model), arguments.sparsity, options)
+        source = DataLoaderGradients(
+            tuned.loader(),
+            batch_size=options.grad_batch_size,
+            loss_samples=options.loss_samples,
+            seed=options.seed,
+        )
+        if options.method == "mfac":
+            source.check(options.num_grads)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        before = None if arguments.no_eval else tuned.evaluate()
+        report = prune_to(tuned.model, masks, source, arguments.sparsity, options)
+        after = None if arguments.no_eval else tuned.evaluate()
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        raise CommandError(str(error)) from error
+    _save(arguments, tuned, report, before, after)
+    _show(tuned, report, before, after)
+
+
+def _options(arguments: argparse.Namespace) -> Any:
+    """The options that the flags name; a ValueError says which is wrong."""
+    from mfac_hf.pruning.options import PruningOptions
+
+    damping: Any = arguments.damping
+    if damping != "auto":
+        try:
+            damping = float(damping)
+        except ValueError:
+            raise ValueError(f"--damping {damping}: expected a positive number or auto") from None
+    return PruningOptions(
+        method=arguments.method,
+        num_grads=arguments.num_grads,
+        grad_batch_size=arguments.grad_batch_size,
+        block_size=arguments.block_size,
+        damping=damping,
+        recomputations=arguments.recomputations,
+        selection=arguments.selection,
+        update=arguments.update,
+        pattern=arguments.pattern,
+        scope=arguments.scope,
+        seed=arguments.seed,
+    )
+
+
+def _save(
+    arguments: argparse.Namespace,
+    tuned: FineTuned,
+    report: PruningReport,
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
+) -> None:
+    """Write model, tokenizer, masks and `pruning.json`."""
+    assert report.masks is not None
+    tuned.model.save_pretrained(arguments.output)
+    tuned.tokenizer.save_pretrained(arguments.output)
+    report.masks.save(arguments.output)
+    record = {
+        "model": arguments.model,
+        "task": arguments.task,
+        "metric": tuned.metric,
+        "before": before,
+        "after": after,
+        "pruning": report.to_dict(),
+    }
+    (arguments.output / "pruning.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _show(
+    tuned: FineTuned, report: PruningReport, before: dict[str, float] | None, after: dict[str, float] | None
+) -> None:
+    """Print the metrics before and after, and the sparsity of each target."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if before is not None and after is not None:
+        table = Table(title=f"On {tuned.evaluated_on}", title_justify="left")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name in (tuned.metric, "eval_loss"):
+            table.add_row(name.removeprefix("eval_"), f"{before[name]:.4f}", f"{after[name]:.4f}")
+        console.print(table)
+    table = Table(title="Sparsity", title_justify="left", show_footer=True)
+    table.add_column("target", footer=f"all {report.num_weights:,} weights", overflow="fold")
+    table.add_column("pruned", footer=f"{report.sparsity:.2%}", justify="right")
+    for name, sparsity in report.sparsities.items():
+        table.add_row(Text(name), f"{sparsity:.2%}")
+    console.print(table)

@@ -1,0 +1,327 @@
+"""One-shot pruning of fine-tuned models compared: ``python scripts/prune_study.py STUDY.yaml --output benchmarks``.
+
+A study names a task, directories of models that were fine-tuned on it with several seeds, and ways to prune them:
+
+    name: prune-sst2-bert-tiny
+    task: {task: sst2, dataset_name: DATA}
+    models: {1: outputs/sst2-seed1, 2: outputs/sst2-seed2, 3: outputs/sst2-seed3}
+    sparsities: [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    recomputations: [1, 4, 16]
+    options: {num_grads: 512, block_size: 128}
+    contenders:
+      magnitude: {options: {method: magnitude}}
+      paper: {options: {selection: diagonal, update: sum}, grid: [{damping: 1e-5}, {damping: 1e-4}]}
+      ours: {options: {selection: greedy, update: joint}, grid: [{damping: 1e-5}, {damping: 1e-4}]}
+    tuning: {holdout_fraction: 0.02, sparsity: 0.8, recomputations: 4}
+
+Each contender's point of the grid is the one with the lowest loss on a held-out part of the *training* split, which
+gives no gradients, at one sparsity, for the first model: once with one gradient set, for ``recomputations: 1``,
+and once with the number in ``tuning``, for all others. Then every model is pruned to every sparsity, without training,
+and judged on the validation split, which nothing before has seen. With one gradient set, one set of costs serves all
+sparsities. With up to 8 recomputations each sparsity is reached from the dense model; with more, one path of that many
+sub-steps leads to the highest sparsity and stops at the others, which so had fewer.
+
+Results are kept in ``OUTPUT/NAME.jsonl`` and not computed again, so a study that was cut off goes on where it stopped.
+``--models 2`` does some of the models alone, in a process of its own. ``OUTPUT/NAME.md`` has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
+from mfac_hf.pruning.gradients import DataLoaderGradients
+from mfac_hf.pruning.substep import Proposal, magnitude_step, mfac_step, plan_groups
+from mfac_hf.tasks.fine_tuned import FineTuned, load_fine_tuned
+from mfac_hf.tasks.results import describe_run
+
+# with more recomputations, one path to the highest sparsity serves all
+FROM_DENSE = 8
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Compute what the study still lacks, write its table and return it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="YAML file of the study")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
+    parser.add_argument("--models", nargs="+", default=None, help="models to do now, by name (default: all)")
+    args = parser.parse_args(argv)
+    try:
+        study = load_study(args.study)
+        if unknown := set(args.models or []) - set(study["models"]):
+            raise ValueError(f"--models {' '.join(sorted(unknown))}: the study has {', '.join(study['models'])}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = Results(args.output / f"{study['name']}.jsonl", argv)
+    points = {
+        (name, count): tuned_point(study, name, count, results)
+        for name in study["contenders"]
+        for count in counts(study, name)
+    }
+    for model in args.models or study["models"]:
+        compare(study, model, points, results)
+    table = format_table(study, points, results.rows)
+    (args.output / f"{study['name']}.md").write_text(table)
+    print(table)
+    return table
+
+
+def load_study(path: Path) -> dict[str, Any]:
+    """Read a study; a ValueError names the first thing that is missing or wrong."""
+    study = yaml.safe_load(path.read_text())
+    for key in ("name", "task", "models", "sparsities", "recomputations", "contenders", "tuning"):
+        if key not in study:
+            raise ValueError(f"{path} has no {key!r}; the head of this script shows what a study looks like")
+    study["models"] = {str(name): os.path.expandvars(value) for name, value in study["models"].items()}
+    study["task"] = {
+        name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in study["task"].items()
+    }
+    study["sparsities"] = sorted(study["sparsities"])
+    for name, contender in study["contenders"].items():
+        contender["options"] = {**study.get("options", {}), **contender.get("options", {})}
+        contender["grid"] = [
+            {key: float(value) if key == "damping" else value for key, value in point.items()}
+            for point in contender.get("grid", [{}])
+        ]
+        for point in contender["grid"]:
+            try:
+                PruningOptions(**contender["options"], **point)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: contender {name!r}: {error}") from error
+    return study
+
+
+def counts(study: dict[str, Any], name: str) -> list[int]:
+    """Numbers of recomputations that make a difference to a contender."""
+    is_magnitude = study["contenders"][name]["options"].get("method") == "magnitude"
+    return [1] if is_magnitude else study["recomputations"]
+
+
+class Results:
+    """The lines of the study's log, by key."""
+
+    def __init__(self, log: Path, argv: Sequence[str] | None) -> None:
+        self.log, self.argv = log, argv
+        self.rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The line with this key, if there is one."""
+        return next((row for row in self.rows if row["key"] == key), None)
+
+    def add(self, key: dict[str, Any], row: dict[str, Any]) -> None:
+        """Keep a line, with what it takes to repeat it."""
+        self.rows.append({"key": key, **row, **describe_run(self.argv, torch.device("cpu"))})
+        with self.log.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        print(key, {name: row[name] for name in ("metric", "loss")}, flush=True)
+
+
+class Pruner:
+    """A fine-tuned model that is pruned again and again from its dense weights."""
+
+    def __init__(self, study: dict[str, Any], model: str, holdout_fraction: float | None = None) -> None:
+        self.task: FineTuned = load_fine_tuned(
+            study["models"][model], **study["task"], holdout_fraction=holdout_fraction
+        )
+        self.model = self.task.model
+        self.dense = copy.deepcopy(self.model.state_dict())
+
+    def restart(self) -> MaskSet:
+        """The dense model again, and masks that keep all of it."""
+        self.model.load_state_dict(self.dense)
+        return MaskSet.dense(self.model, find_targets(self.model))
+
+    def source(self, options: PruningOptions) -> DataLoaderGradients:
+        """The gradients that these options ask for."""
+        return DataLoaderGradients(self.task.loader(), batch_size=options.grad_batch_size, seed=options.seed)
+
+    def measure(self) -> dict[str, float]:
+        """Metric and loss of the model as it is now."""
+        metrics = self.task.evaluate()
+        return {"metric": metrics[self.task.metric], "loss": metrics["eval_loss"]}
+
+    def at_once(
+        self, sparsities: Sequence[float], options: PruningOptions, dampings: Sequence[float]
+    ) -> Iterator[tuple[Proposal, dict[str, Any]]]:
+        """Every sparsity and damping from one gradient set; the model is each proposal in turn."""
+        masks, started = self.restart(), time.perf_counter()
+        parameters = masks.parameters(self.model)
+        if options.method == "magnitude":
+            proposals = magnitude_step(parameters, masks, sparsities, options)
+        else:
+            assert options.block_size is not None
+            sizes = {name: weight.numel() for name, weight in parameters.items()}
+            proposals = mfac_step(
+                self.model,
+                parameters,
+                masks,
+                sparsities,
+                options,
+                source=self.source(options),
+                groups=plan_groups(sizes, options, self.model.device),
+                seed=options.seed * 10_007 + 1,
+                advance=lambda count: None,
+                dampings=dampings,
+            )
+        seconds = (time.perf_counter() - started) / len(proposals)
+        for proposal in proposals:
+            with torch.no_grad():
+                for name, values in proposal.weights.items():
+                    parameters[name].copy_(values.view_as(parameters[name]))
+            yield proposal, {"seconds": seconds, "predicted_loss_increase": proposal.predicted_loss_increase}
+
+    def in_substeps(
+        self, sparsities: Sequence[float], options: PruningOptions
+    ) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Every sparsity with recomputation; the model is at each in turn."""
+        source, masks = self.source(options), self.restart()
+        for sparsity, steps in substeps(sparsities, options.recomputations):
+            if options.recomputations <= FROM_DENSE:
+                masks = self.restart()
+            chosen = PruningOptions(
+                **{**vars(options), "recomputations": steps, "seed": options.seed + round(1000 * sparsity)}
+            )
+            report = prune_to(self.model, masks, source, sparsity, chosen, progress=False)
+            yield (
+                sparsity,
+                {
+                    "seconds": report.seconds,
+                    "predicted_loss_increase": report.predicted_loss_increase,
+                    "substeps": steps,
+                },
+            )
+
+
+def substeps(sparsities: Sequence[float], recomputations: int) -> list[tuple[float, int]]:
+    """Sub-steps to each sparsity: from the dense model, or on a path, geometric but for rounding, from the last.
+
+    >>> substeps([0.5, 0.9], 4)
+    [(0.5, 4), (0.9, 4)]
+    >>> substeps([0.5, 0.9], 16)
+    [(0.5, 5), (0.9, 11)]
+    """
+    if recomputations <= FROM_DENSE:
+        return [(sparsity, recomputations) for sparsity in sparsities]
+    last, done, path = math.log(1 - sparsities[-1]), 0, []
+    for sparsity in sparsities:
+        reached = max(done + 1, round(recomputations * math.log(1 - sparsity) / last))
+        path.append((sparsity, reached - done))
+        done = reached
+    return path
+
+
+def tuned_point(study: dict[str, Any], name: str, count: int, results: Results) -> dict[str, Any]:
+    """The point of a contender's grid with the lowest loss on held-out training examples."""
+    contender, tuning = study["contenders"][name], study["tuning"]
+    if len(contender["grid"]) == 1:
+        return contender["grid"][0]
+    tried = 1 if count == 1 else tuning["recomputations"]
+    model = next(iter(study["models"]))
+
+    def key(point: dict[str, Any]) -> dict[str, Any]:
+        return {"phase": "tuning", "contender": name, "recomputations": tried, "point": point}
+
+    missing = [point for point in contender["grid"] if results.find(**key(point)) is None]
+    pruner = Pruner(study, model, tuning["holdout_fraction"]) if missing else None
+    for point in missing:
+        if results.find(**key(point)) is not None:
+            continue  # came along with another point
+        assert pruner is not None
+        options = PruningOptions(**contender["options"], **point, recomputations=tried, seed=99)
+        if tried > 1:
+            for _, took in pruner.in_substeps([tuning["sparsity"]], options):
+                results.add(key(point), took | pruner.measure())
+            continue
+        # points that differ in the damping alone share their gradients
+        alike = [other for other in missing if other | {"damping": 0} == point | {"damping": 0}]
+        for proposal, took in pruner.at_once([tuning["sparsity"]], options, [other["damping"] for other in alike]):
+            results.add(key(point | {"damping": proposal.damping}), took | pruner.measure())
+    losses = [(results.find(**key(point)) or {}).get("loss", math.inf) for point in contender["grid"]]
+    return contender["grid"][
+        min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    ]
+
+
+def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any], results: Results) -> None:
+    """Prune one model in every way to every sparsity, and judge it on the validation split."""
+    pruner: Pruner | None = None
+    for (name, count), point in {("dense", 1): {}, **points}.items():
+        keys = {
+            sparsity: {
+                "phase": "result",
+                "model": model,
+                "contender": name,
+                "recomputations": count,
+                "sparsity": sparsity,
+            }
+            for sparsity in ([0.0] if name == "dense" else study["sparsities"])
+        }
+        if all(results.find(**key) for key in keys.values()):
+            continue
+        pruner = pruner or Pruner(study, model)
+        if name == "dense":
+            pruner.restart()
+            results.add(keys[0.0], {"point": {}, **pruner.measure()})
+            continue
+        options = PruningOptions(
+            **study["contenders"][name]["options"],
+            **point,
+            recomputations=count,
+            seed=list(study["models"]).index(model),
+        )
+        steps: Iterator[tuple[Any, dict[str, Any]]] = (
+            pruner.at_once(study["sparsities"], options, [])
+            if count == 1
+            else pruner.in_substeps(study["sparsities"], options)
+        )
+        for reached, took in steps:
+            sparsity = reached.target if isinstance(reached, Proposal) else reached
+            if results.find(**keys[sparsity]) is None:
+                results.add(keys[sparsity], {"point": point, **took, **pruner.measure()})
+
+
+def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown: mean ± standard deviation of the metric over the models."""
+    lines = [
+        f"# {study['name']}",
+        "",
+        f"{study['task']['task']}, models {', '.join(study['models'])}; pruned without training. Points chosen by the "
+        f"loss on a held-out {study['tuning']['holdout_fraction']:g} of the training split at "
+        f"{study['tuning']['sparsity']:.0%}; the table is on the validation split.",
+        "",
+        "| method | recomputations | chosen | " + " | ".join(f"{s:.0%}" for s in study["sparsities"]) + " |",
+        "| --- | --- | --- |" + " --- |" * len(study["sparsities"]),
+    ]
+    results = [row for row in rows if row["key"]["phase"] == "result"]
+    dense = [row["metric"] for row in results if row["key"]["contender"] == "dense"]
+    for (name, count), point in points.items():
+        mine = [r for r in results if (r["key"]["contender"], r["key"]["recomputations"]) == (name, count)]
+        cells = [_cell([row["metric"] for row in mine if row["key"]["sparsity"] == s]) for s in study["sparsities"]]
+        chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
+        lines.append(f"| {name} | {'' if not point else count} | {chosen} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Dense: {_cell(dense)}."]) + "\n"
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    values = [100 * value if abs(value) <= 1 else value for value in values]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
