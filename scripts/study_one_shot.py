@@ -51,11 +51,13 @@ class Method:
         family: methods that share a damping.
         options: of `PruningOptions`, without damping, seed and recomputations.
         recomputations: for each sparsity, from the dense model; or, by sparsity, from one to the next.
+        labels: ``"data"``, or ``"model"`` for gradients of labels that the model draws.
     """
 
     family: str
     options: Mapping[str, Any]
     recomputations: int | Mapping[float, int] = 1
+    labels: str = "data"
 
     @property
     def images(self) -> int:
@@ -70,15 +72,24 @@ METHODS = {
     "ours, 1 x 1024": Method("ours", {**_OURS, "num_grads": 1024, "grad_batch_size": 1}),
     "ours, 4 x 512": Method("ours", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 4),
     "ours, 8 x 512": Method("ours", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 8),
+    "ours, model's labels, 1 x 1024": Method(
+        "model's labels", {**_OURS, "num_grads": 1024, "grad_batch_size": 1}, labels="model"
+    ),
+    "ours, model's labels, 4 x 512": Method(
+        "model's labels", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 4, labels="model"
+    ),
+    "ours, model's labels, 8 x 512": Method(
+        "model's labels", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 8, labels="model"
+    ),
     "ours, 16 x 1000": Method("ours", {**_OURS, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
     "ours, 16 x 64 batches": Method("ours, batches", _BATCHES, _PATH),
 }
-# by family: options at which the damping is chosen, and its candidates. A gradient of one image is some 30 times as
-# large, squared, as one of 32 images.
+# by family: what the damping is chosen with, at 80 %, and its candidates
 TUNING = {
-    "paper": (_PAPER, (1e-6, 1e-5, 1e-4)),
-    "ours": ({**_OURS, "num_grads": 512, "grad_batch_size": 1}, (1e-5, 1e-4, 1e-3)),
-    "ours, batches": (_BATCHES, (1e-6, 1e-5, 1e-4)),
+    "paper": (Method("paper", _PAPER, 4), (1e-6, 1e-5, 1e-4)),
+    "ours": (METHODS["ours, 4 x 512"], (1e-6, 1e-5, 1e-4)),
+    "model's labels": (METHODS["ours, model's labels, 4 x 512"], (1e-6, 1e-5, 1e-4)),
+    "ours, batches": (Method("ours, batches", _BATCHES, 4), (1e-6, 1e-5, 1e-4)),
 }
 
 
@@ -119,10 +130,11 @@ class Study:
             file.write(json.dumps(self.rows[-1]) + "\n")
         print(key, {name: value for name, value in row.items() if "accuracy" in name}, flush=True)
 
-    def prune(self, masks: MaskSet, sparsity: float, options: PruningOptions) -> dict[str, Any]:
+    def prune(self, masks: MaskSet, sparsity: float, options: PruningOptions, labels: str) -> dict[str, Any]:
         """One pruning step; what it took."""
+        loss = self.run.sampled_loss if labels == "model" else self.run.loss
         source = DataLoaderGradients(
-            self.run.gradient_loader(), loss_fn=self.run.loss, batch_size=options.grad_batch_size, seed=options.seed
+            self.run.gradient_loader(), loss_fn=loss, batch_size=options.grad_batch_size, seed=options.seed
         )
         report = prune_to(self.run.bare_model, masks, source, sparsity, options, progress=False)
         return {"seconds": report.seconds, "predicted_loss_increase": report.predicted_loss_increase}
@@ -131,12 +143,14 @@ class Study:
         """The damping of a family with the best accuracy on the tuning images; tried now if that is not done yet."""
         if family not in TUNING:
             return 1e-5  # magnitude pruning has none
-        options, candidates = TUNING[family]
+        method, candidates = TUNING[family]
         for damping in candidates:
             key = {"phase": "tuning", "family": family, "damping": damping}
             if self.find(**key) is None:
-                chosen = PruningOptions(damping=damping, seed=99, recomputations=4, **options)
-                took = self.prune(self.restart(), 0.8, chosen)
+                options = PruningOptions(
+                    damping=damping, seed=99, recomputations=method.recomputations, **method.options
+                )
+                took = self.prune(self.restart(), 0.8, options, method.labels)
                 self.add(key, {"accuracy": self.run.evaluate(self.tuning), **took})
         return max(candidates, key=lambda d: self.find(phase="tuning", family=family, damping=d)["accuracy"])
 
@@ -157,7 +171,7 @@ class Study:
             options = PruningOptions(
                 damping=damping, seed=seed + round(1000 * sparsity), recomputations=count, **method.options
             )
-            took = self.prune(masks, sparsity, options)
+            took = self.prune(masks, sparsity, options, method.labels)
             images += count * method.images
             if self.find(**keys[sparsity]) is None:
                 self.add(keys[sparsity], {"damping": damping, "images": images, **took, **self.measure(seed)})

@@ -21,7 +21,7 @@ def run(tmp_path, monkeypatch):
     """The study on digits with two small methods."""
     for name, value in {"NUM_HELD_OUT": 128, "NUM_TUNING": 64, "NUM_BN": 128}.items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(study, "TUNING", {"paper": (SMALL, (1e-5, 1e-3))})
+    monkeypatch.setattr(study, "TUNING", {"paper": (study.Method("paper", SMALL, 1), (1e-5, 1e-3))})
     monkeypatch.setattr(
         study,
         "METHODS",
