@@ -38,19 +38,23 @@ def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_o
             f"the facts of the card lack {', '.join(lacking)}; make them with collect or mfac card"
         )
     run, sparse = facts["runs"][0], facts["sparse"]
+    dataset = (run["dataset"] or {}).get("id")
+    tags = ["mfac_hf"]
+    if sparse:
+        tags += ["sparse", "pruned"]
+    if uses_mfac := _uses_mfac(run):
+        tags += ["m-fac", "arxiv:2107.03356"]
     data = ModelCardData(
         model_name=facts["name"],
         eval_results=_eval_results(facts) or None,
         library_name=facts["model"]["library"],
         pipeline_tag=facts["model"]["task"],
         license=facts.get("license"),
-        language="en"
-        if str((run["dataset"] or {}).get("id")).startswith(("nyu-mll/glue", "rajpurkar/squad"))
-        else None,
-        datasets=(run["dataset"] or {}).get("id"),
+        language="en" if str(dataset).startswith(("nyu-mll/glue", "rajpurkar/squad")) else None,
+        datasets=dataset if dataset and "/" in dataset else None,
         base_model=facts.get("base_model"),
         metrics=sorted({_metric_id(name) for name in run["metrics"]}),
-        tags=["mfac_hf", "m-fac", "arxiv:2107.03356", *(["sparse", "pruned"] if sparse else [])],
+        tags=tags,
     )
     words = {
         "title": facts["name"],
@@ -67,10 +71,17 @@ def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_o
         "commands": [_command(r) for r in facts["runs"]],
         "environment": _environment(run),
         "caveats": "\n".join(f"- {text}" for text in facts.get("caveats") or ["None were given with the results."]),
+        "uses_mfac": uses_mfac,
         "version": facts["mfac_hf"],
     }
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), **words)
     return ModelCard(str(card))  # parsed back: what the Hub would refuse fails here
+
+
+def _uses_mfac(run: Mapping[str, Any]) -> bool:
+    """Whether M-FAC trained the model or chose what to prune."""
+    options = (run["pruning"] or {}).get("options", {})
+    return run["optimizer"]["name"] == "M-FAC" or "mfac" in (options.get("method"), options.get("pruner"))
 
 
 def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:

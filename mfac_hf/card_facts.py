@@ -23,7 +23,7 @@ from torch import nn
 from mfac_hf import __version__
 from mfac_hf.cli.env import cpu_name
 from mfac_hf.runs import MissingResultsError, read_run
-from mfac_hf.sparse import SPARSE_FILE, dense_files, save_sparse
+from mfac_hf.sparse import SPARSE_FILE, dense_files, distinct, save_sparse
 from mfac_hf.sparse_inference import SparseLinear, to_sparse_inference
 from mfac_hf.weights import describe_weights
 
@@ -195,7 +195,8 @@ def _file_sizes(model: nn.Module | Source, sparse: bool) -> dict[str, int]:
     """Bytes of the weight files, the sparse one as it would be written now."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, nn.Module):
-            sizes = {"model.safetensors": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
+            tensors = distinct(model.state_dict())[0].values()
+            sizes = {"model.safetensors": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
         else:
             try:
                 sizes = {path.name: path.stat().st_size for path in dense_files(model)}

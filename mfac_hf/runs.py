@@ -171,10 +171,7 @@ def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> d
         "task": "image-classification",
         "split": "test",
         "metrics": {"accuracy": row["accuracy_bn" if anew else "accuracy"]},
-        "dataset": {
-            "id": _VISION.get(Path(str(arguments.get("dataset"))).name, arguments.get("dataset")),
-            "source": arguments.get("dataset"),
-        },
+        "dataset": _vision_dataset(str(arguments.get("dataset"))),
         "base_model": arguments.get("checkpoint"),
         "optimizer": _vision_optimizer(arguments),
         "training": {
@@ -186,6 +183,12 @@ def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> d
         "dense_metrics": {"accuracy": first["accuracy"]} if first.get("event") == "initial" else None,
         "seed": arguments.get("seed"),
     }
+
+
+def _vision_dataset(source: str) -> dict[str, Any]:
+    """A folder called like a known data set is taken for a copy of it; of any other the last part is its name."""
+    name = Path(source).name
+    return {"id": _VISION.get(name, name), "source": source}
 
 
 def _vision_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any] | None:

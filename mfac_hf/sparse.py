@@ -66,7 +66,7 @@ def save_sparse(
             f"{directory} already holds {DENSE_FILE}, which from_pretrained would go on loading in place of the "
             "sparse file: remove it or choose another directory"
         )
-    state, tied = _distinct(model.state_dict())
+    state, tied = distinct(model.state_dict())
     directory.mkdir(parents=True, exist_ok=True)
     write_sparse(path, iter(state.items()), tied)
     if sparse_only:
@@ -129,8 +129,8 @@ def _read_shards(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, each once, and the further names of those that have several."""
+def distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a state dict, each once, and the further names of those that have several."""
     first: dict[Any, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -220,7 +220,7 @@ def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
 def _fill(model: Model, file: SparseFile) -> Model:
     """Copy the weights of a file into a model that has exactly these."""
     state = model.state_dict()
-    _, shared = _distinct(state)
+    _, shared = distinct(state)
     names = {**{name: name for name in file.records}, **file.tied}
     # a tied tensor needs one of its names in the file
     held = {shared.get(name, name) for name in names if name in state}

@@ -119,6 +119,10 @@ def test_vision_model():
     assert "| sparse | accuracy | 85.00 |" in text and "| dense | accuracy | 90.00 |" in text
     assert "| 1 | 0.5 |" in text or "after 0 epochs" in text
     assert "trained with SGD from `rn20.pth`" in text
+    assert "m-fac" in build_card(facts).data.tags and "title = {{M-FAC}" in text, "M-FAC chose what to prune"
+    facts["runs"][0]["pruning"]["options"]["pruner"] = "mag"
+    other = build_card(facts)
+    assert "m-fac" not in other.data.tags and "Citation" not in str(other)
 
 
 def test_missing_results_are_refused(facts, bert, tmp_path):  # noqa: F811
