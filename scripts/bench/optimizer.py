@@ -52,6 +52,8 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
         readers = read_kernels(buffer_MD)
         times: dict[str, list[float]] = {key: [] for key in (*contenders, *readers)}
         for _ in range(rounds + 1):
+            # A gradient of its own for each round: copies of one in the window would ask for float64 arithmetic.
+            parameter.grad.normal_()
             for key, run in (contenders | readers).items():
                 times[key].append(seconds(run, device))
         medians = {key: statistics.median(values[1:]) for key, values in times.items()}
