@@ -185,6 +185,10 @@ def load_model(directory: Source, path: str) -> nn.Module:
 
     kind = import_class(path)
     if [file.name for file in find_weights(directory)] == [SPARSE_FILE]:
+        if not hasattr(kind, "config_class"):
+            raise ValueError(
+                f"{path} cannot be built from {directory}, which has the sparse file alone: add the dense one"
+            )
         config = kind.config_class.from_pretrained(directory)
         return load_sparse(directory, kind(config)).eval()
     model: nn.Module = kind.from_pretrained(directory).eval()

@@ -64,13 +64,12 @@ def _weights(model: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, T
     if isinstance(model, nn.Module):
         yield from model.named_parameters()
         return
-    sparse = Path(model) / SPARSE_FILE
-    if sparse.is_file():
-        file = SparseFile(sparse)
+    if find_weights(model) == [Path(model) / SPARSE_FILE]:
+        file = SparseFile(Path(model) / SPARSE_FILE)
         for name in file.records:
             yield name, file.read(name)
         return
-    yield from read_tensors(model)
+    yield from read_tensors(model)  # also beside a sparse file, which may be older
 
 
 def _targets(model: nn.Module | str | os.PathLike[str]) -> set[str] | None:

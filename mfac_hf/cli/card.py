@@ -37,7 +37,14 @@ def add_fact_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say where the facts of a card come from."""
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="results.json of each seed")
     parser.add_argument("--dense", type=Path, nargs="+", default=[], metavar="FILE", help="the same before pruning")
-    parser.add_argument("--caveats", type=Path, help="YAML list of sentences about data and weights")
+    parser.add_argument(
+        "--caveats",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML lists of sentences on data and weights",
+    )
     parser.add_argument("--license", help="licence identifier of the weights, such as apache-2.0")
     parser.add_argument("--name", help="the model's name (default: the directory's)")
     parser.add_argument("--model_class", help="package.module.Class, where config.json does not name a class")
@@ -77,17 +84,15 @@ def collect_facts(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
         dense=arguments.dense,
         name=arguments.name,
         model_class=arguments.model_class,
-        caveats=_read_caveats(arguments.caveats),
+        caveats=[text for path in arguments.caveats for text in _read_caveats(path)],
         license=arguments.license,
         latency=not arguments.no_latency,
     )
 
 
-def _read_caveats(path: Path | None) -> list[str]:
+def _read_caveats(path: Path) -> list[str]:
     import yaml  # type: ignore[import-untyped]
 
-    if path is None:
-        return []
     caveats = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(caveats, list) or not all(isinstance(text, str) for text in caveats):
         raise CommandError(f"--caveats {path}: expected a YAML list of sentences")

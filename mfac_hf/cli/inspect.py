@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show the sparsity of each layer of a model",
-        description="Show sizes, encodings and the sparsity of each layer of a model directory or a repository.",
+        description="Show file sizes and the sparsity of each layer of a model directory or a repository.",
     )
     inspect.add_argument("model", help="directory with a model, or its name on the Hub")
     inspect.add_argument("--revision", help="branch, tag or commit on the Hub")
