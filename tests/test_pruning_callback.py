@@ -28,6 +28,12 @@ class Witness(TrainerCallback):
         assert found == round(self.sparsities[-1] * masks.numel), "no kept weight is zero by chance"
         self.seen[where] += 1
 
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        assert all(not gradients[name][~keep].any() for name, keep in self.pruning.masks.items()), (
+            "clipping sees these"
+        )
+
     def on_step_end(self, args, state, control, model, **kwargs):
         self.sparsities.append(self.pruning.sparsity)
         self.look("step", model.state_dict())
