@@ -64,6 +64,9 @@ def prune(rank, directory):
             results.append((model, masks, report))
             seen = []
             source.collect(model, find_targets(model), 9, 0, lambda name, rows, seen=seen: seen.append(len(rows)))
+            if group is not None:
+                with pytest.raises(ValueError, match="1 gradients for 2 ranks"):
+                    source.check(1)
             assert sum(seen) == len(masks) * (9 if group is None else 4 + rank), "the work is shared"
         (shared, shared_masks, report), (alone, alone_masks, alone_report) = results
         assert_ranks_agree(shared.parameters())

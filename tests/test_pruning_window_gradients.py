@@ -55,7 +55,10 @@ def test_a_window_that_holds_too_few_is_refused():
         source.check_at_step(3, 2)
 
 
-def test_other_optimizers_are_refused():
+def test_other_optimizers_are_refused(monkeypatch):
     model = nn.Linear(3, 5)
     with pytest.raises(ValueError, match="needs MFAC as the optimizer, not AdamW"):
         WindowGradients(torch.optim.AdamW(model.parameters()), None)
+    monkeypatch.setattr(MFAC, "shares_window", True)
+    with pytest.raises(ValueError, match="ranks share it"):
+        WindowGradients(MFAC(model.parameters()), None)
