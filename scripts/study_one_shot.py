@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Subset
 
 from mfac_hf.pruning.gradients import DataLoaderGradients
@@ -31,7 +30,7 @@ from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.oneshot import prune_to
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.tasks.results import describe_run
-from mfac_hf.tasks.vision_arguments import VisionArguments, build_run, prunable
+from mfac_hf.tasks.vision_arguments import VisionArguments, build_run, prunable, split_images
 from mfac_hf.tasks.vision_run import VisionRun
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -99,15 +98,9 @@ class Study:
     def __init__(self, run: VisionRun, log: Path, header: Mapping[str, Any]) -> None:
         self.run, self.log, self.header = run, log, dict(header)
         self.dense = copy.deepcopy(run.bare_model.state_dict())
-        order = torch.randperm(len(run.data.train), generator=torch.Generator().manual_seed(2024)).tolist()
-        held_out, tuning, rest = (
-            Subset(run.data.train, part)
-            for part in (
-                order[:NUM_HELD_OUT],
-                order[NUM_HELD_OUT : NUM_HELD_OUT + NUM_TUNING],
-                order[NUM_HELD_OUT + NUM_TUNING :],
-            )
-        )
+        others, rest = split_images(run.data.train, NUM_HELD_OUT + NUM_TUNING, 2024)
+        held_out = Subset(others, range(NUM_HELD_OUT))
+        tuning = Subset(others, range(NUM_HELD_OUT, NUM_HELD_OUT + NUM_TUNING))
         run.data = dataclasses.replace(run.data, train=rest)
         run.train_loader = run.loader(rest, 128, shuffle=True)
         self.held_out, self.tuning = run.loader(held_out, 128), run.loader(tuning, 128)

@@ -49,6 +49,20 @@ def test_a_checkpoint_that_is_known_brings_its_normalisation(shared_data, suffix
         assert read_checkpoint(folder / f"{name}{suffix.replace('.pth.tar', '.th')}").normalization == "imagenet"
 
 
+def test_held_out_images_are_the_same_for_every_seed_and_never_trained_on():
+    def runs(seed):
+        run, _ = build_run(VisionArguments("resnet20", holdout=300, train_images=500, seed=seed, progress=False))
+        held_out, trained = (
+            split.__getitems__(range(len(split)))[0].flatten(1) for split in (run.data.test, run.data.train)
+        )
+        return held_out, trained
+
+    (held_out, trained), (again, other) = runs(0), runs(1)
+    assert len(held_out) == 300 and len(trained) == 500
+    assert torch.equal(held_out, again) and not torch.equal(trained, other)
+    assert not set(map(tuple, held_out.tolist())) & set(map(tuple, trained.tolist()))
+
+
 def test_a_seed_decides_fresh_weights_and_the_images_chosen():
     def weights(seed):
         run, checkpoint = build_run(VisionArguments("resnet20", train_images=200, seed=seed, progress=False))

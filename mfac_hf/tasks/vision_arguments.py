@@ -29,7 +29,11 @@ __all__ = [
     "prunable",
     "set_learning_rate",
     "sparse_masks",
+    "split_images",
 ]
+
+
+_HOLDOUT_SEED = 2024  # one for all runs: what was tuned on must stay out of all of them
 
 
 def flag(default: Any, text: str, *aliases: str) -> Any:
@@ -56,6 +60,10 @@ class VisionArguments:
     )
     augment: bool = flag(True, "Random crops and, but for digits, mirror images.")
     train_images: int | None = flag(None, "Train on so many images only, chosen by --seed.")
+    holdout: int | None = flag(
+        None,
+        "For tuning: evaluate on so many training images, always the same, and neither train nor prune with them.",
+    )
     batchsize: int = flag(128, "Images in a batch, over all processes.")
     nworkers: int | None = flag(None, "Processes that read images; none are needed for images in memory.")
     weightdecay: float = flag(0.0, "Coupled weight decay.")
@@ -86,11 +94,12 @@ def build_run(args: VisionArguments) -> tuple[VisionRun, Checkpoint | None]:
     """
     checkpoint = None if args.checkpoint is None else read_checkpoint(args.checkpoint)
     data = load_vision(args.dataset, seed=args.seed)
+    if args.holdout is not None:
+        held_out, rest = split_images(data.train, args.holdout, _HOLDOUT_SEED, "--holdout")
+        data = dataclasses.replace(data, train=rest, test=held_out)
     if args.train_images is not None:
-        if not 1 <= args.train_images <= len(data.train):
-            raise ValueError(f"--train_images {args.train_images}: expected 1 to {len(data.train)}, the data set's")
-        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
-        data = dataclasses.replace(data, train=Subset(data.train, order[: args.train_images].tolist()))
+        chosen, _ = split_images(data.train, args.train_images, args.seed, "--train_images")
+        data = dataclasses.replace(data, train=chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = create_model(
@@ -111,6 +120,24 @@ def build_run(args: VisionArguments) -> tuple[VisionRun, Checkpoint | None]:
         progress=args.progress,
     )
     return run, checkpoint
+
+
+def split_images(images: Any, count: int, seed: int, name: str = "count") -> tuple[Any, Any]:
+    """Divide images at random: so many, and the rest.
+
+    Args:
+        images: a split.
+        count: images of the first part, from 1 to all of them.
+        seed: of the choice.
+        name: what an error calls the count.
+
+    Raises:
+        ValueError: the count is out of range.
+    """
+    if not 1 <= count <= len(images):
+        raise ValueError(f"{name} {count}: expected 1 to {len(images)}, the training images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(images, order[:count]), Subset(images, order[count:])
 
 
 def masks_of(checkpoint: Checkpoint, model: nn.Module) -> MaskSet | None:

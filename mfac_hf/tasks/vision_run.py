@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from mfac_hf.tasks.vision import FolderImages, VisionData, whole_batch
 from mfac_hf.tasks.vision_preprocess import GradientImages, Preprocess
@@ -62,7 +62,9 @@ class VisionRun:
         self.accelerator = Accelerator(dataloader_config=configuration)
         set_seed(seed)
         self.data, self.preprocess, self.seed, self.augment, self.progress = data, preprocess, seed, augment, progress
-        self._train_images = getattr(data.train, "dataset", data.train)  # what a Subset is taken from
+        self._train_images = data.train
+        while isinstance(self._train_images, Subset):
+            self._train_images = self._train_images.dataset
         if num_workers is None:
             num_workers = min(8, os.cpu_count() or 1) if isinstance(self._train_images, FolderImages) else 0
         self._workers = num_workers

@@ -1,0 +1,144 @@
+r"""SGD, Adam and M-FAC on a part of CIFAR-10, tuned equally: ``python scripts/study_training.py --dataset cifar10``.
+
+Every optimizer gets the same number of learning rates, each tried once and judged on 2,000 training images that are
+not trained on; the best is then run with every seed and judged on the test images, by epoch and by second. Everything
+else is the same for all. ``--checkpoint FILE --sparse`` compares them on the survivors of a pruned model.
+
+Each run is a line of ``OUTPUT/NAME.jsonl`` and is not repeated; ``NAME.md`` has the table and ``NAME.png`` the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_vision
+
+from mfac_hf.tasks.results import describe_run
+
+# The values that M-FAC does not tune here were the best of few tries on the demo's task (benchmarks/README.md).
+GRIDS: dict[str, tuple[list[str], list[float]]] = {
+    "sgd": (["--optim", "sgd", "--momentum", "0.9", "--weightdecay", "5e-4"], [0.03, 0.1, 0.2, 0.4]),
+    "adam": (["--optim", "adam"], [5e-4, 1e-3, 3e-3, 1e-2]),
+    "mfac": (
+        "--optim mfac --ngrads 256 --damping 1e-3 --grad_decay 0.9 --normalize count --weightdecay 5e-4".split(),
+        [1e-3, 3e-3, 1e-2, 3e-2],
+    ),
+}
+NUM_TUNING = 2_000
+
+
+class Study:
+    """The runs so far, and what all of them share."""
+
+    def __init__(self, shared: Sequence[str], log: Path) -> None:
+        self.shared, self.log = list(shared), log
+        self.runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def run(self, optimizer: str, phase: str, lr: float, seed: int) -> dict[str, Any]:
+        """Train once, unless that was done."""
+        flags = [*self.shared, *GRIDS[optimizer][0], "--lr", f"{lr:g}", "--seed", str(seed)]
+        if phase == "tuning":
+            flags += ["--holdout", str(NUM_TUNING)]
+        key = {"optimizer": optimizer, "phase": phase, "lr": lr, "seed": seed, "flags": flags}
+        for run in self.runs:
+            if run["key"] == key:
+                return run
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                rows = train_vision.main([*flags, "--progress", "false", "--save", f"{folder}/model.pth"])
+            except FloatingPointError as error:  # a learning rate that is too large is a result, the worst
+                print(f"{optimizer} {lr:g}: {error}")
+                rows = []
+        found = {"key": key, "rows": rows, **describe_run(None, torch.device("cpu"))}
+        self.runs.append(found)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        return found
+
+    def compare(self, optimizer: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """The final runs of an optimizer at its best learning rate."""
+        tried = [(accuracy(self.run(optimizer, "tuning", lr, 0)), lr) for lr in GRIDS[optimizer][1]]
+        return [self.run(optimizer, "final", max(tried)[1], seed) for seed in seeds]
+
+
+def accuracy(run: Mapping[str, Any]) -> float:
+    """Accuracy after the last epoch; 0 for a run that diverged."""
+    return run["rows"][-1]["accuracy"] if run["rows"] else 0.0
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Test accuracy of each optimizer as Markdown."""
+    lines = ["| optimizer | lr | accuracy | each seed | s / epoch |", "| --- | --- | --- | --- | --- |"]
+    for name, runs in results.items():
+        values = [100 * accuracy(run) for run in runs]
+        seconds = statistics.mean(row["seconds"] for run in runs for row in run["rows"])
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        each = ", ".join(f"{value:.1f}" for value in values)
+        mean = f"{statistics.mean(values):.1f}{spread}"
+        lines.append(f"| {name} | {runs[0]['key']['lr']:g} | {mean} | {each} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Accuracy by epoch and by second of training, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install 'mfac_hf[plots]')")
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_epoch, by_second = figure.subplots(1, 2, sharey=True)
+    for number, (name, runs) in enumerate(results.items()):
+        for run in runs:
+            seconds, spent = [], 0.0
+            for row in run["rows"]:
+                spent += row["seconds"]
+                seconds.append(spent)
+            values = [row["accuracy"] for row in run["rows"]]
+            label = name if run is runs[0] else None
+            by_epoch.plot(range(1, len(values) + 1), values, color=f"C{number}", label=label)
+            by_second.plot(seconds, values, color=f"C{number}")
+    by_epoch.set(xlabel="epoch", ylabel="test accuracy")
+    by_second.set(xlabel="seconds of training")
+    by_epoch.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Run what is missing, and return the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--nepochs", type=int, default=10)
+    parser.add_argument("--train_images", type=int, default=10_000)
+    parser.add_argument("--checkpoint", default=None, help="weights to start from")
+    parser.add_argument("--sparse", action="store_true", help="train the survivors of a pruned checkpoint")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--name", default="training-resnet20", help="of the files")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
+    args = parser.parse_args(argv)
+    shared = ["--model", args.model, "--dataset", args.dataset]
+    shared += ["--nepochs", str(args.nepochs), "--train_images", str(args.train_images)]
+    shared += [] if args.checkpoint is None else ["--checkpoint", args.checkpoint]
+    shared += ["--sparse"] if args.sparse else []
+    study = Study(shared, args.output / f"{args.name}.jsonl")
+    results = {optimizer: study.compare(optimizer, args.seeds) for optimizer in args.optimizers}
+    text = table(results)
+    (args.output / f"{args.name}.md").write_text(text)
+    draw(results, args.output / f"{args.name}.png")
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
