@@ -42,8 +42,9 @@ import torch
 import yaml
 
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
+from mfac_hf.pruning.damping import Proposal, write_weights
 from mfac_hf.pruning.gradients import DataLoaderGradients
-from mfac_hf.pruning.substep import Proposal, magnitude_step, mfac_step, plan_groups
+from mfac_hf.pruning.substep import magnitude_step, mfac_step, plan_groups
 from mfac_hf.tasks.fine_tuned import FineTuned, load_fine_tuned
 from mfac_hf.tasks.results import describe_run
 
@@ -179,8 +180,7 @@ class Pruner:
         seconds = (time.perf_counter() - started) / len(proposals)
         for proposal in proposals:
             with torch.no_grad():
-                for name, values in proposal.weights.items():
-                    parameters[name].copy_(values.view_as(parameters[name]))
+                write_weights(parameters, proposal.weights)
             yield proposal, {"seconds": seconds, "predicted_loss_increase": proposal.predicted_loss_increase}
 
     def in_substeps(

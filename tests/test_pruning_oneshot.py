@@ -226,19 +226,30 @@ def test_second_order_pruning_harms_less_than_magnitude(model, trained):
 
 
 def test_automatic_damping_takes_the_lowest_held_out_loss(model, trained):
-    report = one_shot(model, 0.7, damping="auto", loss_samples=24, recomputations=2)
-    for step in report.steps:
-        tried = {entry["damping"]: entry["loss"] for entry in step["damping_losses"]}
-        assert len(tried) == 5 and step["damping"] == min(tried, key=tried.get)
-        assert len(set(tried.values())) > 1
-    # the model is that of the last choice, not of the last trial
-    chosen = min(entry["loss"] for entry in report.steps[-1]["damping_losses"])
-    assert report.loss_after == chosen
-    model.load_state_dict(trained)
-    fixed = one_shot(
-        model, report.steps[0]["sparsity"], damping=report.steps[0]["damping"], loss_samples=24, recomputations=1
-    )
-    assert fixed.loss_after == pytest.approx(min(e["loss"] for e in report.steps[0]["damping_losses"]), rel=1e-4)
+    report = one_shot(model, 0.7, damping="auto", loss_samples=24, recomputations=1)
+    tried = {entry["damping"]: entry["loss"] for entry in report.steps[0]["damping_losses"]}
+    assert len(tried) == 5 == len(set(tried.values()))
+    assert report.steps[0]["damping"] == min(tried, key=tried.get)
+    assert report.loss_after == min(tried.values())  # the model is that of the choice, not of the last trial
+    for damping, loss in tried.items():
+        model.load_state_dict(trained)
+        fixed = one_shot(model, 0.7, damping=damping, loss_samples=24, recomputations=1)
+        assert fixed.loss_after == pytest.approx(loss, rel=1e-4)
+
+
+def test_later_substeps_keep_the_damping_relative_to_their_gradients(model):
+    masks, source = MaskSet.dense(model, find_targets(model)), Spy(loss_samples=24)
+    options = PruningOptions(num_grads=16, block_size=8, damping="auto", recomputations=3)
+    report = prune_to(model, masks, source, 0.9, options, progress=False)
+    relative = []
+    for step, (rows, weights_) in zip(report.steps, source.collections, strict=True):
+        kept = {name: (weights_[name] != 0).flatten() for name in masks}
+        squares = torch.cat([torch.cat(parts)[:, kept[name]].flatten() for name, parts in rows.items()]).square()
+        relative.append(step["damping"] / float(squares.mean()))
+    assert relative[0] == pytest.approx(min((1e-3, 1e-2, 1e-1, 1, 10), key=lambda value: abs(value - relative[0])))
+    assert relative == pytest.approx([relative[0]] * 3, rel=1e-4)
+    assert [len(step["damping_losses"]) for step in report.steps] == [5, 0, 0]
+    assert len({step["damping"] for step in report.steps}) == 3
 
 
 def test_automatic_damping_holds_examples_out_by_itself():

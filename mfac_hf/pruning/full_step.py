@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mfac_hf.fisher.full import FullFisher
 from mfac_hf.memory import GIB, available_bytes
 from mfac_hf.pruning import obs
+from mfac_hf.pruning.damping import Proposal
 from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
-from mfac_hf.pruning.substep import Proposal
 
 __all__ = ["full_step"]
 

@@ -11,7 +11,6 @@ Each collects new gradients of the weights that are left, removes the cheapest a
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
+from mfac_hf.pruning.damping import SWEEP, best_proposal, write_weights
 from mfac_hf.pruning.full_step import full_step
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
 from mfac_hf.pruning.patterns import Pattern
-from mfac_hf.pruning.substep import Proposal, magnitude_step, mfac_step, plan_groups
+from mfac_hf.pruning.substep import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.targets import find_targets
 
 __all__ = ["check_targets", "prune_one_shot", "prune_to", "substep_sparsity"]
@@ -173,7 +173,9 @@ def prune_to(
     passes = 2 if len(groups) > 1 else 1
     with _all_or_nothing(parameters), torch.no_grad():
         report.loss_before = _loss(source, model, options)
-        for number, target in enumerate(_substeps(masks, sparsity, options), 1):
+        targets = list(_substeps(masks, sparsity, options))
+        relative_dampings: Sequence[float] = SWEEP
+        for number, target in enumerate(targets, 1):
             begun = time.perf_counter()
             if options.method == "magnitude":
                 proposals = magnitude_step(parameters, new, [target], options)
@@ -192,11 +194,24 @@ def prune_to(
                         proposals = [step]
                     else:
                         proposals = mfac_step(
-                            model, parameters, new, [target], options, **sources, groups=groups, advance=bar.update
+                            model,
+                            parameters,
+                            new,
+                            # A sweep is judged where dampings differ most: if these gradients had to do for all.
+                            [target]
+                            if len(relative_dampings) == 1 or target == targets[-1]
+                            else [target, targets[-1]],
+                            options,
+                            **sources,
+                            groups=groups,
+                            advance=bar.update,
+                            relative_dampings=relative_dampings,
                         )
-            chosen, losses = _best(model, parameters, proposals, source)
+            chosen, losses = best_proposal(model, parameters, proposals, source)
+            if chosen.relative_damping is not None:
+                relative_dampings = (chosen.relative_damping,)
             follow_first_rank(chosen.weights, chosen.keep, process_group)
-            _write(parameters, chosen.weights)
+            write_weights(parameters, chosen.weights)
             new.update({name: keep.view_as(new[name]) for name, keep in chosen.keep.items()})
             report.steps.append(
                 {
@@ -279,33 +294,6 @@ def _loss(source: GradientSource | None, model: nn.Module, options: PruningOptio
     if loss is None and options.method == "mfac" and options.damping == "auto":
         raise ValueError("damping='auto' is judged on held-out examples, and this source of gradients has none")
     return loss
-
-
-def _best(
-    model: nn.Module, parameters: dict[str, nn.Parameter], proposals: list[Proposal], source: GradientSource | None
-) -> tuple[Proposal, list[dict[str, float | None]]]:
-    """The proposal with the lowest held-out loss, and all of these losses; the model is left as the last would be."""
-    if len(proposals) == 1:
-        return proposals[0], []
-    assert source is not None
-    losses = []
-    for proposal in proposals:
-        _write(parameters, proposal.weights)
-        loss = source.loss(model)
-        losses.append(loss if loss is not None and math.isfinite(loss) else math.inf)
-    best = min(range(len(losses)), key=losses.__getitem__)
-    shown = [
-        {"damping": proposal.damping, "loss": loss if math.isfinite(loss) else None}
-        for proposal, loss in zip(proposals, losses, strict=True)
-    ]
-    return proposals[best], shown
-
-
-def _write(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
-    if wrong := [name for name, values in weights.items() if not bool(torch.isfinite(values).all())]:
-        raise FloatingPointError(f"the new weights of {wrong[0]} are not finite: raise the damping")
-    for name, values in weights.items():
-        parameters[name].copy_(values.view_as(parameters[name]))
 
 
 @contextmanager

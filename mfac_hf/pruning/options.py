@@ -25,8 +25,9 @@ class PruningOptions:
         block_size: B, weights of a block of the Fisher; None for one Fisher of all targets together, for which
             selection is ``"diagonal"`` and the gradients are kept in host memory.
         damping: added to the Fisher's diagonal, in units of a squared gradient entry; it has to scale with the
-            gradients, and those of single examples are larger than those of batches. ``"auto"`` tries several and
-            keeps the one with the lowest loss on ``loss_samples`` held-out examples.
+            gradients, and those of single examples are larger than those of batches. ``"auto"`` tries several in
+            the first sub-step and keeps, relative to the gradients, the one with which these alone would lead to the
+            lowest loss on ``loss_samples`` held-out examples.
         recomputations: sub-steps, with new gradients in each.
         selection: ``"greedy"`` removes one weight after the other and updates the costs of the rest, ``"diagonal"``
             takes all costs from one inverse (the paper).

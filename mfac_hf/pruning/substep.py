@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +12,12 @@ from mfac_hf.fisher import BlockedFisher
 from mfac_hf.memory import GIB, available_bytes
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.agreement import sum_over_ranks
+from mfac_hf.pruning.damping import SWEEP, Proposal, Target, candidates
 from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
 
-__all__ = ["Proposal", "magnitude_step", "mfac_step", "plan_groups"]
-
-# Dampings that "auto" tries, in units of the mean squared entry of a gradient.
-SWEEP = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-
-Target = Mapping[str, float] | float
-
-
-@dataclass
-class Proposal:
-    """New weights and masks, flat, by parameter name.
-
-    Attributes:
-        target: the sparsity: of all tensors together, or of each by name.
-        weights: exactly zero where they are pruned.
-        keep: the masks.
-        damping: that the Fisher had; None without one.
-        predicted_loss_increase: what the quadratic model of the loss expects; None without one.
-    """
-
-    target: Target
-    weights: dict[str, Tensor]
-    keep: dict[str, Tensor]
-    damping: float | None = None
-    predicted_loss_increase: float | None = None
+__all__ = ["magnitude_step", "mfac_step", "plan_groups"]
 
 
 def plan_groups(
@@ -110,6 +86,7 @@ def mfac_step(
     seed: int,
     advance: Callable[[int], None],
     dampings: Sequence[float] = (),
+    relative_dampings: Sequence[float] = SWEEP,
 ) -> list[Proposal]:
     """Remove the weights that the Fisher says cost least, and move the others to make up for it.
 
@@ -127,7 +104,8 @@ def mfac_step(
         groups: names of targets whose Fishers fit into memory together (:func:`plan_groups`).
         seed: of the gradients.
         advance: is told how many gradients were taken.
-        dampings: to try; default that of the options, or several for ``"auto"``.
+        dampings: to try; default that of the options.
+        relative_dampings: to try for ``"auto"``, in units of the mean squared entry of a gradient.
 
     Returns:
         A proposal for each damping for which the Fisher can be inverted, and each target.
@@ -138,6 +116,7 @@ def mfac_step(
     """
     pattern = Pattern.parse(options.pattern)
     weights, kept = _flat(parameters, masks)
+    scale = 0.0
     costs: dict[float, dict[str, Tensor]] = {}
     fishers: dict[str, BlockedFisher] = {}
 
@@ -152,7 +131,8 @@ def mfac_step(
     for names in groups:
         mean_square = visit(names)
         if not costs:
-            costs = {damping: {} for damping in dampings or _dampings(options, mean_square)}
+            scale = mean_square
+            costs = {damping: {} for damping in dampings or candidates(options, scale, relative_dampings)}
         for damping in list(costs):
             try:
                 for name in names:
@@ -162,7 +142,9 @@ def mfac_step(
                 if not costs:
                     raise
     proposals = [
-        Proposal(target, {}, _select(of_damping, kept, target, pattern), damping, 0.0)
+        Proposal(
+            target, {}, _select(of_damping, kept, target, pattern), damping, 0.0, damping / scale if scale else None
+        )
         for damping, of_damping in costs.items()
         for target in targets
     ]
@@ -173,14 +155,6 @@ def mfac_step(
             for name in names:
                 _update(proposal, name, weights[name], kept[name], fishers[name], options, pattern)
     return proposals
-
-
-def _dampings(options: PruningOptions, mean_square: float) -> list[float]:
-    if not isinstance(options.damping, str):
-        return [options.damping]
-    if mean_square == 0:
-        raise ValueError("all gradients are zero, so that no damping is better than another: give a number")
-    return [factor * mean_square for factor in SWEEP]
 
 
 def _fishers(
