@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn import functional
 from transformers import (
     BertConfig,
@@ -145,6 +147,31 @@ class Divides(BertForSequenceClassification):
         if num_items_in_batch is not None:
             output["loss"] = output.loss * len(labels) / num_items_in_batch
         return output
+
+
+@pytest.fixture
+def accelerator():
+    """One in bfloat16; its settings would be those of all later ones in this process."""
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+
+
+def test_a_teacher_that_is_taken_computes_with_its_own_weights_in_mixed_precision(accelerator):
+    """Accelerate puts a wrapped forward on the model itself, which a copy has to get as its own."""
+    model = accelerator.prepare(make(num_labels=3))
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1, 2, 0])}
+    before = model(**inputs).logits
+    distillation = Distillation()
+    distillation.take(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    assert torch.equal(distillation.teacher(**inputs).logits, before)
+    assert not torch.equal(distillation.teacher(**inputs).logits, make(num_labels=3)(**inputs).logits)
+    assert model(**inputs).loss > 1e-3
+    model.forward = functional.relu
+    with pytest.raises(ValueError, match="belongs to the student"):
+        distillation.take(model)
 
 
 @pytest.mark.parametrize(("kind", "part"), [(BertForSequenceClassification, 1.0), (Divides, 0.25)])

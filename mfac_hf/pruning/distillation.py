@@ -91,7 +91,7 @@ class Distillation:
     def take(self, model: nn.Module) -> None:
         """Make a copy of the model, as it is now, the teacher."""
         self.end()
-        teacher = copy.deepcopy(model)
+        teacher = _copy(model)
         self.mark = fingerprint(teacher.parameters())
         self._attach(model, teacher)
 
@@ -127,7 +127,7 @@ class Distillation:
                 "the file there, or pass the same teacher to Distillation(teacher=...)"
             )
         self.end()
-        teacher = copy.deepcopy(model)
+        teacher = _copy(model)
         load_model(teacher, str(file))
         self.mark = fingerprint(teacher.parameters())
         if self.mark != expected:
@@ -187,6 +187,18 @@ class Distillation:
         term = torch.stack(terms).mean() * _scale(loss, output[heads[0]], labels, kwargs.get("num_items_in_batch"))
         output["loss"] = (1 - self.hardness) * loss + self.hardness * term.to(loss.dtype)
         return output
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that computes with its own weights, and under the same mixed precision."""
+    teacher = copy.deepcopy(model)
+    wrapped = vars(teacher).get("forward")  # accelerate binds a method; a plain function would call the student
+    if wrapped is not None and getattr(wrapped, "__self__", None) is not teacher:
+        raise ValueError(
+            f"{type(model).__name__}.forward was replaced by a function that belongs to the student, and so would be "
+            "its copy's; pass a teacher of its own: Distillation(teacher=...)"
+        )
+    return teacher
 
 
 def distillation_loss(
