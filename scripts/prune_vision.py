@@ -24,6 +24,7 @@ models and their masks. ``--resume`` continues a run that was cut off.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from typing import Any, Literal
 
 import torch
 
+from mfac_hf.fisher import BlockedFisher
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.oneshot import prune_to
@@ -75,7 +77,9 @@ class PruneArguments(VisionArguments):
     )
     blocksize: int = flag(128, "Weights in a block of the Fisher; -1: all weights together.")
     prundamp: float = flag(1e-5, "Damping of the Fisher; it has to scale with the gradients.")
-    perbatch: int | None = flag(None, "Blocks to work on at the same time; as many as fit if it is left out.")
+    perbatch: int | None = flag(
+        None, "Blocks to hold at the same time, in whole layers; else as many as fit into half of the free memory."
+    )
     pages: int = flag(1, "Pieces that the gradients are worked on in, with --blocksize -1.", "--prunpages")
     targets: list[str] | None = flag(
         None, "Regular expressions of the weights to prune; else convolutions and classifier, without 1 x 1 shortcuts."
@@ -99,6 +103,10 @@ class PruneArguments(VisionArguments):
         """
         if self.nepochs is None or self.nepochs < 0:
             raise ValueError(f"--nepochs {self.nepochs}: expected a number of epochs, or 0 to prune in one go")
+        for name, least in (("bn_images", 1), ("perbatch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: expected at least {least}")
         if not self.sparsities:
             raise ValueError("--sparsities is missing: name the sparsity of each pruning step, such as .5 .75 .875")
         points = SparsitySchedule.from_list(self.sparsities, every=self.prun_every).points
@@ -199,6 +207,7 @@ class Pruner:
             number,
             seconds=report.seconds,
             num_grads=report.num_grads,
+            groups=report.steps[-1]["groups"] if report.steps else 0,
             predicted_loss_increase=report.predicted_loss_increase,
         )
         if self.run.accelerator.is_main_process:
@@ -223,6 +232,15 @@ def draw_plot(log: RunLog) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(f"{log.prefix}.png", dpi=120)
+
+
+def budget(options: PruningOptions, perbatch: int, masks: MaskSet) -> PruningOptions:
+    """The options with a memory budget of so many blocks, or of the largest layer where that is more."""
+    if options.block_size is None:
+        return options
+    weights = max(perbatch * options.block_size, *(keep.numel() for keep in masks.values()))
+    bytes_ = BlockedFisher.nbytes(weights, options.block_size, options.num_grads)
+    return dataclasses.replace(options, memory_budget=bytes_)
 
 
 def adjusted(points: Sequence[tuple[int, float]], model: torch.nn.Module, masks: MaskSet) -> list[tuple[int, float]]:
@@ -262,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         points = adjusted(points, model, masks)
     if points[0][1] < masks.sparsity:
         raise ValueError(f"--sparsities {points[0][1]:g}: the model is {masks.sparsity:.4f} sparse already")
+    if args.perbatch is not None:
+        options = [budget(asked, args.perbatch, masks) for asked in options]
     header = {"arguments": args.to_dict(), **describe_run(argv, run.accelerator.device)}
     pruner = Pruner(args, run, masks, RunLog(args.prefix, header, state["rows"] if state is not None else ()))
     if args.pruner == "mfac":

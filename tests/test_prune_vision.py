@@ -147,9 +147,20 @@ def test_the_full_inverse_prunes_the_same_weights_in_one_page_and_in_eight(prune
     assert all(torch.allclose(one.weights[k], eight.weights[k], rtol=1e-4, atol=1e-6) for k in one.mask)
 
 
+def test_a_few_blocks_at_a_time_prune_the_same_weights(prune):
+    flags = ["--nepochs", "0", "--sparsities", ".5", "--nrecomps", "1", "--ngrads_schedule", "8"]
+    prune(*flags)
+    rows = prune(*flags, "--perbatch", "1", prefix="few/model")
+    assert rows[1]["groups"] > 3
+    all_at_once, few = (read_checkpoint(f"{folder}/model-prune-500.pth") for folder in ("out", "few"))
+    assert all(torch.equal(all_at_once.mask[name], few.mask[name]) for name in few.mask)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--nepochs 0 --sparsities .5 --bn_images 0", "--bn_images 0: expected at least 1"),
+        ("--nepochs 0 --sparsities .5 --perbatch 0", "--perbatch 0: expected at least 1"),
         ("--sparsities .5", "--nepochs None: expected a number of epochs"),
         ("--nepochs 1", "--sparsities is missing"),
         ("--nepochs 4 --sparsities .5 .4", "falls from 0.5 to 0.4"),
