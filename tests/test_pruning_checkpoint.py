@@ -91,7 +91,9 @@ def test_killed_and_resumed_ends_with_the_same_bits(variant, when, tmp_path, one
     else:
         step, argument = 10, 0.8
         work = train_until_killed_while_pruning
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(directory, variant, argument))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mfac_hf.pruning.callback"])  # the imports take longer than the training
+    process = context.Process(target=work, args=(directory, variant, argument))
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL

@@ -46,7 +46,7 @@ def train(rank, directory):
         assert (directory / optimizer / "checkpoint-8" / "masks.safetensors").is_file()
 
 
-def prune(rank, directory):
+def prune(rank):
     """What two ranks make of their shares, beside what one process makes of all gradients."""
     for options in ({}, {"num_grads": 20, "grad_batch_size": 2, "damping": "auto", "loss_samples": 8}):
         options = PruningOptions(**{**FAST, **options})
@@ -76,11 +76,12 @@ def prune(rank, directory):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_shares_of_the_gradients_add_up_to_all(tmp_path):
-    run_on_ranks(prune, tmp_path, tmp_path)
+def prune_and_train(rank, directory):
+    prune(rank)
+    train(rank, directory)
 
 
 @pytest.mark.slow
-def test_two_ranks_prune_alike(tmp_path):
-    run_on_ranks(train, tmp_path, tmp_path)
+def test_ranks_share_the_work_and_prune_alike(tmp_path):
+    """Both in one pair of processes, which take long to start."""
+    run_on_ranks(prune_and_train, tmp_path, tmp_path)
