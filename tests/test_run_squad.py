@@ -261,6 +261,15 @@ def test_bad_input_is_named_before_anything_is_written(flags, source, error, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_gradual_pruning_with_a_teacher_for_both_ends_of_the_answer(run):
+    """The flags are those of the GLUE script, where they are tested further."""
+    pruning = ("--sparsity", "0.5", "--prune_schedule", "linear", "--prune_end", "4", "--prune_every", "2")
+    pruner = ("--prune_num_grads", "8", "--prune_block_size", "16", "--recomputations", "1")
+    results = run("--do_train", "--do_eval", *pruning, *pruner, "--distillation_hardness", "0.5")
+    assert results["pruning"]["sparsity"] == pytest.approx(0.5, abs=1e-3) and "eval_f1" in results
+    assert len(results["pruning"]["reports"]) == 2
+
+
 @pytest.mark.parametrize("recipe", sorted(SCRIPTS.glob("recipes/squad*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_parse(recipe, script):
     """The name of each says the data and the optimizer."""
