@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mfac_hf.runs import MissingResultsError
+from mfac_hf.runs import UNTRAINED, MissingResultsError
 
 __all__ = ["build_card"]
 
@@ -69,6 +69,8 @@ def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_o
         "finetune": _finetune_snippet(),
         "training": _training(facts),
         "commands": [_command(r) for r in facts["runs"]],
+        "dense_commands": [_command(r) for r in facts["dense_runs"]],
+        "dense_optimizer": facts["dense_runs"][0]["optimizer"]["name"] if facts["dense_runs"] else None,
         "environment": _environment(run),
         "caveats": "\n".join(f"- {text}" for text in facts.get("caveats") or ["None were given with the results."]),
         "uses_mfac": uses_mfac,
@@ -127,7 +129,12 @@ def _percent(value: float) -> str:
 def _summary(facts: Mapping[str, Any]) -> str:
     run, weights = facts["runs"][0], facts["weights"]
     kind = facts["model"]["class"].rpartition(".")[2]
-    words = f"{kind}, trained with {run['optimizer']['name']}"
+    how = (
+        "pruned without training"
+        if run["optimizer"]["name"] == UNTRAINED
+        else f"trained with {run['optimizer']['name']}"
+    )
+    words = f"{kind}, {how}"
     if run["base_model"]:
         words += f" from `{run['base_model']}`"
     if facts["sparse"]:
@@ -203,7 +210,8 @@ def _latency(facts: Mapping[str, Any]) -> str:
         sparse = latency["seconds"]["sparse"]
         text += f", {1000 * sparse:.1f} ms after `to_sparse_inference` ({latency['sparse_layers']} sparse layers)"
     threads = "1 thread" if latency["threads"] == 1 else f"{latency['threads']} threads"
-    return f"{text}; {latency['hardware']}, {threads}, median of one run. Zeros alone make no model faster."
+    where = f"{latency['hardware']}, {threads}, median of {latency['calls']} calls"
+    return f"{text}; {where}. Zeros alone make no model faster."
 
 
 def _auto_class(path: str) -> tuple[str, str]:

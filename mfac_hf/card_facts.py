@@ -245,6 +245,7 @@ def measure_latency(model: nn.Module, sparse: bool) -> dict[str, Any]:
         "example": what,
         "seconds": {key: statistics.median(spent[1:]) for key, spent in times.items()},  # the first one warms up
         "sparse_layers": layers,
+        "calls": LATENCY_ROUNDS,
         "hardware": hardware,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -28,6 +28,7 @@ _SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 _VISION = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 _COMMON = ("command", "versions", "device", "threads", "wall_seconds", "peak_memory_gib")
 _NEEDED = ("metrics", "seed", "command", "versions", "device", "optimizer")
+UNTRAINED = "none (pruned without training)"
 SAME_SPARSITY = 1e-3  # the steps of a schedule lie further apart
 
 
@@ -105,7 +106,11 @@ def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": dataset if data else record.get("dataset"),
         "base_model": arguments.get("ModelArguments", {}).get("model_name_or_path") or record.get("base_model"),
         "optimizer": record.get("optimizer") or _optimizer(arguments.get("OptimizerArguments", {}), training),
-        "training": {key: training[key] for key in TRAINING_SETTINGS if training.get(key) not in (None, False, -1)}
+        "training": {
+            key: training[key]
+            for key in TRAINING_SETTINGS
+            if training.get(key) not in (None, False, -1) and training.get("num_train_epochs") != 0
+        }
         | {key: data[key] for key in _DATA if data.get(key) is not None},
         "pruning": pruning_facts((results.get("pruning") or {}).get("reports", []), arguments.get("GradualArguments")),
         "dense_metrics": metrics_of(results.get("before_pruning") or {}) or None,
@@ -146,7 +151,7 @@ def _optimizer(chosen: Mapping[str, Any], training: Mapping[str, Any]) -> dict[s
     if "optim_name" not in chosen:
         return None
     if training.get("num_train_epochs") == 0:
-        return {"name": "none (pruned without training)"}
+        return {"name": UNTRAINED}
     if chosen["optim_name"] == "adamw":
         return {"name": "AdamW", **{key: training.get(key) for key in ("adam_beta1", "adam_beta2", "adam_epsilon")}}
     shown = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "window_dtype", "decoupled_weight_decay")

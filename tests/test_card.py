@@ -71,6 +71,7 @@ def test_text_holds_all_facts(facts, bert):  # noqa: F811
         "masks=masks_from_sparse_model(model)",
         "python scripts/run_glue.py --seed 3",
         "torch 2.13.0",
+        "The dense model beside it was trained with M-FAC:",
         "- The BERT is not Google's.",
         "title = {{M-FAC}",
     ):
