@@ -71,10 +71,6 @@ class PruneArguments(VisionArguments):
     ngrads_schedule: list[int] | None = flag(None, "Gradients for each recomputation: one number, or one a step; 64.")
     nrecomps: int = flag(16, "Recomputations in each pruning step.")
     prun_batchsize: int = flag(32, "Images that each gradient is the mean of.")
-    labels: Literal["data", "model"] = flag(
-        "data",
-        "Gradients of the data's labels (the empirical Fisher), or of labels drawn from the model's predictions.",
-    )
     blocksize: int = flag(128, "Weights in a block of the Fisher; -1: all weights together.")
     prundamp: float = flag(1e-5, "Damping of the Fisher; it has to scale with the gradients.")
     perbatch: int | None = flag(
@@ -175,7 +171,7 @@ class Pruner:
         self.args, self.run, self.masks, self.log = args, run, masks, log
         self.source = DataLoaderGradients(
             run.gradient_loader(),
-            loss_fn=run.sampled_loss if args.labels == "model" else run.loss,
+            loss_fn=run.loss,
             batch_size=args.prun_batchsize,
             seed=args.seed,
             process_group=None if args.blocksize == -1 else run.process_group,

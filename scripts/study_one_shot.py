@@ -50,13 +50,11 @@ class Method:
         family: methods that share a damping.
         options: of `PruningOptions`, without damping, seed and recomputations.
         recomputations: for each sparsity, from the dense model; or, by sparsity, from one to the next.
-        labels: ``"data"``, or ``"model"`` for gradients of labels that the model draws.
     """
 
     family: str
     options: Mapping[str, Any]
     recomputations: int | Mapping[float, int] = 1
-    labels: str = "data"
 
     @property
     def images(self) -> int:
@@ -71,15 +69,6 @@ METHODS = {
     "ours, 1 x 1024": Method("ours", {**_OURS, "num_grads": 1024, "grad_batch_size": 1}),
     "ours, 4 x 512": Method("ours", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 4),
     "ours, 8 x 512": Method("ours", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 8),
-    "ours, model's labels, 1 x 1024": Method(
-        "model's labels", {**_OURS, "num_grads": 1024, "grad_batch_size": 1}, labels="model"
-    ),
-    "ours, model's labels, 4 x 512": Method(
-        "model's labels", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 4, labels="model"
-    ),
-    "ours, model's labels, 8 x 512": Method(
-        "model's labels", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 8, labels="model"
-    ),
     "ours, 16 x 1000": Method("ours", {**_OURS, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
     "ours, 16 x 64 batches": Method("ours, batches", _BATCHES, _PATH),
 }
@@ -87,7 +76,6 @@ METHODS = {
 TUNING = {
     "paper": (Method("paper", _PAPER, 4), (1e-6, 1e-5, 1e-4)),
     "ours": (METHODS["ours, 4 x 512"], (1e-6, 1e-5, 1e-4)),
-    "model's labels": (METHODS["ours, model's labels, 4 x 512"], (1e-6, 1e-5, 1e-4)),
     "ours, batches": (Method("ours, batches", _BATCHES, 4), (1e-6, 1e-5, 1e-4)),
 }
 
@@ -123,11 +111,10 @@ class Study:
             file.write(json.dumps(self.rows[-1]) + "\n")
         print(key, {name: value for name, value in row.items() if "accuracy" in name}, flush=True)
 
-    def prune(self, masks: MaskSet, sparsity: float, options: PruningOptions, labels: str) -> dict[str, Any]:
+    def prune(self, masks: MaskSet, sparsity: float, options: PruningOptions) -> dict[str, Any]:
         """One pruning step; what it took."""
-        loss = self.run.sampled_loss if labels == "model" else self.run.loss
         source = DataLoaderGradients(
-            self.run.gradient_loader(), loss_fn=loss, batch_size=options.grad_batch_size, seed=options.seed
+            self.run.gradient_loader(), loss_fn=self.run.loss, batch_size=options.grad_batch_size, seed=options.seed
         )
         report = prune_to(self.run.bare_model, masks, source, sparsity, options, progress=False)
         return {"seconds": report.seconds, "predicted_loss_increase": report.predicted_loss_increase}
@@ -143,7 +130,7 @@ class Study:
                 options = PruningOptions(
                     damping=damping, seed=99, recomputations=method.recomputations, **method.options
                 )
-                took = self.prune(self.restart(), 0.8, options, method.labels)
+                took = self.prune(self.restart(), 0.8, options)
                 self.add(key, {"accuracy": self.run.evaluate(self.tuning), **took})
         return max(candidates, key=lambda d: self.find(phase="tuning", family=family, damping=d)["accuracy"])
 
@@ -164,7 +151,7 @@ class Study:
             options = PruningOptions(
                 damping=damping, seed=seed + round(1000 * sparsity), recomputations=count, **method.options
             )
-            took = self.prune(masks, sparsity, options, method.labels)
+            took = self.prune(masks, sparsity, options)
             images += count * method.images
             if self.find(**keys[sparsity]) is None:
                 self.add(keys[sparsity], {"damping": damping, "images": images, **took, **self.measure(seed)})
@@ -186,7 +173,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     results = [row for row in rows if row["key"]["phase"] == "result"]
     sparsities = sorted({row["key"]["sparsity"] for row in results})
     lines = [
-        "| method | images at 90 % | damping | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |",
+        "| method | images at most | damping | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |",
         "| --- | --- | --- |" + " --- |" * len(sparsities),
     ]
     for name in METHODS:

@@ -96,7 +96,7 @@ def test_a_pruned_model_is_pruned_further_and_trained_with_mfac(prune, dense):
     prune("--nepochs", "0", "--sparsities", ".5", "--pruner", "mag")
     rows = prune(
         *("--checkpoint", "out/model-prune-500.pth", "--nepochs", "1", "--sparsities", ".8", "--optim", "mfac"),
-        *("--ngrads", "4", "--momentum", "0", "--train_images", "192", "--nrecomps", "1", "--labels", "model"),
+        *("--ngrads", "4", "--momentum", "0", "--train_images", "192", "--nrecomps", "1"),
         prefix="more/model",
     )
     assert rows[0]["sparsity"] == pytest.approx(0.5, abs=1e-5)

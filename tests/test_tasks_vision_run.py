@@ -65,25 +65,6 @@ def test_both_accuracies_are_reported_and_the_statistics_kept_on_demand():
     assert found["accuracy_bn"] == run.evaluate() and not torch.equal(run.model[1].running_var, before)
 
 
-def test_sampled_labels_follow_the_models_predictions():
-    run = digits_run()
-    with torch.no_grad():
-        for p in run.model.parameters():
-            p.zero_()
-        run.model[4].bias.copy_(torch.linspace(-1, 1, 10))
-    probabilities = run.model[4].bias.detach().softmax(0)
-    images, labels, uniform = next(iter(torch.utils.data.DataLoader(
-        run.gradient_loader().dataset, 256, collate_fn=lambda batch: batch
-    )))  # fmt: skip
-    loss = run.sampled_loss(run.model, (images, labels, uniform))
-    entropy = -(probabilities * probabilities.log()).sum()
-    spread = ((probabilities * (probabilities.log() + entropy).square()).sum() / 256).sqrt()
-    assert abs(loss - entropy) < 4 * spread  # the mean of 256 draws of -log p
-    for u, label in [(0.0, 0), (probabilities[0].item() - 1e-6, 0), (probabilities[0].item() + 1e-6, 1), (1.0, 9)]:
-        one = run.sampled_loss(run.model, (images[:1], labels[:1], torch.tensor([u])))
-        assert one.item() == pytest.approx(-probabilities[label].log().item(), abs=1e-5)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run():
     run = digits_run()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mfac_hf.tasks.vision import Split, VisionData
 
-__all__ = ["NORMALIZATIONS", "GradientImages", "Preprocess"]
+__all__ = ["NORMALIZATIONS", "AugmentedImages", "Preprocess"]
 
 # mean and standard deviation by channel of pixels in 0..1; the last two are those of the training splits
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -83,30 +83,25 @@ class Preprocess:
         return padded[images, rows_NH[:, :, None], columns_NW[:, None, :]].permute(0, 3, 1, 2)
 
 
-class GradientImages(Dataset[Any]):
-    """Training images as a pruner sees them: at random, but each always the same whatever batch it comes in.
+class AugmentedImages(Dataset[Any]):
+    """Images that are cropped and mirrored at random, but each always in the same way.
 
-    Items are (image, label, u): u is uniform in [0, 1) and decides which label `VisionRun.sampled_loss` draws.
+    The gradient of an image is then the same in every batch, which is what a comparison of gradients needs.
 
     Args:
         images: a split.
-        preprocess: says how far images are cropped and mirrored.
-        seed: of crops and u.
-        augment: whether images are cropped and mirrored.
+        preprocess: says how far.
+        seed: of the crops.
     """
 
-    def __init__(self, images: Split, preprocess: Preprocess, *, seed: int, augment: bool = True) -> None:
-        self.images, self.preprocess, self.augment = images, preprocess, augment
-        generator = torch.Generator().manual_seed(seed)
-        self._draws = preprocess.draw(len(images), generator)
-        self._uniform_N = torch.rand(len(images), generator=generator)
+    def __init__(self, images: Split, preprocess: Preprocess, seed: int) -> None:
+        self.images, self.preprocess = images, preprocess
+        self._draws = preprocess.draw(len(images), torch.Generator().manual_seed(seed))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images_NCHW, labels_N = self.images.__getitems__(indices)
         chosen = torch.as_tensor(indices)
-        if self.augment:
-            images_NCHW = self.preprocess.crop(images_NCHW, *(draw[chosen] for draw in self._draws))
-        return images_NCHW, labels_N, self._uniform_N[chosen]
+        return self.preprocess.crop(images_NCHW, *(draw[chosen] for draw in self._draws)), labels_N

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from mfac_hf.tasks.vision import FolderImages, VisionData, whole_batch
-from mfac_hf.tasks.vision_preprocess import GradientImages, Preprocess
+from mfac_hf.tasks.vision_preprocess import AugmentedImages, Preprocess
 
 __all__ = ["RunLog", "VisionRun", "learning_rate_plan", "load_state", "save_state"]
 
-Batch = tuple[Tensor, ...]  # uint8 images, labels, and what else a data set gives
+Batch = tuple[Tensor, Tensor]
 
 
 class VisionRun:
@@ -105,24 +105,9 @@ class VisionRun:
         """Mean cross-entropy of a raw batch."""
         return F.cross_entropy(self.logits(model, batch), batch[1])
 
-    def sampled_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy with labels that are drawn from what the model itself predicts.
-
-        The average of such gradients' outer products estimates the Fisher matrix, where labels of the data give the
-        empirical one. That nearly vanishes on images that the model has learned by heart.
-
-        Args:
-            model: the model.
-            batch: raw images, their labels (not used), and for each the uniform number that decides the draw.
-        """
-        logits_NK = self.logits(model, batch)
-        cumulative_NK = logits_NK.detach().double().softmax(1).cumsum(1)
-        drawn_N = (batch[2][:, None] >= cumulative_NK).sum(1).clamp(max=logits_NK.shape[1] - 1)
-        return F.cross_entropy(logits_NK, drawn_N)
-
     def gradient_loader(self) -> DataLoader[Any]:
         """The training images as a pruner draws them; not prepared, each process takes its own."""
-        images = GradientImages(self.data.train, self.preprocess, seed=self.seed, augment=self.augment)
+        images = AugmentedImages(self.data.train, self.preprocess, self.seed) if self.augment else self.data.train
         return DataLoader(images, collate_fn=whole_batch)
 
     def train_epoch(
