@@ -205,8 +205,10 @@ def _latency(facts: Mapping[str, Any]) -> str:
     if latency is None:
         return "Latency was not measured."
     dense = latency["seconds"]["dense"]
-    text = f"{latency['example']} take {1000 * dense:.1f} ms dense in PyTorch {latency['torch']}"
-    if "sparse" in latency["seconds"]:
+    text = f"A forward pass of {latency['example']} takes {1000 * dense:.1f} ms dense in PyTorch {latency['torch']}"
+    if latency["sparse_layers"] == 0 and facts["sparse"]:
+        text += "; no layer was faster as a sparse one"
+    elif "sparse" in latency["seconds"]:
         sparse = latency["seconds"]["sparse"]
         text += f", {1000 * sparse:.1f} ms after `to_sparse_inference` ({latency['sparse_layers']} sparse layers)"
     threads = "1 thread" if latency["threads"] == 1 else f"{latency['threads']} threads"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mfac_hf.pruning.mask_file import MASKS_NAME, read_masks
 from mfac_hf.sparse import SPARSE_FILE, find_weights, read_tensors
 from mfac_hf.sparse_format import SparseFile
 
@@ -19,7 +20,7 @@ __all__ = ["describe_weights", "find_model_directory"]
 # Buffers that are no weights: statistics of normalisation layers and position tables.
 _STATISTICS = re.compile(r"(running_mean|running_var|num_batches_tracked|position_ids|token_type_ids)$")
 # Files that say what a model is; `find_model_directory` downloads no more than these and the smallest weights.
-_DESCRIPTIONS = ("config.json", "results.json", "README.md")
+_DESCRIPTIONS = ("config.json", MASKS_NAME)
 
 
 def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any]:
@@ -30,9 +31,9 @@ def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any
 
     Returns:
         Plain JSON types: ``numel`` and ``zeros`` of all weights; ``targets``, the same for those that pruning is meant
-        for (`mfac_hf.pruning.find_targets`, as far as the class of the model is known; else all matrices and
-        convolutions); and ``tensors``, a list of the matrices and convolutions with ``name``, ``shape``, ``numel``,
-        ``zeros`` and ``target``.
+        for (the names in ``masks.safetensors`` where the directory has one; else `mfac_hf.pruning.find_targets`, as
+        far as the class of the model is known; else all matrices and convolutions); and ``tensors``, a list of the
+        matrices and convolutions with ``name``, ``shape``, ``numel``, ``zeros`` and ``target``.
 
     Raises:
         FileNotFoundError: the directory holds no model.
@@ -79,6 +80,8 @@ def _targets(model: nn.Module | str | os.PathLike[str]) -> set[str] | None:
 
     from mfac_hf.pruning.targets import find_targets
 
+    if not isinstance(model, nn.Module) and (Path(model) / MASKS_NAME).is_file():
+        return set(read_masks(model))
     network: Any = model
     if not isinstance(model, nn.Module):
         config_file = Path(model) / "config.json"

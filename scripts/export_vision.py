@@ -1,8 +1,8 @@
 """From a checkpoint to a directory for the Hub: ``python scripts/export_vision.py FILE --model NAME --output DIR``.
 
 FILE is what ``train_vision.py`` and ``prune_vision.py`` write, or a published checkpoint. DIR gets
-``model.safetensors``, ``config.json`` and the small ``sparse.safetensors``; ``from_pretrained`` of the model's class
-loads it, and ``mfac card`` and ``mfac push`` take it:
+``model.safetensors``, ``config.json``, the small ``sparse.safetensors`` and the masks of a pruned model;
+``from_pretrained`` of the model's class loads it, and ``mfac card`` and ``mfac push`` take it:
 
     python scripts/export_vision.py experiments/rn20-prune-800.pth --model resnet20 --output outputs/rn20-80
     mfac card --model outputs/rn20-80 --model_class mfac_hf.models.ResNetCifar --results experiments/rn20.json
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mfac_hf import save_sparse
 from mfac_hf.models import MODEL_NAMES, create_model, read_checkpoint
+from mfac_hf.tasks.vision_arguments import masks_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,13 +27,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder, made if missing")
     args = parser.parse_args(argv)
     try:
-        weights = read_checkpoint(args.checkpoint).weights
+        checkpoint = read_checkpoint(args.checkpoint)
+        weights = checkpoint.weights
         classes = [tensor.shape[0] for name, tensor in weights.items() if name in ("fc.weight", "linear.weight")]
         if not classes:
             raise ValueError(f"{args.checkpoint} has no classifier named fc or linear")
         stem = next(iter(weights.values()))
         model = create_model(args.model, num_classes=classes[0], in_channels=stem.shape[1], weights=weights)
-        print(save_sparse(model, args.output).parent)
+        masks = masks_of(checkpoint, model)
+        directory = save_sparse(model, args.output).parent
+        if masks is not None:
+            masks.save(directory)
+        print(directory)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -64,8 +64,7 @@ def test_text_holds_all_facts(facts, bert):  # noqa: F811
         "`sparse.safetensors` |",
         "| block_size | 128 |",
         "| optimizer | M-FAC |",
-        "1 x 16 tokens take",
-        "ms after `to_sparse_inference`",
+        "A forward pass of 1 x 16 tokens takes",
         'AutoModelForSequenceClassification.from_pretrained("user/sparse-90")',
         'load_sparse("user/sparse-90", AutoModelForSequenceClassification)',
         "masks=masks_from_sparse_model(model)",
@@ -180,3 +179,11 @@ def test_model_without_a_class_is_refused(tmp_path):
         collect([run(1, 0.8)], model=tmp_path)
     with pytest.raises(ValueError, match="'mfac_hf.nothing.Net' cannot be imported"):
         collect([run(1, 0.8)], model=tmp_path, model_class="mfac_hf.nothing.Net")
+
+
+def test_latency_in_words(facts):
+    times = {**facts["latency"], "seconds": {"dense": 0.02, "sparse": 0.01}, "sparse_layers": 3}
+    text = str(build_card({**facts, "latency": times}))
+    assert "takes 20.0 ms dense" in text and "10.0 ms after `to_sparse_inference` (3 sparse layers)" in text
+    text = str(build_card({**facts, "latency": {**times, "sparse_layers": 0}}))
+    assert "no layer was faster as a sparse one" in text and "10.0 ms" not in text, "the same model twice: noise"

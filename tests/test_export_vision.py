@@ -9,6 +9,7 @@ from test_sparse import assert_same_state
 
 from mfac_hf import load_sparse
 from mfac_hf.models import ResNetCifar
+from mfac_hf.weights import describe_weights
 
 
 @pytest.fixture
@@ -24,10 +25,16 @@ def test_checkpoint_becomes_a_directory(shortcut, script, tmp_path):
     model = ResNetCifar(20, 7, 1, shortcut)
     with torch.no_grad():
         model.layer1[0].conv1.weight[3:] = 0
-    torch.save({"model": model.state_dict(), "normalization": "half"}, tmp_path / "model.pth")
+    name = "layer1.0.conv1.weight"
+    masks = {name: model.get_parameter(name) != 0}
+    torch.save({"model": model.state_dict(), "normalization": "half", "mask": masks}, tmp_path / "model.pth")
     script.main([str(tmp_path / "model.pth"), "--model", "resnet20", "--output", str(tmp_path / "out")])
     assert_same_state(ResNetCifar.from_pretrained(tmp_path / "out").state_dict(), model.state_dict())
     assert_same_state(load_sparse(tmp_path / "out"), model.state_dict())
+    # what was pruned is what has a mask, not everything that could have been
+    counts = describe_weights(tmp_path / "out")
+    assert [tensor["name"] for tensor in counts["tensors"] if tensor["target"]] == [name]
+    assert counts["targets"] == {"numel": masks[name].numel(), "zeros": int((~masks[name]).sum())}
 
 
 def test_what_is_no_checkpoint_is_refused(script, tmp_path, capsys):
