@@ -67,13 +67,16 @@ def main(argv: list[str] | None = None) -> str:
         parser.error(str(error))
     args.output.mkdir(parents=True, exist_ok=True)
     results = Results(args.output / f"{study['name']}.jsonl", argv)
-    points = {
-        (name, count): tuned_point(study, name, count, results)
-        for name in study["contenders"]
-        for count in counts(study, name)
-    }
-    for model in args.models or study["models"]:
-        compare(study, model, points, results)
+    points: dict[tuple[str, int], Any] = {}
+    for count in [1, *(count for count in study["recomputations"] if count != 1)]:
+        chosen = {
+            (name, count): tuned_point(study, name, count, results)
+            for name in study["contenders"]
+            if count in counts(study, name)
+        }
+        for model in args.models or study["models"]:
+            compare(study, model, {("dense", 1): {}, **chosen}, results)
+        points |= chosen
     table = format_table(study, points, results.rows)
     (args.output / f"{study['name']}.md").write_text(table)
     print(table)
@@ -258,7 +261,7 @@ def tuned_point(study: dict[str, Any], name: str, count: int, results: Results) 
 def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any], results: Results) -> None:
     """Prune one model in every way to every sparsity, and judge it on the validation split."""
     pruner: Pruner | None = None
-    for (name, count), point in {("dense", 1): {}, **points}.items():
+    for (name, count), point in points.items():
         keys = {
             sparsity: {
                 "phase": "result",
@@ -307,7 +310,9 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], rows
     ]
     results = [row for row in rows if row["key"]["phase"] == "result"]
     dense = [row["metric"] for row in results if row["key"]["contender"] == "dense"]
-    for (name, count), point in points.items():
+    ordered = [(name, count) for name in study["contenders"] for count in counts(study, name)]
+    for name, count in ordered:
+        point = points[name, count]
         mine = [r for r in results if (r["key"]["contender"], r["key"]["recomputations"]) == (name, count)]
         cells = [_cell([row["metric"] for row in mine if row["key"]["sparsity"] == s]) for s in study["sparsities"]]
         chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())

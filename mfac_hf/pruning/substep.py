@@ -180,13 +180,15 @@ def _fishers(
         for name, p in parameters.items()
     }
     last = next(reversed(fishers))
+    everything = {name: bool(kept[name].all()) for name in fishers}
     total = 0.0
 
     def add(name: str, rows: Tensor) -> None:
         nonlocal total
-        rows = rows * kept[name]
+        if not everything[name]:
+            rows = rows * kept[name]
         fishers[name].add(rows)
-        total += float(rows.square().sum(dtype=torch.float64))
+        total += float(torch.linalg.vector_norm(rows)) ** 2
         if name == last:
             advance(len(rows))
 
