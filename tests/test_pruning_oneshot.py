@@ -376,7 +376,10 @@ def test_a_language_model_loses_less_than_by_magnitude(shared_data):
         batch = dict(tokenizer(texts, truncation=True, max_length=32, padding=True, return_tensors="pt"))
         guessed = batch["attention_mask"].bool() & (torch.arange(batch["input_ids"].shape[1]) % 3 == 1)
         labels = batch["input_ids"].masked_fill(~guessed, -100)
-        return batch | {"input_ids": batch["input_ids"].masked_fill(guessed, tokenizer.mask_token_id), "labels": labels}
+        return batch | {
+            "input_ids": batch["input_ids"].masked_fill(guessed, tokenizer.mask_token_id),
+            "labels": labels,
+        }
 
     losses = {}
     for method in ("mfac", "magnitude"):
