@@ -76,4 +76,29 @@ inline A widen(G value) {
   }
 }
 
+// Dot product of h numbers.
+template <typename A, typename V>
+inline double dot(const V* a, const A* x, int64_t h) {
+  constexpr int64_t W = Lanes<A>::COUNT;
+  Vector<A> sums = {};
+  int64_t i = 0;
+  for (; i + W <= h; i += W) sums += load<A>(a + i) * load<A>(x + i);
+  double total = 0;
+  for (int64_t lane = 0; lane < W; ++lane) total += sums[lane];
+  for (; i < h; ++i) total += static_cast<double>(widen<A>(a[i])) * x[i];
+  return total;
+}
+
+// out[0..h) += w * a[0..h)
+template <typename A, typename V>
+inline void add(A w, const V* a, A* out, int64_t h) {
+  constexpr int64_t W = Lanes<A>::COUNT;
+  int64_t i = 0;
+  for (; i + W <= h; i += W) {
+    const Vector<A> total = load<A>(out + i) + w * load<A>(a + i);
+    std::memcpy(out + i, &total, sizeof(total));
+  }
+  for (; i < h; ++i) out[i] += w * widen<A>(a[i]);
+}
+
 }  // namespace mfac

@@ -37,18 +37,6 @@ struct Stored {
 };
 
 template <typename A, typename V>
-inline double dot(const V* a, const A* x, int64_t h) {
-  constexpr int64_t W = Lanes<A>::COUNT;
-  Vector<A> sums = {};
-  int64_t i = 0;
-  for (; i + W <= h; i += W) sums += load<A>(a + i) * load<A>(x + i);
-  double total = 0;
-  for (int64_t lane = 0; lane < W; ++lane) total += sums[lane];
-  for (; i < h; ++i) total += static_cast<double>(widen<A>(a[i])) * x[i];
-  return total;
-}
-
-template <typename A, typename V>
 void dots(const Stored<V>& g, const A* x, double* out) {
   torch::stable::parallel_for(0, g.m, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -59,17 +47,6 @@ void dots(const Stored<V>& g, const A* x, double* out) {
       }
     }
   });
-}
-
-template <typename A, typename V>
-inline void add(A w, const V* a, A* out, int64_t h) {
-  constexpr int64_t W = Lanes<A>::COUNT;
-  int64_t i = 0;
-  for (; i + W <= h; i += W) {
-    const Vector<A> total = load<A>(out + i) + w * load<A>(a + i);
-    std::memcpy(out + i, &total, sizeof(total));
-  }
-  for (; i < h; ++i) out[i] += w * widen<A>(a[i]);
 }
 
 // The slots that have a place, grouped by it (a counting sort, which keeps the order of the gradients): a row of the result then

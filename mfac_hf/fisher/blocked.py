@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mfac_hf.block_ops import spd_inverse, spd_solve
 from mfac_hf.fisher.window import MAX_NORM
 
 __all__ = ["BlockedFisher"]
@@ -39,8 +40,8 @@ PENDING_ROWS = 32
 ROWS_AT_ONCE = 512
 COPY_BYTES = 1 << 20
 
-# Bytes of the (B, B) matrices that are factored at once.
-CHUNK_BYTES = 1 << 25
+# Bytes of the (B, B) matrices that are factored at once. Allocators return 32 MiB and more to the system each time.
+CHUNK_BYTES = 1 << 24
 
 
 class BlockedFisher:
@@ -268,8 +269,7 @@ class BlockedFisher:
             if self.is_dual:
                 part_KB = (1 - self._dual_factor(first, last).square().sum(dim=1)) / self.damping
             else:
-                factor_KBB = factor_blocks(self.matrices(first, last))
-                part_KB = inverse_factors(factor_KBB).square().sum(dim=1)
+                part_KB = inverse_blocks(self.matrices(first, last)).diagonal(dim1=1, dim2=2)
             parts.append(part_KB.flatten())
         return torch.cat(parts)[: self.dim].to(self.dtype)
 
@@ -286,13 +286,13 @@ class BlockedFisher:
         self._finish()
         parts = []
         for first, last in self.chunks():
-            x_KB1 = self._in_blocks(x_D.detach().to(self.device).unsqueeze(0), first, last).mT
+            x_KB = self._in_blocks(x_D.detach().to(self.device).unsqueeze(0), first, last).squeeze(1)
             if self.is_dual:
-                factor_KMB = self._dual_factor(first, last)
-                part_KB1 = (x_KB1 - torch.bmm(factor_KMB.mT, torch.bmm(factor_KMB, x_KB1))) / self.damping
+                factor_KMB, x_KB1 = self._dual_factor(first, last), x_KB.unsqueeze(2)
+                part_KB = (x_KB1 - torch.bmm(factor_KMB.mT, torch.bmm(factor_KMB, x_KB1))).squeeze(2) / self.damping
             else:
-                part_KB1 = torch.cholesky_solve(x_KB1, factor_blocks(self.matrices(first, last)))
-            parts.append(part_KB1.flatten())
+                part_KB = solve_blocks(self.matrices(first, last), x_KB)
+            parts.append(part_KB.flatten())
         return torch.cat(parts)[: self.dim].to(self.dtype)
 
 
@@ -303,19 +303,39 @@ def factor_blocks(matrices_KBB: Tensor) -> Tensor:
         FloatingPointError: if one is not positive definite.
     """
     factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
+    _check_definite(matrices_KBB, info_K)
+    return factor_KBB
+
+
+def inverse_blocks(matrices_KBB: Tensor) -> Tensor:
+    """Inverses of a batch of matrices.
+
+    Raises:
+        FloatingPointError: if one is not positive definite.
+    """
+    inverse_KBB, info_K = spd_inverse(matrices_KBB)
+    _check_definite(matrices_KBB, info_K)
+    return inverse_KBB
+
+
+def solve_blocks(matrices_KBB: Tensor, x_KB: Tensor) -> Tensor:
+    """Solutions of a batch of systems, one right-hand side each.
+
+    Raises:
+        FloatingPointError: if a matrix is not positive definite.
+    """
+    solution_KB, info_K = spd_solve(matrices_KBB, x_KB)
+    _check_definite(matrices_KBB, info_K)
+    return solution_KB
+
+
+def _check_definite(matrices_KBB: Tensor, info_K: Tensor) -> None:
     if bool(info_K.any()):
         bad = int(info_K.nonzero()[0])
         raise FloatingPointError(
             f"a damped Fisher or Gram matrix of trace {float(matrices_KBB[bad].trace()):g} is not positive definite "
             "in float64: raise the damping"
         )
-    return factor_KBB
-
-
-def inverse_factors(factor_KBB: Tensor) -> Tensor:
-    """Inverses of a batch of lower triangular matrices."""
-    identity_BB = torch.eye(factor_KBB.shape[-1], dtype=factor_KBB.dtype, device=factor_KBB.device)
-    return torch.linalg.solve_triangular(factor_KBB, identity_BB.expand_as(factor_KBB), upper=False)
 
 
 def check_damping(value: float) -> float:

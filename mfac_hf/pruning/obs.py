@@ -23,7 +23,7 @@ Shape suffixes: D weights of a tensor, U units of a tensor, K blocks, B block si
 import torch
 from torch import Tensor
 
-from mfac_hf.fisher.blocked import BlockedFisher, factor_blocks, inverse_factors
+from mfac_hf.fisher.blocked import BlockedFisher, inverse_blocks, solve_blocks
 from mfac_hf.fisher.full import FullFisher
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.trace import diagonal_units, kept_units, trace_blocks, unit_costs
@@ -73,7 +73,7 @@ def diagonal_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | Fu
     parts = []
     for first, last in fisher.chunks():
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
-        inverse_KBB = _inverses(_masked(fisher.matrices(first, last), keep_KB))
+        inverse_KBB = inverse_blocks(_masked(fisher.matrices(first, last), keep_KB))
         costs_KG = unit_costs(diagonal_units(inverse_KBB, pattern.unit), weights_KB.unflatten(1, (-1, pattern.unit)))
         parts.append(costs_KG.flatten())
     costs_U = torch.cat(parts)[: len(weights_D) // pattern.unit].float()
@@ -97,7 +97,7 @@ def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, patte
         last = min(first + at_once, fisher.num_blocks)
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
         fisher_KBB = _masked(fisher.matrices(first, last), keep_KB)
-        inverse_KBB = _inverses(fisher_KBB)
+        inverse_KBB = inverse_blocks(fisher_KBB)
         shrinkage = (fisher_KBB.diagonal(dim1=1, dim2=2) * inverse_KBB.diagonal(dim1=1, dim2=2)).max()
         if shrinkage <= FLOAT32_SHRINKAGE:
             inverse_KBB, weights_KB = inverse_KBB.float(), weights_KB.float()
@@ -182,9 +182,8 @@ def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: 
         weights_KB, new_keep_KB = _cut(weights_D, new_keep_D, fisher, first, last)
         removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
         fisher_KBB = fisher.matrices(first, last)
-        pull_KB1 = torch.bmm(fisher_KBB, removed_KB.unsqueeze(2)) * new_keep_KB.unsqueeze(2)
-        factor_KBB = factor_blocks(_masked(fisher_KBB, new_keep_KB))
-        parts.append((weights_KB + torch.cholesky_solve(pull_KB1, factor_KBB).squeeze(2)).flatten())
+        pull_KB = torch.bmm(fisher_KBB, removed_KB.unsqueeze(2)).squeeze(2) * new_keep_KB
+        parts.append((weights_KB + solve_blocks(_masked(fisher_KBB, new_keep_KB), pull_KB)).flatten())
     return _write(parts, weights_D, new_keep_D)
 
 
@@ -212,7 +211,7 @@ def summed_update(
     for first, last in fisher.chunks():
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
         removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
-        inverse_KBB = _inverses(_masked(fisher.matrices(first, last), keep_KB))
+        inverse_KBB = inverse_blocks(_masked(fisher.matrices(first, last), keep_KB))
         pull_KGu1 = removed_KB.unflatten(1, (-1, pattern.unit)).unsqueeze(3)
         pull_KGu1 = torch.linalg.solve(diagonal_units(inverse_KBB, pattern.unit), pull_KGu1)
         parts.append((weights_KB - torch.bmm(inverse_KBB, pull_KGu1.flatten(1).unsqueeze(2)).squeeze(2)).flatten())
@@ -254,11 +253,6 @@ def _masked(fisher_KBB: Tensor, keep_KB: Tensor) -> Tensor:
     masked_KBB = fisher_KBB * keep_KB.unsqueeze(1) * keep_KB.unsqueeze(2)
     masked_KBB.diagonal(dim1=1, dim2=2).add_(~keep_KB)
     return masked_KBB
-
-
-def _inverses(matrices_KBB: Tensor) -> Tensor:
-    inverse_KBB = inverse_factors(factor_blocks(matrices_KBB))
-    return torch.bmm(inverse_KBB.mT, inverse_KBB)
 
 
 def _write(parts: list[Tensor], weights_D: Tensor, keep_D: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+// CPU kernels for batches of small symmetric positive definite matrices: spd_inverse and spd_solve (see mfac_hf/block_ops.py).
+//
+// A = U^T U by panels of ROWS rows. A tile of the current panel takes the products with all earlier panels in registers, is then
+// solved with the triangle on the diagonal, and written once. The identity, carried along as further columns, becomes U^-T.
+//
+// Results do not depend on the number of threads: a thread has whole matrices.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "mfac_cpu_tile.h"
+
+using namespace mfac;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t WIDTH = Tile<double>::WIDTH;
+constexpr double NOTHING = std::numeric_limits<double>::quiet_NaN();
+
+// Factors the square in the first half of a tile, whose second half goes along; reciprocals of the diagonal in scale. The number of
+// the first pivot that is not positive, or 0.
+inline int factor_tile(Tile<double>& t, double* scale) {
+  static_assert(ROWS == Lanes<double>::COUNT, "the first half of a tile has as many columns as rows");
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const double pivot = t.v[r][0][r];
+    if (!(pivot > 0)) return r + 1;
+    scale[r] = 1 / std::sqrt(pivot);
+    t.v[r][0] *= scale[r];
+    t.v[r][1] *= scale[r];
+#pragma GCC unroll 8
+    for (int q = r + 1; q < ROWS; ++q) {
+      const double factor = t.v[r][0][q];
+      t.v[q][0] -= factor * t.v[r][0];
+      t.v[q][1] -= factor * t.v[r][1];
+    }
+  }
+  return 0;
+}
+
+// The tile at target takes the products of earlier rows and is solved with the triangle.
+inline void eliminate(double* target, const double* left, const double* right, int64_t count, const double* triangle,
+                      const double* scale, int64_t stride) {
+  Tile<double> t;
+  read(t, target, stride);
+  add_products<false>(t, left, right, count, stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    t.v[r][0] *= scale[r];
+    t.v[r][1] *= scale[r];
+#pragma GCC unroll 8
+    for (int q = r + 1; q < ROWS; ++q) {
+      t.v[q][0] -= triangle[r * stride + q] * t.v[r][0];
+      t.v[q][1] -= triangle[r * stride + q] * t.v[r][1];
+    }
+  }
+  write(t, target, stride);
+}
+
+// U in place of A, and U^-T in place of the identity in below unless that is null; reciprocals of the diagonal in scale.
+int64_t factor(double* a, double* below, double* scale, int64_t rows, int64_t stride) {
+  for (int64_t p = 0; p < rows; p += ROWS) {
+    double* panel = a + p * stride;
+    Tile<double> t;
+    read(t, panel + p, stride);
+    add_products<false>(t, a + p, a + p, p, stride);
+    if (const int bad = factor_tile(t, scale + p)) return p + bad;
+    write(t, panel + p, stride);
+    for (int64_t c = p + WIDTH; c < rows; c += WIDTH) eliminate(panel + c, a + p, a + c, p, panel + p, scale + p, stride);
+    if (below == nullptr) continue;
+    for (int64_t c = 0; c < p + ROWS; c += WIDTH) {
+      eliminate(below + p * stride + c, a + c * stride + p, below + c * stride + c, std::max<int64_t>(p - c, 0), panel + p, scale + p,
+                stride);
+    }
+  }
+  return 0;
+}
+
+// Lower tiles of X^T X with the lower triangle X, in out.
+void square(const double* x, double* out, int64_t rows, int64_t stride) {
+  for (int64_t p = 0; p < rows; p += ROWS) {
+    for (int64_t c = 0; c < p + ROWS; c += WIDTH) {
+      Tile<double> t = {};
+      add_products<true>(t, x + p * stride + p, x + p * stride + c, rows - p, stride);
+      write(t, out + p * stride + c, stride);
+    }
+  }
+}
+
+// A matrix of n rows, the rest of the workspace as in the identity.
+void copy_in(const double* matrix, int64_t n, double* a, int64_t rows, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    double* row = a + i * stride;
+    if (i < n) std::copy(matrix + i * n, matrix + (i + 1) * n, row);
+    std::fill(row + (i < n ? n : 0), row + stride, 0.0);
+    if (i >= n) row[i] = 1;
+  }
+}
+
+void check_matrices(const Tensor& matrices) {
+  STD_TORCH_CHECK(matrices.dim() == 3 && matrices.size(1) == matrices.size(2), "expected square matrices (k, b, b)");
+  STD_TORCH_CHECK(matrices.scalar_type() == ScalarType::Double && matrices.is_contiguous(), "expected contiguous float64 matrices");
+}
+
+std::tuple<Tensor, Tensor> spd_inverse_cpu(const Tensor& matrices) {
+  check_matrices(matrices);
+  const int64_t blocks = matrices.size(0), n = matrices.size(1), rows = round_up(n, ROWS);
+  Tensor inverse = torch::stable::new_empty(matrices, {blocks, n, n}, ScalarType::Double);
+  Tensor info = torch::stable::new_empty(matrices, {blocks}, ScalarType::Int);
+  const double* in = static_cast<const double*>(matrices.data_ptr());
+  double* out = static_cast<double*>(inverse.data_ptr());
+  int32_t* bad = static_cast<int32_t*>(info.data_ptr());
+  torch::stable::parallel_for(0, blocks, 1, [=](int64_t begin, int64_t end) {
+    Workspace<double> work(n, 2 * rows);
+    std::vector<double> scale(rows);
+    double *a = work.data, *below = a + rows * work.stride;
+    for (int64_t block = begin; block < end; ++block) {
+      copy_in(in + block * n * n, n, a, rows, work.stride);
+      copy_in(nullptr, 0, below, rows, work.stride);
+      double* target = out + block * n * n;
+      bad[block] = static_cast<int32_t>(factor(a, below, scale.data(), rows, work.stride));
+      if (bad[block] != 0) {
+        std::fill(target, target + n * n, NOTHING);
+        continue;
+      }
+      square(below, a, rows, work.stride);
+      for (int64_t p = 0; p < n; p += ROWS) {
+        const int64_t last = std::min(p + ROWS, n);
+        for (int64_t i = p; i < last; ++i) std::copy(a + i * work.stride, a + i * work.stride + i + 1, target + i * n);
+        for (int64_t j = 0; j < last; ++j) {
+          for (int64_t i = std::max(p, j + 1); i < last; ++i) target[j * n + i] = a[i * work.stride + j];
+        }
+      }
+    }
+  });
+  return {inverse, info};
+}
+
+std::tuple<Tensor, Tensor> spd_solve_cpu(const Tensor& matrices, const Tensor& x) {
+  check_matrices(matrices);
+  const int64_t blocks = matrices.size(0), n = matrices.size(1), rows = round_up(n, ROWS);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == blocks && x.size(1) == n && x.scalar_type() == ScalarType::Double && x.is_contiguous(),
+                  "expected a contiguous float64 vector of ", n, " numbers for each of ", blocks, " matrices");
+  Tensor solution = torch::stable::new_empty(matrices, {blocks, n}, ScalarType::Double);
+  Tensor info = torch::stable::new_empty(matrices, {blocks}, ScalarType::Int);
+  const double *in = static_cast<const double*>(matrices.data_ptr()), *right = static_cast<const double*>(x.data_ptr());
+  double* out = static_cast<double*>(solution.data_ptr());
+  int32_t* bad = static_cast<int32_t*>(info.data_ptr());
+  torch::stable::parallel_for(0, blocks, 1, [=](int64_t begin, int64_t end) {
+    Workspace<double> work(n, rows);
+    std::vector<double> scale(rows);
+    for (int64_t block = begin; block < end; ++block) {
+      copy_in(in + block * n * n, n, work.data, rows, work.stride);
+      double* y = out + block * n;
+      bad[block] = static_cast<int32_t>(factor(work.data, nullptr, scale.data(), rows, work.stride));
+      if (bad[block] != 0) {
+        std::fill(y, y + n, NOTHING);
+        continue;
+      }
+      std::copy(right + block * n, right + (block + 1) * n, y);
+      for (int64_t i = 0; i < n; ++i) {
+        y[i] *= scale[i];
+        add(-y[i], work.data + i * work.stride + i + 1, y + i + 1, n - i - 1);
+      }
+      for (int64_t i = n - 1; i >= 0; --i) {
+        y[i] = (y[i] - dot(work.data + i * work.stride + i + 1, y + i + 1, n - i - 1)) * scale[i];
+      }
+    }
+  });
+  return {solution, info};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mfac, CPU, m) {
+  m.impl("spd_inverse", TORCH_BOX(&spd_inverse_cpu));
+  m.impl("spd_solve", TORCH_BOX(&spd_solve_cpu));
+}

@@ -1,0 +1,115 @@
+"""Inverses and solutions of positive definite blocks, native and by PyTorch, against torch.linalg in float64."""
+
+import pytest
+import torch
+
+from mfac_hf import block_ops
+
+# One row, below, at and above a panel (4 or 8 rows) and a tile (8 or 16 columns), usual block sizes.
+SIZES = [1, 2, 7, 8, 9, 16, 17, 50, 64, 128, 200]
+
+
+@pytest.fixture(params=["dispatched", "pytorch"])
+def implementation(request):
+    """(spd_inverse, spd_solve): what callers get, native where there is a compiler, and the PyTorch fallback."""
+    if request.param == "dispatched":
+        return block_ops.spd_inverse, block_ops.spd_solve
+    return block_ops._spd_inverse, block_ops._spd_solve
+
+
+def draw(blocks, size, seed=0):
+    """Matrices with condition numbers around a thousand, and vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    roots = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
+    matrices = roots.mT @ roots / size + 4e-3 * torch.eye(size, dtype=torch.float64)
+    return (matrices + matrices.mT) / 2, torch.randn(blocks, size, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_inverse_and_solution_match_linear_algebra(implementation, size):
+    spd_inverse, spd_solve = implementation
+    matrices, x = draw(5, size)
+    before = matrices.clone(), x.clone()
+    inverse, info = spd_inverse(matrices)
+    assert info.dtype == torch.int32 and info.tolist() == [0] * 5
+    # Condition numbers of 1e3 leave twelve of sixteen digits, and two are for the additions.
+    torch.testing.assert_close(inverse, torch.linalg.inv(matrices), rtol=1e-10, atol=1e-10)
+    # Products of the same numbers, possibly in another order.
+    torch.testing.assert_close(inverse, inverse.mT, rtol=0, atol=1e-12 * float(inverse.abs().max()))
+    solution, info = spd_solve(matrices, x)
+    assert info.dtype == torch.int32 and info.tolist() == [0] * 5
+    torch.testing.assert_close(solution, torch.linalg.solve(matrices, x), rtol=1e-10, atol=1e-10)
+    assert torch.equal(matrices, before[0]) and torch.equal(x, before[1])
+
+
+def test_solution_along_strong_directions_keeps_its_digits(implementation):
+    """A solution far smaller than the inverse: substitution keeps it, a product with the inverse does not."""
+    basis = torch.linalg.qr(draw(1, 20, seed=3)[0][0])[0]
+    values = torch.logspace(0, -12, 20, dtype=torch.float64)
+    matrix = (basis * values) @ basis.T
+    solution, _ = implementation[1]((matrix + matrix.T)[None] / 2, basis[:, 0][None].contiguous())
+    # Backward stable: the error is that of a matrix that is off by a few units of its last place.
+    residual = matrix @ solution[0] - basis[:, 0]
+    assert float(residual.norm()) <= 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 9, 50])
+def test_no_matrices(implementation, size):
+    matrices, x = draw(0, size)
+    inverse, info = implementation[0](matrices)
+    assert inverse.shape == (0, size, size) and info.shape == (0,)
+    solution, info = implementation[1](matrices, x)
+    assert solution.shape == (0, size) and info.shape == (0,)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_not_positive_definite_is_marked(implementation, size):
+    matrices, x = draw(4, size)
+    expected = [torch.linalg.inv(matrices[i]) for i in (0, 3)]
+    last = size - 1
+    matrices[1, last, last] = -1.0
+    matrices[2, last // 2, last // 2] = torch.nan
+    for function, arguments in zip(implementation, ((matrices,), (matrices, x)), strict=True):
+        found, info = function(*arguments)
+        assert info[0] == 0 and info[1] == size and info[3] == 0
+        assert 1 <= info[2] <= size
+        assert bool(found[1:3].isnan().all())
+        assert bool(found[::3].isfinite().all())
+    found, _ = implementation[0](matrices)
+    torch.testing.assert_close(found[::3], torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [7, 50, 128])
+def test_threads_and_repeats_give_the_same_bits(size):
+    matrices, x = draw(9, size)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            found.append((block_ops.spd_inverse(matrices)[0], block_ops.spd_solve(matrices, x)[0]))
+    finally:
+        torch.set_num_threads(threads)
+    for inverse, solution in found[1:]:
+        assert torch.equal(inverse, found[0][0]) and torch.equal(solution, found[0][1])
+    # Nor on the matrices beside it.
+    assert torch.equal(block_ops.spd_inverse(matrices[4:5])[0], found[0][0][4:5])
+
+
+def test_wrong_shapes_are_refused(implementation):
+    matrices, x = draw(3, 5)
+    for call in (
+        lambda: implementation[0](matrices[:, :4]),
+        lambda: implementation[1](matrices, x[:, :4].contiguous()),
+        lambda: implementation[1](matrices, x[:2]),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+@pytest.mark.parametrize("size", [1, 17])
+def test_operators_are_registered_soundly(size):
+    matrices, x = draw(3, size)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.mfac.spd_inverse.default, (matrices,), test_utils=tests)
+    torch.library.opcheck(torch.ops.mfac.spd_solve.default, (matrices, x), test_utils=tests)
