@@ -7,6 +7,8 @@ coordinates, W windows of an N:M pattern.
 import torch
 from torch import Tensor
 
+from mfac_hf.build import load_native
+from mfac_hf.ops import library
 from mfac_hf.pruning.patterns import Pattern
 
 __all__ = ["diagonal_units", "kept_units", "trace_blocks", "unit_costs"]
@@ -17,15 +19,18 @@ PANEL = 16
 # What is no longer in play is dropped when no more than this share is left: copying has its price too.
 DROP = 0.75
 
+library.define("greedy_trace(Tensor inverse_KBB, Tensor weights_KB, Tensor keep_KB) -> Tensor")
+
 
 def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, pattern: Pattern) -> Tensor:
-    r"""Greedy traces of a batch of blocks; ``inverse_KBB`` and ``weights_KB`` are overwritten.
+    r"""Greedy traces of a batch of blocks; ``inverse_KBB`` and ``weights_KB`` may be overwritten.
 
     To remove coordinate p is one step of Gaussian elimination on the inverse: with the column :math:`u = H e_p /
     \sqrt{H_{pp}}`, :math:`H \leftarrow H - u u^\top` and :math:`w \leftarrow w - u\, w_p / \sqrt{H_{pp}}`, at the cost
     :math:`w_p^2 / (2 H_{pp})`. A group goes one coordinate after the other. Columns are computed when they are needed,
     from the matrix as it was and the columns removed since; every few removals a product brings the matrix up to date,
-    and what is no longer in play is dropped from it.
+    and what is no longer in play is dropped from it. Single weights have a native kernel on a CPU
+    (``torch.ops.mfac.greedy_trace``).
 
     Args:
         inverse_KBB: :math:`F_b^{-1}`, shape (k, B, B).
@@ -36,9 +41,18 @@ def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patte
     Returns:
         Costs of shape (k, B / unit), float32.
     """
+    if pattern.unit == pattern.window == 1:
+        load_native(inverse_KBB.device.type)
+        return torch.ops.mfac.greedy_trace(inverse_KBB, weights_KB, keep_KB)
+    return _trace_blocks(inverse_KBB, weights_KB, keep_KB, pattern)
+
+
+def _trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, pattern: Pattern) -> Tensor:
     unit, window = pattern.unit, pattern.window
     blocks, size = weights_KB.shape
     device, dtype = weights_KB.device, weights_KB.dtype
+    if blocks == 0:
+        return torch.empty(0, size // unit, device=device)
     starts_K1 = torch.arange(blocks, device=device).unsqueeze(1)
     in_play_KG = kept_units(keep_KB.flatten(), pattern).view(blocks, -1)
     costs_KG = torch.full(in_play_KG.shape, float("inf"), device=device)
@@ -129,3 +143,15 @@ def unit_costs(diagonal_KGuu: Tensor, weights_KGu: Tensor) -> Tensor:
 def kept_units(keep_D: Tensor, pattern: Pattern) -> Tensor:
     """Whether a unit is kept, (units,): all of its weights are, or none."""
     return keep_D.view(-1, pattern.unit).any(dim=1)
+
+
+def _greedy_trace(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor) -> Tensor:
+    return _trace_blocks(inverse_KBB.clone(), weights_KB.clone(), keep_KB, Pattern.parse("unstructured"))
+
+
+def _greedy_trace_fake(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor) -> Tensor:
+    return torch.empty_like(weights_KB, dtype=torch.float32)
+
+
+library.impl("greedy_trace", _greedy_trace, "CompositeExplicitAutograd")
+torch.library.register_fake("mfac::greedy_trace", _greedy_trace_fake, lib=library)
