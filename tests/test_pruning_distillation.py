@@ -151,7 +151,8 @@ class Divides(BertForSequenceClassification):
 
 @pytest.fixture
 def accelerator():
-    """One in bfloat16; its settings would be those of all later ones in this process."""
+    """One in bfloat16; settings are those of the whole process, also of the tests before and after."""
+    AcceleratorState._reset_state(True)
     yield Accelerator(cpu=True, mixed_precision="bf16")
     AcceleratorState._reset_state(True)
 
