@@ -212,9 +212,9 @@ def summed_update(
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
         removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
         inverse_KBB = inverse_blocks(_masked(fisher.matrices(first, last), keep_KB))
-        pull_KGu1 = removed_KB.unflatten(1, (-1, pattern.unit)).unsqueeze(3)
-        pull_KGu1 = torch.linalg.solve(diagonal_units(inverse_KBB, pattern.unit), pull_KGu1)
-        parts.append((weights_KB - torch.bmm(inverse_KBB, pull_KGu1.flatten(1).unsqueeze(2)).squeeze(2)).flatten())
+        units_Uuu = diagonal_units(inverse_KBB, pattern.unit).flatten(0, 1)
+        pull_KB = solve_blocks(units_Uuu, removed_KB.view(-1, pattern.unit)).view_as(removed_KB)
+        parts.append((weights_KB - torch.bmm(inverse_KBB, pull_KB.unsqueeze(2)).squeeze(2)).flatten())
     return _write(parts, weights_D, new_keep_D)
 
 
