@@ -23,7 +23,7 @@ def _run(rank, function, rendezvous, ranks, args):
     try:
         function(rank, *args)
     finally:
-        # Optimizers lie in reference cycles and hold the group. One that outlives the interpreter has threads that drop
-        # their last tensors during its shutdown, which was seen to abort the process.
+        # Optimizers lie in reference cycles and hold the group. One that outlives the interpreter has threads that
+        # drop their last tensors during its shutdown, which was seen to abort the process.
         gc.collect()
         dist.destroy_process_group()
