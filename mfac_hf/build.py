@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 SOURCES = {
-    "cpu": ("mfac_cpu.cpp", "mfac_cpu_sparse.cpp", "mfac_cpu_blocks.cpp", "mfac_cpu_trace.cpp"),
+    "cpu": ("mfac_cpu.cpp", "mfac_cpu_sparse.cpp", "mfac_cpu_blocks.cpp", "mfac_cpu_gram.cpp", "mfac_cpu_trace.cpp"),
     "cuda": ("mfac_kernels.cu", "mfac_binding.cpp"),
 }
 CSRC = Path(__file__).parent / "csrc"

@@ -1,13 +1,15 @@
 """Our model card in place of Trainer's, which names the optimizer of TrainingArguments even where another one ran.
 
-Trainer hands itself to no callback, and `Trainer.push_to_hub` writes its card after the last event that callbacks see.
-So `CardCallback` replaces ``create_model_card`` of the one Trainer that pushes, and of no other.
+Trainer hands itself to no callback and no optimizer, and `Trainer.push_to_hub` writes its card after the last event
+that callbacks see. So `CardCallback` replaces ``create_model_card`` of the one Trainer that pushes, and of no other,
+and `mfac_hf.MFAC` gives this callback to the Trainer that takes its first step.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +42,29 @@ class CardCallback(TrainerCallback):
         trainer.create_model_card()
 
     def _pushing_trainer(self) -> Trainer:
-        """The Trainer whose method called the event: found on the stack, as events do not name it."""
-        frame = inspect.currentframe()
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, Trainer) and self in caller.callback_handler.callbacks:
-                return caller
-            frame = frame.f_back
+        """The Trainer whose method called the event."""
+        for trainer in _calling_trainers():
+            if self in trainer.callback_handler.callbacks:
+                return trainer
         raise RuntimeError("no Trainer with this callback is pushing: on_push_begin is for Trainer to call")
+
+    @classmethod
+    def join(cls) -> None:
+        """Add such a callback to the Trainer that calls, if one does and has none yet."""
+        for trainer in _calling_trainers():
+            if not any(isinstance(callback, CardCallback) for callback in trainer.callback_handler.callbacks):
+                trainer.add_callback(cls())
+            return
+
+
+def _calling_trainers() -> Iterator[Trainer]:
+    """The Trainers whose methods are running, innermost first: found on the stack, as they name themselves nowhere."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            yield caller
+        frame = frame.f_back
 
 
 def use_our_card(trainer: Trainer, options: dict[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Inverses and solutions of positive definite blocks, native and by PyTorch, against NumPy in float64.
+"""Sums, inverses and solutions of positive definite blocks, native and by PyTorch, against NumPy in float64.
 
 Not against torch.linalg: its LU of several matrices at once was seen never to end with two threads (one OpenMP region
 inside another, 200 rows).
@@ -28,6 +28,63 @@ def draw(blocks, size, seed=0):
     roots = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
     matrices = roots.mT @ roots / size + 4e-3 * torch.eye(size, dtype=torch.float64)
     return (matrices + matrices.mT) / 2, torch.randn(blocks, size, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(params=["dispatched", "pytorch"])
+def add_gram(request):
+    return block_ops.add_gram if request.param == "dispatched" else block_ops._add_gram
+
+
+def panel(matrices, start):
+    """Columns of a panel of 64, from the diagonal on."""
+    return matrices[:, start:, start : start + 64].contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("size", "dim"), [(1, 3), (2, 5), (7, 7), (9, 100), (50, 612), (64, 64), (128, 700), (200, 450)]
+)
+@pytest.mark.parametrize("rows", [0, 1, 63, 130])
+def test_sums_of_outer_products_match_numpy(add_gram, rows, size, dim, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    wide = torch.randn(rows, dim + 3, generator=generator).to(dtype)
+    wide[:, dim:] = torch.nan  # beside the gradients, and never read
+    grads = wide[:, :dim]
+    blocks = -(-dim // size)
+    columns = np.zeros((rows, blocks * size))
+    columns[:, :dim] = grads.double().numpy()
+    columns = columns.reshape(rows, blocks, size)
+    expected = torch.from_numpy(np.einsum("nki,nkj->kij", columns, columns))
+    for start in range(0, size, 64):
+        before = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
+        before = panel(before + before.mT, start)
+        sums = before.clone()
+        assert add_gram(sums, grads, size, start) is None
+        torch.testing.assert_close(sums - before, panel(expected, start), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [7, 50, 128])
+def test_sums_have_the_same_bits_for_any_number_of_threads(size):
+    grads = torch.randn(70, 1_000, generator=torch.Generator().manual_seed(1))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            sums = torch.zeros(-(-1_000 // size), size, min(64, size), dtype=torch.float64)
+            block_ops.add_gram(sums, grads, size, 0)
+            found.append(sums)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(sums, found[0]) for sums in found)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 5), (2, 4, 5), (2, 5, 6)])
+def test_sums_of_another_shape_are_refused(add_gram, shape):
+    sums = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(RuntimeError):
+        add_gram(sums, torch.ones(4, 8), 5, 0)
+    assert not sums.any()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -117,5 +174,7 @@ def test_wrong_shapes_are_refused(implementation):
 def test_operators_are_registered_soundly(size):
     matrices, x = draw(3, size)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    sums = torch.zeros(3, size, size, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.mfac.add_gram.default, (sums, torch.ones(2, 3 * size), size, 0), test_utils=tests)
     torch.library.opcheck(torch.ops.mfac.spd_inverse.default, (matrices,), test_utils=tests)
     torch.library.opcheck(torch.ops.mfac.spd_solve.default, (matrices, x), test_utils=tests)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from real_gradients import REAL
 
+from mfac_hf import block_ops
 from mfac_hf.fisher import BlockedFisher, blocked
 from mfac_hf.fisher.reference import PaperBlockedInverse, dense_fisher, paper_static_solve
 
@@ -95,7 +96,7 @@ def test_many_chunks_give_the_result_of_one(m, monkeypatch):
     grads, x = draw(m, 57), draw(1, 57, seed=1)[0]
     whole = build(grads, 5, 1e-3)
     monkeypatch.setattr(blocked, "CHUNK_BYTES", 2 * 5 * 5 * 8)
-    monkeypatch.setattr(blocked, "COPY_BYTES", 2 * m * 5 * 8)
+    monkeypatch.setattr(block_ops, "COPY_BYTES", 2 * m * 5 * 8)
     pieces = build(grads, 5, 1e-3)
     assert list(pieces.chunks()) == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
     monkeypatch.undo()

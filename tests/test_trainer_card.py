@@ -59,14 +59,16 @@ def card_on(hub, branch="main"):
     return ModelCard(hub.repositories["user/run"].branches[branch]["README.md"].decode())
 
 
-@pytest.mark.parametrize("add", ["add_callback", "attach"])
+@pytest.mark.parametrize("add", ["nothing", "add_callback", "attach"])
 def test_trainer_pushes_our_card(add, hub, bert, tmp_path):  # noqa: F811
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
     if add == "attach":
         MFACLoggingCallback.attach(trainer)
-    else:
+    elif add == "add_callback":
         trainer.add_callback(MFACLoggingCallback())
+    before = len(trainer.callback_handler.callbacks)
     trainer.train()
+    assert len(trainer.callback_handler.callbacks) == before + (add == "nothing")
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.push_to_hub(license="mit")
     text = str(card_on(hub))

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.block_ops import spd_inverse, spd_solve
+from mfac_hf.block_ops import add_gram, blocks_of, spd_inverse, spd_solve
 from mfac_hf.fisher.window import MAX_NORM
 
 __all__ = ["BlockedFisher"]
@@ -36,9 +36,8 @@ PANEL = 64
 # Single gradients are collected until so many are there: adding them one by one would read all sums each time.
 PENDING_ROWS = 32
 
-# Gradients multiplied at once, and bytes of their float64 copy: it should stay in a core's own cache.
+# Gradients multiplied at once.
 ROWS_AT_ONCE = 512
-COPY_BYTES = 1 << 20
 
 # Bytes of the (B, B) matrices that are factored at once. Allocators return 32 MiB and more to the system each time.
 CHUNK_BYTES = 1 << 24
@@ -157,6 +156,8 @@ class BlockedFisher:
                 "construct it with a larger num_grads"
             )
         grads_ND = grads_ND.detach().to(self.device)
+        if grads_ND.dtype not in (torch.float32, torch.bfloat16, torch.float64) or grads_ND.stride(1) != 1:
+            grads_ND = grads_ND.to(torch.float32).contiguous()
         norms_N = torch.linalg.vector_norm(grads_ND, dim=1)
         if not bool((norms_N <= MAX_NORM).all()):
             raise ValueError(
@@ -190,25 +191,9 @@ class BlockedFisher:
             self._pending = 0
 
     def _accumulate(self, grads_ND: Tensor) -> None:
-        """Add `Gᵀ G` of these gradients to the panels, a few blocks at a time."""
-        rows, size = len(grads_ND), self.block_size
-        at_once = max(1, COPY_BYTES // (rows * size * 8))
-        for first in range(0, self.num_blocks, at_once):
-            grads_KNB = self._in_blocks(grads_ND, first, min(first + at_once, self.num_blocks))
-            for panel_KBP, start in zip(self._panels_KBP, range(0, size, PANEL), strict=True):
-                panel_KBP[first : first + at_once].baddbmm_(
-                    grads_KNB[:, :, start:].mT, grads_KNB[:, :, start : start + PANEL]
-                )
-
-    def _in_blocks(self, rows_ND: Tensor, first: int, last: int) -> Tensor:
-        """Columns of blocks ``first`` to ``last`` as float64 (k, n, B), contiguous, zeros beyond the end."""
-        size = self.block_size
-        columns_ND = rows_ND[:, first * size : last * size]
-        missing = (last - first) * size - columns_ND.shape[1]
-        if missing:
-            columns_ND = torch.nn.functional.pad(columns_ND, (0, missing))
-        grads_KNB = columns_ND.unflatten(1, (last - first, size)).transpose(0, 1)
-        return grads_KNB.to(torch.float64, memory_format=torch.contiguous_format)
+        """Add `Gᵀ G` of these gradients to the panels."""
+        for panel_KBP, start in zip(self._panels_KBP, range(0, self.block_size, PANEL), strict=True):
+            add_gram(panel_KBP, grads_ND, self.block_size, start)
 
     def _finish(self) -> None:
         """Bring the sums up to date, over all ranks."""
@@ -237,7 +222,7 @@ class BlockedFisher:
         self._finish()
         size = self.block_size
         if self.is_dual:
-            grads_KMB = self._in_blocks(self._rows_MD[: self.count], first, last)
+            grads_KMB = blocks_of(self._rows_MD[: self.count], self.block_size, first, last)
             fisher_KBB = torch.bmm(grads_KMB.mT, grads_KMB)
         else:
             fisher_KBB = torch.empty(last - first, size, size, dtype=torch.float64, device=self.device)
@@ -251,7 +236,7 @@ class BlockedFisher:
 
     def _dual_factor(self, first: int, last: int) -> Tensor:
         """`W = L⁻¹ G_b` of blocks ``first`` to ``last``: shape (k, m, B), float64."""
-        grads_KMB = self._in_blocks(self._rows_MD[: self.count], first, last)
+        grads_KMB = blocks_of(self._rows_MD[: self.count], self.block_size, first, last)
         system_KMM = torch.bmm(grads_KMB, grads_KMB.mT)
         system_KMM.diagonal(dim1=1, dim2=2).add_(self.count * self.damping)
         return torch.linalg.solve_triangular(factor_blocks(system_KMM), grads_KMB, upper=False)
@@ -286,7 +271,7 @@ class BlockedFisher:
         self._finish()
         parts = []
         for first, last in self.chunks():
-            x_KB = self._in_blocks(x_D.detach().to(self.device).unsqueeze(0), first, last).squeeze(1)
+            x_KB = blocks_of(x_D.detach().to(self.device).unsqueeze(0), self.block_size, first, last).squeeze(1)
             if self.is_dual:
                 factor_KMB, x_KB1 = self._dual_factor(first, last), x_KB.unsqueeze(2)
                 part_KB = (x_KB1 - torch.bmm(factor_KMB.mT, torch.bmm(factor_KMB, x_KB1))).squeeze(2) / self.damping
