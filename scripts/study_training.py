@@ -4,7 +4,8 @@ Every optimizer gets the same number of learning rates, each tried once and judg
 not trained on; the best is then run with every seed and judged on the test images, by epoch and by second. Everything
 else is the same for all. ``--checkpoint FILE --sparse`` compares them on the survivors of a pruned model.
 
-Each run is a line of ``OUTPUT/NAME.jsonl`` and is not repeated; ``NAME.md`` has the table and ``NAME.png`` the curves.
+Each run is a line of ``OUTPUT/training.jsonl`` and is not repeated, so that a longer study can go on from the tuning
+of a shorter one (``--tuning_images``, ``--tuning_nepochs``). ``NAME.md`` has the table, ``NAME.png`` the curves.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ NUM_TUNING = 2_000
 class Study:
     """The runs so far, and what all of them share."""
 
-    def __init__(self, shared: Sequence[str], log: Path) -> None:
-        self.shared, self.log = list(shared), log
+    def __init__(self, shared: Sequence[str], sizes: Mapping[str, tuple[int, int]], log: Path) -> None:
+        self.shared, self.sizes, self.log = list(shared), sizes, log  # sizes: images and epochs of each phase
         self.runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def run(self, optimizer: str, phase: str, lr: float, seed: int) -> dict[str, Any]:
         """Train once, unless that was done."""
-        flags = [*self.shared, *GRIDS[optimizer][0], "--lr", f"{lr:g}", "--seed", str(seed)]
+        images, epochs = self.sizes[phase]
+        flags = [*self.shared, "--train_images", str(images), "--nepochs", str(epochs)]
+        flags += [*GRIDS[optimizer][0], "--lr", f"{lr:g}", "--seed", str(seed)]
         if phase == "tuning":
             flags += ["--holdout", str(NUM_TUNING)]
         key = {"optimizer": optimizer, "phase": phase, "lr": lr, "seed": seed, "flags": flags}
@@ -120,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--nepochs", type=int, default=10)
     parser.add_argument("--train_images", type=int, default=10_000)
+    parser.add_argument("--tuning_nepochs", type=int, default=None, help="of the tuning runs (default: the same)")
+    parser.add_argument("--tuning_images", type=int, default=None, help="of the tuning runs (default: the same)")
     parser.add_argument("--checkpoint", default=None, help="weights to start from")
     parser.add_argument("--sparse", action="store_true", help="train the survivors of a pruned checkpoint")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -128,10 +133,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
     args = parser.parse_args(argv)
     shared = ["--model", args.model, "--dataset", args.dataset]
-    shared += ["--nepochs", str(args.nepochs), "--train_images", str(args.train_images)]
     shared += [] if args.checkpoint is None else ["--checkpoint", args.checkpoint]
     shared += ["--sparse"] if args.sparse else []
-    study = Study(shared, args.output / f"{args.name}.jsonl")
+    tuning = (args.tuning_images or args.train_images, args.tuning_nepochs or args.nepochs)
+    sizes = {"tuning": tuning, "final": (args.train_images, args.nepochs)}
+    study = Study(shared, sizes, args.output / "training.jsonl")
     results = {optimizer: study.compare(optimizer, args.seeds) for optimizer in args.optimizers}
     text = table(results)
     (args.output / f"{args.name}.md").write_text(text)
