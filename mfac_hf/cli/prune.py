@@ -106,20 +106,14 @@ def _run_prune(arguments: argparse.Namespace) -> None:
 
 def _options(arguments: argparse.Namespace) -> Any:
     """The options that the flags name; a ValueError says which is wrong."""
-    from mfac_hf.pruning.options import PruningOptions
+    from mfac_hf.pruning.options import PruningOptions, parse_damping
 
-    damping: Any = arguments.damping
-    if damping != "auto":
-        try:
-            damping = float(damping)
-        except ValueError:
-            raise ValueError(f"--damping {damping}: expected a positive number or auto") from None
     return PruningOptions(
         method=arguments.method,
         num_grads=arguments.num_grads,
         grad_batch_size=arguments.grad_batch_size,
         block_size=arguments.block_size,
-        damping=damping,
+        damping=parse_damping(arguments.damping, "--damping"),
         recomputations=arguments.recomputations,
         selection=arguments.selection,
         update=arguments.update,

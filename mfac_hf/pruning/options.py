@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from mfac_hf.pruning.masks import MaskSet
 
-__all__ = ["PruningOptions", "PruningReport", "check_sparsity"]
+__all__ = ["PruningOptions", "PruningReport", "check_sparsity", "parse_damping"]
 
 AUTO_LOSS_SAMPLES = 256
 
@@ -146,3 +146,17 @@ def check_sparsity(sparsity: float, current: float = 0.0) -> None:
         raise ValueError(f"sparsity is {sparsity!r}; expected a number in [0, 1), such as 0.9 to keep a tenth")
     if sparsity < current - 1e-9:
         raise ValueError(f"sparsity {sparsity:g} is below the {current:g} that is pruned already; it only ever rises")
+
+
+def parse_damping(text: str, flag: str) -> float | Literal["auto"]:
+    """The damping that a flag of the command line names.
+
+    Raises:
+        ValueError: it is neither a number nor ``auto``; whether it is positive is for `PruningOptions` to check.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{flag} {text}: expected a positive number or auto") from None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import Trainer, TrainingArguments
 
 from mfac_hf.pruning.oneshot import prune_one_shot
-from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.options import PruningOptions, parse_damping
 
 __all__ = ["PruningArguments", "one_shot"]
 
@@ -52,18 +52,12 @@ class PruningArguments:
         Raises:
             ValueError: one is out of range.
         """
-        damping: Any = self.prune_damping
-        if damping != "auto":
-            try:
-                damping = float(damping)
-            except ValueError:
-                raise ValueError(f"--prune_damping {damping}: expected a positive number or auto") from None
         return PruningOptions(
             method=self.prune_method,
             num_grads=self.prune_num_grads,
             grad_batch_size=self.prune_grad_batch_size,
             block_size=self.prune_block_size,
-            damping=damping,
+            damping=parse_damping(self.prune_damping, "--prune_damping"),
             recomputations=self.recomputations,
             selection=self.prune_selection,
             update=self.prune_update,

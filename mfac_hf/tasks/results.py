@@ -77,7 +77,7 @@ def describe_run(argv: Sequence[str] | None, device: torch.device) -> dict[str, 
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "device": _device(device),
         "threads": torch.get_num_threads(),
-        "peak_memory_gib": _peak_memory_gib(),
+        "peak_memory_gib": round(peak_memory() / 2**30, 3),
     }
     if device.type == "cuda":
         record["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -117,7 +117,13 @@ def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})"
 
 
-def _peak_memory_gib() -> float:
-    # Linux counts kilobytes, macOS bytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held at once."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:  # no Linux
+        # macOS counts bytes, others kilobytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Not getrusage: there a process begins with the peak of the one that started it.
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

@@ -8,7 +8,6 @@ of its own into which gradients stream one at a time.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from bench.common import seconds
 from mfac_hf.fisher import BlockedFisher, FullFisher
 from mfac_hf.fisher.reference import PaperBlockedInverse, PaperSwapInverse
 from mfac_hf.models import create_model
+from mfac_hf.tasks.results import peak_memory
 
 GIB = 1 << 30
 DAMPING = 1e-4
@@ -116,16 +116,12 @@ def _in_child(function: Callable[..., float], *args: Any) -> float:
         return pool.apply(function, args)
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _blocked_peak(num_grads: int, block_size: int, sizes: list[int]) -> float:
     """GiB on top of an idle process, for the inverses of all tensors at once, their diagonals and products."""
     generator = torch.Generator().manual_seed(0)
     x_parts = [torch.randn(size, generator=generator) for size in sizes]
     torch.linalg.cholesky_ex(torch.eye(256, dtype=torch.float64))  # libraries allocate at first use
-    before = _peak()
+    before = peak_memory()
     fishers = [BlockedFisher(size, block_size=block_size, damping=DAMPING, num_grads=num_grads) for size in sizes]
     for _ in range(num_grads):
         for fisher in fishers:
@@ -133,17 +129,20 @@ def _blocked_peak(num_grads: int, block_size: int, sizes: list[int]) -> float:
     for fisher, x_D in zip(fishers, x_parts, strict=True):
         fisher.inverse_diagonal()
         fisher.solve(x_D)
-    return (_peak() - before) / GIB
+    return (peak_memory() - before) / GIB
 
 
 def _full_peak(num_grads: int, pages: int, sizes: list[int]) -> float:
     """GiB on top of the gradients."""
-    grads_MD = draw_gradients(num_grads, sum(sizes), torch.Generator().manual_seed(0))
-    before = _peak()
+    generator = torch.Generator().manual_seed(0)
+    grads_MD = torch.empty(num_grads, sum(sizes))
+    for row_D in grads_MD:  # one at a time: drawing all at once would be the peak
+        row_D.copy_(draw_gradients(1, sum(sizes), generator)[0])
+    before = peak_memory()
     fisher = FullFisher(grads_MD, damping=DAMPING, page_size=-(-sum(sizes) // pages))
     fisher.inverse_diagonal()
     fisher.solve(grads_MD[0])
-    return (_peak() - before) / GIB
+    return (peak_memory() - before) / GIB
 
 
 def print_blocked(rows: list[dict[str, Any]]) -> None:
