@@ -18,8 +18,8 @@ Each contender's point of the grid is the one with the lowest loss on a held-out
 gives no gradients, at one sparsity, for the first model: once with one gradient set, for ``recomputations: 1``,
 and once with the number in ``tuning``, for all others. Then every model is pruned to every sparsity, without training,
 and judged on the validation split, which nothing before has seen. With one gradient set, one set of costs serves all
-sparsities. With up to 8 recomputations each sparsity is reached from the dense model; with more, one path of that many
-sub-steps leads to the highest sparsity and stops at the others, which so had fewer.
+sparsities. With up to 8 recomputations (``from_dense: 8``) each sparsity is reached from the dense model; with more,
+one path of that many sub-steps leads to the highest sparsity and stops at the others, which so had fewer.
 
 Results are kept in ``OUTPUT/NAME.jsonl`` and not computed again, so a study that was cut off goes on where it stopped.
 ``--models 2`` does some of the models alone, in a process of its own. ``OUTPUT/NAME.md`` has the table.
@@ -47,9 +47,6 @@ from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.substep import magnitude_step, mfac_step, plan_groups
 from mfac_hf.tasks.fine_tuned import FineTuned, load_fine_tuned
 from mfac_hf.tasks.results import describe_run
-
-# with more recomputations, one path to the highest sparsity serves all
-FROM_DENSE = 8
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -94,6 +91,13 @@ def load_study(path: Path) -> dict[str, Any]:
         name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in study["task"].items()
     }
     study["sparsities"] = sorted(study["sparsities"])
+    study.setdefault("from_dense", 8)
+    for count in study["recomputations"]:
+        if study["from_dense"] < count < len(study["sparsities"]):
+            raise ValueError(
+                f"{path}: {count} recomputations cannot stop at {len(study['sparsities'])} sparsities; raise "
+                f"from_dense to {count}, or name fewer sparsities"
+            )
     for name, contender in study["contenders"].items():
         contender["options"] = {**study.get("options", {}), **contender.get("options", {})}
         contender["grid"] = [
@@ -140,7 +144,7 @@ class Pruner:
         self.task: FineTuned = load_fine_tuned(
             study["models"][model], **study["task"], holdout_fraction=holdout_fraction
         )
-        self.model = self.task.model
+        self.model, self.from_dense = self.task.model, study["from_dense"]
         self.dense = copy.deepcopy(self.model.state_dict())
 
     def restart(self) -> MaskSet:
@@ -191,8 +195,8 @@ class Pruner:
     ) -> Iterator[tuple[float, dict[str, Any]]]:
         """Every sparsity with recomputation; the model is at each in turn."""
         source, masks = self.source(options), self.restart()
-        for sparsity, steps in substeps(sparsities, options.recomputations):
-            if options.recomputations <= FROM_DENSE:
+        for sparsity, steps in substeps(sparsities, options.recomputations, self.from_dense):
+            if options.recomputations <= self.from_dense:
                 masks = self.restart()
             chosen = PruningOptions(
                 **{**vars(options), "recomputations": steps, "seed": options.seed + round(1000 * sparsity)}
@@ -208,15 +212,15 @@ class Pruner:
             )
 
 
-def substeps(sparsities: Sequence[float], recomputations: int) -> list[tuple[float, int]]:
+def substeps(sparsities: Sequence[float], recomputations: int, from_dense: int) -> list[tuple[float, int]]:
     """Sub-steps to each sparsity: from the dense model, or on a path, geometric but for rounding, from the last.
 
-    >>> substeps([0.5, 0.9], 4)
+    >>> substeps([0.5, 0.9], 4, from_dense=8)
     [(0.5, 4), (0.9, 4)]
-    >>> substeps([0.5, 0.9], 16)
+    >>> substeps([0.5, 0.9], 16, from_dense=8)
     [(0.5, 5), (0.9, 11)]
     """
-    if recomputations <= FROM_DENSE:
+    if recomputations <= from_dense:
         return [(sparsity, recomputations) for sparsity in sparsities]
     last, done, path = math.log(1 - sparsities[-1]), 0, []
     for sparsity in sparsities:

@@ -63,8 +63,8 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
 
 
 def test_one_path_of_substeps_stops_at_every_sparsity():
-    assert study_script.substeps([0.5, 0.8], 4) == [(0.5, 4), (0.8, 4)]
-    path = study_script.substeps([0.5, 0.6, 0.7, 0.8, 0.9, 0.95], 16)
+    assert study_script.substeps([0.5, 0.8], 4, from_dense=8) == [(0.5, 4), (0.8, 4)]
+    path = study_script.substeps([0.5, 0.6, 0.7, 0.8, 0.9, 0.95], 16, from_dense=8)
     assert sum(steps for _, steps in path) == 16 and all(steps >= 1 for _, steps in path)
     assert path[0] == (0.5, 4)  # a quarter of the way in the logarithm of the density
 
@@ -75,6 +75,7 @@ def test_one_path_of_substeps_stops_at_every_sparsity():
         (lambda study: study.pop("tuning"), "has no 'tuning'"),
         (lambda study: study["contenders"]["ours"]["options"].update(selection="best"), "'ours': selection is 'best'"),
         (lambda study: study["contenders"]["ours"]["options"].update(sel="best"), "unexpected keyword"),
+        (lambda study: study.update(from_dense=1, recomputations=[2], sparsities=[0.5, 0.6, 0.7]), "cannot stop at 3"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused_at_once(change, message, study, capsys):
