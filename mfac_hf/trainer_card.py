@@ -50,11 +50,12 @@ class CardCallback(TrainerCallback):
 
     @classmethod
     def join(cls) -> None:
-        """Add such a callback to the Trainer that calls, if one does and has none yet."""
-        for trainer in _calling_trainers():
-            if not any(isinstance(callback, CardCallback) for callback in trainer.callback_handler.callbacks):
-                trainer.add_callback(cls())
+        """Add such a callback to the Trainer that calls, if one does, has none yet, and no card of its own kind."""
+        trainer = next(_calling_trainers(), None)
+        if trainer is None or type(trainer).create_model_card is not Trainer.create_model_card:
             return
+        if not any(isinstance(callback, CardCallback) for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(cls())
 
 
 def _calling_trainers() -> Iterator[Trainer]:

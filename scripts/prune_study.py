@@ -91,7 +91,8 @@ def load_study(path: Path) -> dict[str, Any]:
         name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in study["task"].items()
     }
     study["sparsities"] = sorted(study["sparsities"])
-    study.setdefault("from_dense", 8)
+    if not isinstance(study.setdefault("from_dense", 8), int) or study["from_dense"] < 1:
+        raise ValueError(f"{path}: from_dense is {study['from_dense']!r}; expected a whole number, at least 1")
     for count in study["recomputations"]:
         if study["from_dense"] < count < len(study["sparsities"]):
             raise ValueError(

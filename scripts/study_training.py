@@ -135,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     shared = ["--model", args.model, "--dataset", args.dataset]
     shared += [] if args.checkpoint is None else ["--checkpoint", args.checkpoint]
     shared += ["--sparse"] if args.sparse else []
+    for name in ("tuning_images", "tuning_nepochs"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: expected at least 1")
     tuning = (args.tuning_images or args.train_images, args.tuning_nepochs or args.nepochs)
     sizes = {"tuning": tuning, "final": (args.train_images, args.nepochs)}
     study = Study(shared, sizes, args.output / "training.jsonl")

@@ -214,3 +214,12 @@ def test_a_singular_block_is_an_error():
     fisher = build(1e6 * torch.ones(9, 4, dtype=torch.float64), 4, 1e-12)
     with pytest.raises(FloatingPointError, match="raise the damping"):
         fisher.inverse_diagonal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_of_any_layout_and_type_count_in_full(dtype):
+    """A gradient that lies in memory another way, or in another type, is not rounded."""
+    grads = draw(40, 23).to(dtype)
+    expected = build(grads.double(), 5, 1e-3).inverse_diagonal()
+    assert torch.equal(build(grads.T.contiguous().T, 5, 1e-3).inverse_diagonal(), expected)
+    assert torch.equal(build(grads, 5, 1e-3).inverse_diagonal(), expected)

@@ -75,6 +75,7 @@ def test_one_path_of_substeps_stops_at_every_sparsity():
         (lambda study: study.pop("tuning"), "has no 'tuning'"),
         (lambda study: study["contenders"]["ours"]["options"].update(selection="best"), "'ours': selection is 'best'"),
         (lambda study: study["contenders"]["ours"]["options"].update(sel="best"), "unexpected keyword"),
+        (lambda study: study.update(from_dense="all"), "from_dense is 'all'"),
         (lambda study: study.update(from_dense=1, recomputations=[2], sparsities=[0.5, 0.6, 0.7]), "cannot stop at 3"),
     ],
 )

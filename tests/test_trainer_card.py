@@ -132,6 +132,19 @@ def test_other_trainers_keep_their_card(hub, bert, tmp_path):  # noqa: F811
         CardCallback().on_push_begin(other.args, other.state, other.control)
 
 
+def test_a_trainer_with_a_card_of_its_own_keeps_it(bert, tmp_path):  # noqa: F811
+    """As those of libraries that build on Trainer: the optimizer alone does not replace what they wrote."""
+
+    class OwnCard(Trainer):
+        def create_model_card(self, *args, **kwargs):
+            raise NotImplementedError
+
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), push_to_hub=False)
+    trainer.__class__ = OwnCard
+    trainer.train()
+    assert not any(isinstance(callback, CardCallback) for callback in trainer.callback_handler.callbacks)
+
+
 def test_last_evaluation_is_that_of_the_weights():
     def history(*entries):
         return [dict(step=step, **{name: value}) for step, name, value in entries]

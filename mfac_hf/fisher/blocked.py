@@ -156,8 +156,10 @@ class BlockedFisher:
                 "construct it with a larger num_grads"
             )
         grads_ND = grads_ND.detach().to(self.device)
-        if grads_ND.dtype not in (torch.float32, torch.bfloat16, torch.float64) or grads_ND.stride(1) != 1:
-            grads_ND = grads_ND.to(torch.float32).contiguous()
+        if grads_ND.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            grads_ND = grads_ND.to(torch.float32)
+        if grads_ND.stride(1) != 1:
+            grads_ND = grads_ND.contiguous()
         norms_N = torch.linalg.vector_norm(grads_ND, dim=1)
         if not bool((norms_N <= MAX_NORM).all()):
             raise ValueError(
