@@ -26,11 +26,11 @@ from mfac_hf.tasks.results import describe_run
 
 # The values that M-FAC does not tune here were the best of few tries on the demo's task (benchmarks/README.md).
 GRIDS: dict[str, tuple[list[str], list[float]]] = {
-    "sgd": (["--optim", "sgd", "--momentum", "0.9", "--weightdecay", "5e-4"], [0.03, 0.1, 0.2, 0.4]),
-    "adam": (["--optim", "adam"], [5e-4, 1e-3, 3e-3, 1e-2]),
+    "sgd": (["--optim", "sgd", "--momentum", "0.9", "--weightdecay", "5e-4"], [0.01, 0.03, 0.1, 0.2, 0.4]),
+    "adam": (["--optim", "adam"], [2e-4, 5e-4, 1e-3, 3e-3, 1e-2]),
     "mfac": (
         "--optim mfac --ngrads 256 --damping 1e-3 --grad_decay 0.9 --normalize count --weightdecay 5e-4".split(),
-        [1e-3, 3e-3, 1e-2, 3e-2],
+        [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
     ),
 }
 NUM_TUNING = 2_000
