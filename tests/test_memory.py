@@ -1,10 +1,14 @@
 """What the window costs is said right, before it is allocated, and refused where it does not fit."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from mfac_hf import MFAC, memory, memory_estimate
+from mfac_hf.fisher.columns import DenseColumns
 from mfac_hf.memory import available_bytes, require_memory
 
 GIB = 1 << 30
@@ -145,3 +149,27 @@ def test_available_memory_respects_a_container(monkeypatch, tmp_path):
     assert available_bytes(cpu) > 1 << 20
     write_limits(tmp_path, 1 << 60, 400)
     assert available_bytes(cpu) < 1 << 60  # no more than the machine has
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or not Path("/proc/self/smaps").exists(),
+    reason="this system has no transparent huge pages, or does not say which mappings want them",
+)
+@pytest.mark.parametrize(("rows", "wanted"), [(2, False), (32, True)])
+def test_a_large_window_asks_for_huge_pages(rows, wanted):
+    buffer = DenseColumns(rows, 1 << 18).buffer_MD
+    assert ("hg" in mapping_flags(buffer.data_ptr() + buffer.nbytes // 2)) == wanted
+    buffer.fill_(1.0)
+    assert buffer.sum() == buffer.numel()
+
+
+def mapping_flags(address):
+    """What the system was told about the mapping of an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if bounds := re.fullmatch(r"([0-9a-f]+)-([0-9a-f]+)", words[0]):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and words[0] == "VmFlags:":
+            return words[1:]
+    raise AssertionError(f"no mapping holds {address:#x}")

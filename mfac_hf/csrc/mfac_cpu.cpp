@@ -1,7 +1,12 @@
 // CPU kernels for the two passes over the gradient window: row_dots and combine (see mfac_hf/ops.py).
 //
-// Both read the window once and do two operations per number, so memory bandwidth is the limit: the loops keep several rows in
-// flight, touch the vector from cache, and widen bfloat16 in registers. Compiled for the machine that runs it.
+// Both read the window once and do two operations per number, so memory bandwidth is the limit: the loops take several rows at a
+// time, ask for the numbers of the next group of rows while they work on this one, touch the vector from cache, and widen
+// bfloat16 in registers. Compiled for the machine that runs it.
+//
+// Two bfloat16 lie in each 32-bit word. A shift widens the first and a mask the second, which is half the work of spreading 16-bit
+// numbers over a register (on a processor with registers of 32 bytes that took longer than memory). So a pair of vectors gets the
+// even numbers of a run and the odd ones, and vectors that meet the window are brought into the same order beforehand.
 //
 // Results do not depend on the number of threads: a thread has whole rows (row_dots) or whole columns (combine).
 
@@ -11,6 +16,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -25,92 +31,132 @@ using namespace mfac;
 
 namespace {
 
-constexpr int64_t RUN = 2048;       // columns summed in the working precision before they are added in float64
-constexpr int64_t TILE = 8 * RUN;   // columns read of a group of rows before the next group
-constexpr int64_t COLUMNS = 4096;   // columns of the result kept in cache by combine
-constexpr int64_t AHEAD = 1024;     // bytes of a row asked for before they are needed
+constexpr int64_t RUN = 2048;      // columns summed in the working precision before they are added in float64
+constexpr int64_t COLUMNS = 4096;  // columns of a group of rows before the next group; the vector's part stays in cache
+constexpr int STREAMS = 8;         // rows at once: they share every load of the vector and keep many requests to memory under way
 
-// Ask for the n numbers at p + AHEAD bytes. Never faults, also beyond the end of the window.
-template <typename G>
-inline void fetch(const G* p, int64_t n) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + AHEAD;
-#pragma GCC unroll 4
-  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(G)); byte += LINE) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address + byte));
+// The numbers of a pair of vectors.
+template <typename A>
+constexpr int64_t PAIR = 2 * Lanes<A>::COUNT;
+
+// Whether a pair of vectors gets even and odd numbers, or the first half of the numbers and the second.
+template <typename G, typename A>
+constexpr bool ALTERNATES = std::is_same_v<G, BFloat16> && std::is_same_v<A, float>;
+
+// PAIR numbers of the window.
+template <typename A, typename G>
+inline void load_pair(const G* p, Vector<A>& first, Vector<A>& second) {
+  if constexpr (ALTERNATES<G, A>) {
+    static_assert(std::endian::native == std::endian::little, "the even numbers are the lower halves of words");
+    using Words = typename Lanes<A>::Words;
+    const Words words = raw_load<Words>(p);
+    first = reinterpret_cast<Vector<A>>(words << 16);
+    second = reinterpret_cast<Vector<A>>(words & 0xffff0000u);
+  } else {
+    first = load<A>(p);
+    second = load<A>(p + Lanes<A>::COUNT);
   }
 }
 
-// totals[k] += dot product of the n numbers at g[k] with x, for COUNT rows; n <= RUN, summed in the working precision A.
+// The place that number i of a vector has beside the window's pairs. What is left over after the last pair stays in order.
+template <typename G, typename A>
+inline int64_t place_of(int64_t i, int64_t n) {
+  if (!ALTERNATES<G, A> || i >= n / PAIR<A> * PAIR<A>) return i;
+  return i / PAIR<A> * PAIR<A> + i % 2 * Lanes<A>::COUNT + i % PAIR<A> / 2;
+}
+
+// Ask for PAIR numbers of STREAMS rows. Never faults, also beyond the end of the window.
+template <typename A, typename G>
+inline void fetch(const G* p, int64_t stride) {
+#pragma GCC unroll 8
+  for (int k = 0; k < STREAMS; ++k) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p) + k * stride * sizeof(G);
+#pragma GCC unroll 8
+    for (int64_t byte = 0; byte < PAIR<A> * static_cast<int64_t>(sizeof(G)); byte += LINE) {
+      __builtin_prefetch(reinterpret_cast<const void*>(address + byte), 0, 2);
+    }
+  }
+}
+
+// totals[k] += dot product of n numbers of row k at g with x, for COUNT rows; n <= RUN, summed in the working precision A.
 template <int COUNT, typename G, typename A>
-inline void dot_run(const G* const* g, const A* x, int64_t n, double* totals) {
+inline void dot_run(const G* g, const G* next, int64_t stride, const A* x, int64_t n, double* totals) {
   constexpr int64_t W = Lanes<A>::COUNT;
-  Vector<A> sums[COUNT][SUMS] = {};
+  Vector<A> sums[COUNT] = {};
   int64_t i = 0;
-  for (; i + SUMS * W <= n; i += SUMS * W) {
+  for (; i + PAIR<A> <= n; i += PAIR<A>) {
+    fetch<A>(next + i, stride);
+    const Vector<A> x_first = load<A>(x + i), x_second = load<A>(x + i + W);
 #pragma GCC unroll 8
-    for (int k = 0; k < COUNT; ++k) fetch(g[k] + i, SUMS * W);
-#pragma GCC unroll 8
-    for (int j = 0; j < SUMS; ++j) {
-      const Vector<A> v = load<A>(x + i + j * W);
-#pragma GCC unroll 8
-      for (int k = 0; k < COUNT; ++k) sums[k][j] += load<A>(g[k] + i + j * W) * v;
+    for (int k = 0; k < COUNT; ++k) {
+      Vector<A> first, second;
+      load_pair<A>(g + k * stride + i, first, second);
+      sums[k] += first * x_first;
+      sums[k] += second * x_second;
     }
   }
   for (int k = 0; k < COUNT; ++k) {
     double total = 0;
-    for (int j = 0; j < SUMS; ++j) {
-      for (int64_t lane = 0; lane < W; ++lane) total += sums[k][j][lane];
-    }
-    for (int64_t j = i; j < n; ++j) total += static_cast<double>(widen<A>(g[k][j])) * x[j];
+    for (int64_t lane = 0; lane < W; ++lane) total += sums[k][lane];
+    for (int64_t j = i; j < n; ++j) total += static_cast<double>(widen<A>(g[k * stride + j])) * x[j];
     totals[k] += total;
   }
 }
 
 template <int COUNT, typename G, typename A>
-inline void dot_tile(const G* g, int64_t stride, const A* x, int64_t n, double* totals) {
+inline void dot_tile(const G* g, const G* next, int64_t stride, const A* x, int64_t n, double* totals) {
   for (int64_t start = 0; start < n; start += RUN) {
-    const G* rows[COUNT];
-    for (int k = 0; k < COUNT; ++k) rows[k] = g + k * stride + start;
-    dot_run<COUNT, G, A>(rows, x + start, std::min(RUN, n - start), totals);
+    dot_run<COUNT, G, A>(g + start, next + start, stride, x + start, std::min(RUN, n - start), totals);
   }
 }
 
 template <typename G, typename A>
 void row_dots(const G* g, int64_t stride, int64_t m, int64_t d, const A* x, double* out) {
-  const int64_t groups = (m + ROWS - 1) / ROWS;
+  const int64_t groups = (m + STREAMS - 1) / STREAMS;
   torch::stable::parallel_for(0, groups, 1, [=](int64_t begin, int64_t end) {
-    std::fill(out + begin * ROWS, out + std::min(end * ROWS, m), 0.0);
-    for (int64_t column = 0; column < d; column += TILE) {
-      const int64_t n = std::min(TILE, d - column);
-      for (int64_t row = begin * ROWS; row < std::min(end * ROWS, m); row += ROWS) {
-        if (row + ROWS <= m) {
-          dot_tile<ROWS, G, A>(g + row * stride + column, stride, x + column, n, out + row);
+    const int64_t first = begin * STREAMS, last = std::min(end * STREAMS, m);
+    std::fill(out + first, out + last, 0.0);
+    std::vector<A> placed(ALTERNATES<G, A> ? COLUMNS : 0);
+    for (int64_t column = 0; column < d; column += COLUMNS) {
+      const int64_t n = std::min(COLUMNS, d - column);
+      const A* part = x + column;
+      if constexpr (ALTERNATES<G, A>) {
+        for (int64_t i = 0; i < n; ++i) placed[place_of<G, A>(i, n)] = part[i];
+        part = placed.data();
+      }
+      for (int64_t row = first; row < last; row += STREAMS) {
+        const G* here = g + row * stride + column;
+        const G* next = row + STREAMS < last ? here + STREAMS * stride : g + first * stride + column + COLUMNS;
+        if (row + STREAMS <= last) {
+          dot_tile<STREAMS, G, A>(here, next, stride, part, n, out + row);
         } else {
-          for (int64_t k = row; k < m; ++k) dot_tile<1, G, A>(g + k * stride + column, stride, x + column, n, out + k);
+          for (int64_t k = row; k < last; ++k) dot_tile<1, G, A>(g + k * stride + column, next, stride, part, n, out + k);
         }
       }
     }
   });
 }
 
-// out[0..n) += sum over COUNT rows of w[k] * g[k][0..n)
+// sums[0..n) += sum over COUNT rows of w[k] * g[k][0..n)
 template <int COUNT, typename G, typename A>
-inline void add_rows(const G* const* g, const A* w, A* out, int64_t n) {
+inline void add_rows(const G* g, const G* next, int64_t stride, const A* w, A* sums, int64_t n) {
   constexpr int64_t W = Lanes<A>::COUNT;
   int64_t i = 0;
-  for (; i + SUMS * W <= n; i += SUMS * W) {
+  for (; i + PAIR<A> <= n; i += PAIR<A>) {
+    fetch<A>(next + i, stride);
+    Vector<A> sum_first = load<A>(sums + i), sum_second = load<A>(sums + i + W);
 #pragma GCC unroll 8
-    for (int k = 0; k < COUNT; ++k) fetch(g[k] + i, SUMS * W);
-#pragma GCC unroll 8
-    for (int j = 0; j < SUMS; ++j) {
-      Vector<A> total = load<A>(out + i + j * W);
-#pragma GCC unroll 8
-      for (int k = 0; k < COUNT; ++k) total += w[k] * load<A>(g[k] + i + j * W);
-      std::memcpy(out + i + j * W, &total, sizeof(total));
+    for (int k = 0; k < COUNT; ++k) {
+      Vector<A> first, second;
+      load_pair<A>(g + k * stride + i, first, second);
+      sum_first += w[k] * first;
+      sum_second += w[k] * second;
     }
+    std::memcpy(sums + i, &sum_first, sizeof(sum_first));
+    std::memcpy(sums + i + W, &sum_second, sizeof(sum_second));
   }
   for (; i < n; ++i) {
-    for (int k = 0; k < COUNT; ++k) out[i] += w[k] * widen<A>(g[k][i]);
+    for (int k = 0; k < COUNT; ++k) sums[i] += w[k] * widen<A>(g[k * stride + i]);
   }
 }
 
@@ -118,21 +164,19 @@ template <typename G, typename A>
 void combine(const G* g, int64_t stride, int64_t m, int64_t d, const A* w, const A* x, A alpha, A* out) {
   const int64_t tiles = (d + COLUMNS - 1) / COLUMNS;
   torch::stable::parallel_for(0, tiles, 1, [=](int64_t begin, int64_t end) {
+    std::vector<A> sums(COLUMNS);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t column = tile * COLUMNS;
       const int64_t n = std::min(COLUMNS, d - column);
-      A* target = out + column;
-      for (int64_t i = 0; i < n; ++i) target[i] = x == nullptr ? A(0) : alpha * x[column + i];
+      for (int64_t i = 0; i < n; ++i) sums[place_of<G, A>(i, n)] = x == nullptr ? A(0) : alpha * x[column + i];
       int64_t row = 0;
-      for (; row + ROWS <= m; row += ROWS) {
-        const G* rows[ROWS];
-        for (int64_t k = 0; k < ROWS; ++k) rows[k] = g + (row + k) * stride + column;
-        add_rows<ROWS>(rows, w + row, target, n);
+      for (; row + STREAMS <= m; row += STREAMS) {
+        const G* here = g + row * stride + column;
+        const G* next = row + 2 * STREAMS <= m ? here + STREAMS * stride : g + column + COLUMNS;
+        add_rows<STREAMS>(here, next, stride, w + row, sums.data(), n);
       }
-      for (; row < m; ++row) {
-        const G* rows[1] = {g + row * stride + column};
-        add_rows<1>(rows, w + row, target, n);
-      }
+      for (; row < m; ++row) add_rows<1>(g + row * stride + column, g + column + COLUMNS, stride, w + row, sums.data(), n);
+      for (int64_t i = 0; i < n; ++i) out[column + i] = sums[place_of<G, A>(i, n)];
     }
   });
 }

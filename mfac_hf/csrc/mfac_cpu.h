@@ -8,17 +8,13 @@
 
 namespace mfac {
 
-// What a loop has in registers: the partial sums of a group of rows, which share every load of the vector. Many rows at once
-// keep many requests to memory under way. Measured on processors with 512-bit registers (Ice Lake: 8 rows beat 4 by 10 %,
-// the prefetch adds 10 % in bfloat16, where a row's stream is half as fast) and without (Zen 3).
+// What a loop over a matrix has in registers: rows of two vectors each (see mfac_cpu_tile.h).
 #ifdef __AVX512F__
 constexpr int BYTES = 64;  // of a vector: one register, or two of a processor with smaller ones
 constexpr int ROWS = 8;
-constexpr int SUMS = 1;  // partial sums of a row: an addition need not wait for the one before
 #else
 constexpr int BYTES = 32;
 constexpr int ROWS = 4;
-constexpr int SUMS = 2;
 #endif
 constexpr int64_t LINE = 64;  // bytes of a cache line
 struct BFloat16 {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfac_hf import ops
+from mfac_hf.memory import prefer_huge_pages
 from mfac_hf.sparse_ops import places, sparse_combine, sparse_dots
 
 __all__ = ["DenseColumns", "RowSparseColumns"]
@@ -45,6 +46,7 @@ class DenseColumns:
         self.dim = dim
         # Rows are written before they are read, so nothing has to be initialised (and no page of memory is touched).
         self.buffer_MD = torch.empty(num_grads, dim, dtype=dtype, device=device) if buffer is None else buffer
+        prefer_huge_pages(self.buffer_MD)
 
     @property
     def device(self) -> torch.device:
