@@ -78,35 +78,28 @@ inline void fetch(const G* p, int64_t stride) {
   }
 }
 
-// totals[k] += dot product of n numbers of row k at g with x, for COUNT rows; n <= RUN, summed in the working precision A.
-template <int COUNT, typename G, typename A>
-inline void dot_run(const G* g, const G* next, int64_t stride, const A* x, int64_t n, double* totals) {
+// totals[k] += dot product of the n numbers at rows[k] with x; n <= RUN, summed in the working precision A.
+template <typename G, typename A>
+inline void dot_run(const G* const* rows, const G* next, int64_t stride, const A* x, int64_t n, double* totals) {
   constexpr int64_t W = Lanes<A>::COUNT;
-  Vector<A> sums[COUNT] = {};
+  Vector<A> sums[STREAMS] = {};
   int64_t i = 0;
   for (; i + PAIR<A> <= n; i += PAIR<A>) {
     fetch<A>(next + i, stride);
     const Vector<A> x_first = load<A>(x + i), x_second = load<A>(x + i + W);
 #pragma GCC unroll 8
-    for (int k = 0; k < COUNT; ++k) {
+    for (int k = 0; k < STREAMS; ++k) {
       Vector<A> first, second;
-      load_pair<A>(g + k * stride + i, first, second);
+      load_pair<A>(rows[k] + i, first, second);
       sums[k] += first * x_first;
       sums[k] += second * x_second;
     }
   }
-  for (int k = 0; k < COUNT; ++k) {
+  for (int k = 0; k < STREAMS; ++k) {
     double total = 0;
     for (int64_t lane = 0; lane < W; ++lane) total += sums[k][lane];
-    for (int64_t j = i; j < n; ++j) total += static_cast<double>(widen<A>(g[k * stride + j])) * x[j];
+    for (int64_t j = i; j < n; ++j) total += static_cast<double>(widen<A>(rows[k][j])) * x[j];
     totals[k] += total;
-  }
-}
-
-template <int COUNT, typename G, typename A>
-inline void dot_tile(const G* g, const G* next, int64_t stride, const A* x, int64_t n, double* totals) {
-  for (int64_t start = 0; start < n; start += RUN) {
-    dot_run<COUNT, G, A>(g + start, next + start, stride, x + start, std::min(RUN, n - start), totals);
   }
 }
 
@@ -114,8 +107,7 @@ template <typename G, typename A>
 void row_dots(const G* g, int64_t stride, int64_t m, int64_t d, const A* x, double* out) {
   const int64_t groups = (m + STREAMS - 1) / STREAMS;
   torch::stable::parallel_for(0, groups, 1, [=](int64_t begin, int64_t end) {
-    const int64_t first = begin * STREAMS, last = std::min(end * STREAMS, m);
-    std::fill(out + first, out + last, 0.0);
+    std::vector<double> totals((end - begin) * STREAMS, 0.0);
     std::vector<A> placed(ALTERNATES<G, A> ? COLUMNS : 0);
     for (int64_t column = 0; column < d; column += COLUMNS) {
       const int64_t n = std::min(COLUMNS, d - column);
@@ -124,16 +116,18 @@ void row_dots(const G* g, int64_t stride, int64_t m, int64_t d, const A* x, doub
         for (int64_t i = 0; i < n; ++i) placed[place_of<G, A>(i, n)] = part[i];
         part = placed.data();
       }
-      for (int64_t row = first; row < last; row += STREAMS) {
-        const G* here = g + row * stride + column;
-        const G* next = row + STREAMS < last ? here + STREAMS * stride : g + first * stride + column + COLUMNS;
-        if (row + STREAMS <= last) {
-          dot_tile<STREAMS, G, A>(here, next, stride, part, n, out + row);
-        } else {
-          for (int64_t k = row; k < last; ++k) dot_tile<1, G, A>(g + k * stride + column, next, stride, part, n, out + k);
+      for (int64_t group = begin; group < end; ++group) {
+        // Where rows are missing the last one stands in: equal rows have equal products only if the same instructions made them.
+        const G* rows[STREAMS];
+        for (int64_t k = 0; k < STREAMS; ++k) rows[k] = g + std::min(group * STREAMS + k, m - 1) * stride + column;
+        const G* next = group + 1 < end ? rows[0] + STREAMS * stride : g + begin * STREAMS * stride + column + COLUMNS;
+        for (int64_t start = 0; start < n; start += RUN) {
+          dot_run<G, A>(rows, next + start, stride, part + start, std::min(RUN, n - start), &totals[(group - begin) * STREAMS]);
+          for (const G*& row : rows) row += RUN;
         }
       }
     }
+    std::copy_n(totals.begin(), std::min(end * STREAMS, m) - begin * STREAMS, out + begin * STREAMS);
   });
 }
 
