@@ -433,7 +433,7 @@ class MFAC(torch.optim.Optimizer):
         if lead is None:
             return
         self._window = ParameterWindow(placements, self.defaults)
-        self._window.gram_MM.copy_(lead["gram"])
+        self._window.set_gram(lead["gram"])
         self._window.pushed = lead["pushed"]
         self._window.jitter_escalations = lead["jitter_escalations"]
         self.skipped_steps = lead["skipped_steps"]

@@ -118,7 +118,7 @@ class ParameterWindow(GradientWindow):
         for p in masks.keys() & self.owners.keys():
             owner, size = self.owners[p]
             self.owners[p] = (owner, min(size, int(masks[p].sum())))
-        self.gram_MM[: self.count, : self.count] = self._sum([columns.gram(self.count) for columns in self.columns])
+        self.set_gram(self._sum([columns.gram(self.count) for columns in self.columns]))
 
     def _without_masked(
         self, columns: DenseColumns, members: dict[Tensor, Placement], masks: dict[Tensor, Tensor]

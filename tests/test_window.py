@@ -282,7 +282,7 @@ def test_jitter_mends_an_indefinite_gram_matrix(size):
     for grad in draw(6, 20):
         window.push(grad)
     values, vectors = torch.linalg.eigh(window.gram_MM)
-    window.gram_MM -= (values[0] + size) * torch.outer(vectors[:, 0], vectors[:, 0])
+    window.set_gram(window.gram_MM - (values[0] + size) * torch.outer(vectors[:, 0], vectors[:, 0]))
     assert torch.linalg.cholesky_ex(window.gram_MM).info > 0
     direction = window.direction()
     assert direction.isfinite().all()

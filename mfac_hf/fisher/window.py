@@ -10,7 +10,8 @@ x m):
 - any other vector has :math:`F^{-1} x = (x - G^\top K^{-1} G x) / \lambda` (Woodbury identity).
 
 Each step makes two passes over G: one for the new row's dot products, which also are the new row and column of the
-Gram matrix, and one for the combination. K is factored anew each step in float64, which never drifts.
+Gram matrix, and one for the combination. K is factored in float64, by a method that never drifts
+(`mfac_hf.fisher.factor`).
 
 Source: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021,
 section 3.2 (the dynamic algorithm), whose recursion is in `mfac_hf.fisher.reference`.
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+from mfac_hf.fisher.factor import CachedFactor, Factor
 
 __all__ = ["MAX_NORM", "NORMALIZATIONS", "WINDOW_DTYPES", "GradientWindow"]
 
@@ -86,6 +88,7 @@ class GradientWindow:
         self.pushed = 0
         self.jitter_escalations = 0
         self.gram_MM = torch.zeros(num_grads, num_grads, dtype=torch.float64, device=self.columns[0].device)
+        self._cached = CachedFactor()
 
     @property
     def dim(self) -> int:
@@ -159,7 +162,7 @@ class GradientWindow:
             raise RuntimeError("the window is empty: push a gradient before asking for a direction")
         ages_M = (self.newest - torch.arange(self.count, device=self.gram_MM.device)) % self.num_grads
         target_M = torch.pow(float(grad_decay), ages_M.double())  # 0 ** 0 is 1: without decay the newest alone
-        return self._divisor() * self._solve_gram(target_M / target_M.sum())
+        return self._divisor() * self._factor().solve(target_M / target_M.sum())
 
     def direction(self, grad_decay: float = 0.0) -> Tensor:
         """`F⁻¹ g` for the newest gradient g: shape (d,) on the first device, float32 (in a float64 window float64)."""
@@ -215,7 +218,7 @@ class GradientWindow:
 
         K is applied by passes over the window; the factor of the Gram matrix preconditions.
         """
-        factor_MM = self._factor()
+        factor = self._factor()
         shift = self._divisor() * self.damping
         solution_M = torch.zeros_like(rhs_M)
         residual_M = rhs_M.clone()
@@ -224,7 +227,7 @@ class GradientWindow:
         for _ in range(iterations):
             if residual_M.norm() <= tolerance * rhs_M.norm():
                 break
-            scaled_M = torch.cholesky_solve(residual_M.unsqueeze(1), factor_MM).squeeze(1)
+            scaled_M = factor.solve(residual_M)
             current = residual_M @ scaled_M
             search_M = scaled_M + (current / previous) * search_M
             image_M = shift * search_M + self._project(self._combine(search_M))
@@ -251,27 +254,27 @@ class GradientWindow:
             dist.all_reduce(total_M, group=self.process_group)
         return total_M
 
-    def _factor(self) -> Tensor:
-        """Cholesky factor of K, with the smallest jitter that makes it definite where rounding left it indefinite."""
+    def set_gram(self, gram_MM: Tensor) -> None:
+        """Take these dot products of the gradients held, (count, count), in place of the ones from `push`."""
+        self.gram_MM[: len(gram_MM), : len(gram_MM)] = gram_MM
+        self._cached.clear()
+
+    def _factor(self) -> Factor:
+        """Factor of K, with the smallest jitter that makes it definite where rounding left it indefinite."""
         gram_MM = self.gram_MM[: self.count, : self.count]
         shift = self._divisor() * self.damping
         jitter = 0.0
         while True:
-            shifted_MM = gram_MM.clone()
-            shifted_MM.diagonal().add_(shift + jitter)
-            factor_MM, info = torch.linalg.cholesky_ex(shifted_MM)
-            if int(info) == 0:
-                return factor_MM
+            factor = self._cached.factor(gram_MM, self.num_grads, self.pushed, shift + jitter)
+            if factor is not None:
+                return factor
             self.jitter_escalations += 1
-            smallest = torch.finfo(torch.float64).eps * float(shifted_MM.diagonal().max())
+            smallest = torch.finfo(torch.float64).eps * (float(gram_MM.diagonal().max()) + shift + jitter)
             if not smallest < float("inf"):  # no jitter would ever do
                 raise FloatingPointError(
                     "the Gram matrix has NaN or infinite entries: a gradient that has them was pushed in parts"
                 )
             jitter = 10 * jitter if jitter else smallest
-
-    def _solve_gram(self, rhs_M: Tensor) -> Tensor:
-        return torch.cholesky_solve(rhs_M.unsqueeze(1), self._factor()).squeeze(1)
 
 
 def check_window_options(num_grads: int, damping: float, normalize: str, dtype: torch.dtype) -> None:
