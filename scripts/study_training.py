@@ -39,13 +39,14 @@ NUM_TUNING = 2_000
 class Study:
     """The runs so far, and what all of them share."""
 
-    def __init__(self, shared: Sequence[str], sizes: Mapping[str, tuple[int, int]], log: Path) -> None:
-        self.shared, self.sizes, self.log = list(shared), sizes, log  # sizes: images and epochs of each phase
+    def __init__(self, shared: Sequence[str], sizes: Mapping[Any, tuple[int, int]], log: Path) -> None:
+        # sizes: images and epochs of a phase, or of (phase, optimizer)
+        self.shared, self.sizes, self.log = list(shared), sizes, log
         self.runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def run(self, optimizer: str, phase: str, lr: float, seed: int) -> dict[str, Any]:
         """Train once, unless that was done."""
-        images, epochs = self.sizes[phase]
+        images, epochs = self.sizes.get((phase, optimizer)) or self.sizes[phase]
         flags = [*self.shared, "--train_images", str(images), "--nepochs", str(epochs)]
         flags += [*GRIDS[optimizer][0], "--lr", f"{lr:g}", "--seed", str(seed)]
         if phase == "tuning":
@@ -125,6 +126,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--train_images", type=int, default=10_000)
     parser.add_argument("--tuning_nepochs", type=int, default=None, help="of the tuning runs (default: the same)")
     parser.add_argument("--tuning_images", type=int, default=None, help="of the tuning runs (default: the same)")
+    parser.add_argument(
+        "--mfac_tuning_nepochs",
+        type=int,
+        default=None,
+        help="of M-FAC's tuning runs (default: as of the others), which say little if the window fills after their end",
+    )
     parser.add_argument("--checkpoint", default=None, help="weights to start from")
     parser.add_argument("--sparse", action="store_true", help="train the survivors of a pruned checkpoint")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -135,11 +142,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     shared = ["--model", args.model, "--dataset", args.dataset]
     shared += [] if args.checkpoint is None else ["--checkpoint", args.checkpoint]
     shared += ["--sparse"] if args.sparse else []
-    for name in ("tuning_images", "tuning_nepochs"):
+    for name in ("tuning_images", "tuning_nepochs", "mfac_tuning_nepochs"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: expected at least 1")
     tuning = (args.tuning_images or args.train_images, args.tuning_nepochs or args.nepochs)
-    sizes = {"tuning": tuning, "final": (args.train_images, args.nepochs)}
+    sizes: dict[Any, tuple[int, int]] = {"tuning": tuning, "final": (args.train_images, args.nepochs)}
+    sizes["tuning", "mfac"] = (tuning[0], args.mfac_tuning_nepochs or tuning[1])
     study = Study(shared, sizes, args.output / "training.jsonl")
     results = {optimizer: study.compare(optimizer, args.seeds) for optimizer in args.optimizers}
     text = table(results)

@@ -37,6 +37,20 @@ def test_each_optimizer_is_tuned_on_held_out_images_and_then_run_with_each_seed(
         study.main([*flags, "--tuning_images", "330"])
 
 
+def test_tuning_of_mfac_may_be_longer(tmp_path, monkeypatch):
+    def trains(flags):
+        return [{"accuracy": 0.5, "seconds": 1.0}] * int(flags[flags.index("--nepochs") + 1])
+
+    monkeypatch.setattr(study.train_vision, "main", trains)
+    flags = ["--optimizers", "adam", "mfac", "--seeds", "0", "--nepochs", "9", "--tuning_nepochs", "2"]
+    study.main([*flags, "--mfac_tuning_nepochs", "5", "--output", str(tmp_path)])
+    runs = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    lengths = {(run["key"]["optimizer"], run["key"]["phase"]): len(run["rows"]) for run in runs}
+    assert lengths == {(o, p): n for o in ("adam", "mfac") for p, n in (("tuning", 2), ("final", 9))} | {
+        ("mfac", "tuning"): 5
+    }
+
+
 def test_a_run_that_diverges_counts_as_the_worst(tmp_path, monkeypatch):
     def diverges(flags):
         raise FloatingPointError("the loss became nan")
