@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         "--mfac_tuning_nepochs",
         type=int,
         default=None,
-        help="of M-FAC's tuning runs (default: as of the others), which say little if the window fills after their end",
+        help="of M-FAC's tuning runs (default: as of the others), which say little if the window fills later",
     )
     parser.add_argument("--checkpoint", default=None, help="weights to start from")
     parser.add_argument("--sparse", action="store_true", help="train the survivors of a pruned checkpoint")
