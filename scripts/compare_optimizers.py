@@ -13,7 +13,7 @@ A study names a training script, the flags that all runs share, and for each con
 
 Every point of every grid is trained once without a held-out part of the *training* split and judged on that part, by
 the task's own metric or by ``tuning: {metric: eval_loss}``; ``tuning: {flags: {...}}`` makes these runs shorter, for
-all alike. The best point of each contender is then trained with every seed and judged on the validation split, which
+all alike, or ``tuning_flags: {...}`` of a contender, for it alone. The best point of each contender is then trained with every seed and judged on the validation split, which
 nothing before has seen; a grid of one point is taken as it is. Each run is a process of its own. Finished runs are
 kept in ``OUTPUT/NAME.jsonl``, with their command lines, and are not repeated, so a study that was cut off goes on
 where it stopped. ``OUTPUT/NAME.md`` has the table.
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             continue
         tuning = study["tuning"]
         for point in spec["grid"] if len(spec["grid"]) > 1 else ():
-            flags = {**study["flags"], **spec["flags"], **point, **tuning["flags"], "seed": tuning["seed"]}
+            flags = {**study["flags"], **spec["flags"], **point, **tuning["flags"], **spec["tuning_flags"]}
+            flags["seed"] = tuning["seed"]
             flags["holdout_fraction"] = tuning["holdout_fraction"]
             run_once(study, contender, "tuning", point, flags, runs, log)
         best = best_point(runs, contender, spec["grid"], tuning["metric"])
@@ -83,6 +84,7 @@ def load_study(path: Path) -> dict[str, Any]:
         if not spec.get("grid"):
             raise ValueError(f"{path}: contender {name!r} has an empty grid; one point is the least")
         spec.setdefault("flags", {})
+        spec.setdefault("tuning_flags", {})
     return study
 
 

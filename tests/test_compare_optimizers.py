@@ -67,6 +67,29 @@ def test_a_grid_of_one_point_is_not_tuned(tmp_path, monkeypatch):
         assert ("Nothing was tuned" in (tmp_path / "x.md").read_text()) == (count == 0)
 
 
+def test_tuning_runs_differ_by_flags_of_the_study_and_of_a_contender(tmp_path, monkeypatch):
+    seen = {}
+
+    def pretend(study, contender, phase, point, flags, runs, log):
+        seen[contender, phase] = flags["num_train_epochs"]
+        runs.append({**run(point, 0.5, 0.1, phase), "key": {"contender": contender, "phase": phase, "flags": flags}})
+
+    monkeypatch.setattr(compare, "run_once", pretend)
+    grid = [{"lr": 1}, {"lr": 2}]
+    study = {
+        "name": "x",
+        "script": "s",
+        "flags": {"num_train_epochs": 9},
+        "seeds": [1],
+        "tuning": {"holdout_fraction": 0.1, "seed": 0, "flags": {"num_train_epochs": 1}},
+        "contenders": {"adamw": {"grid": grid}, "mfac": {"grid": grid, "tuning_flags": {"num_train_epochs": 2}}},
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    compare.main([str(tmp_path / "study.yaml"), "--output", str(tmp_path)])
+    expected = {"adamw": (1, 9), "mfac": (2, 9)}
+    assert seen == {(c, p): n for c, ns in expected.items() for p, n in zip(("tuning", "final"), ns, strict=True)}
+
+
 def test_a_study_that_is_missing_or_incomplete_is_refused(tmp_path, capsys):
     (tmp_path / "study.yaml").write_text("name: x\nscript: run_glue.py\n")
     for path, words in ((tmp_path / "none.yaml", "none.yaml"), (tmp_path / "study.yaml", "no 'flags'")):
