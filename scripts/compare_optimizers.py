@@ -13,10 +13,10 @@ A study names a training script, the flags that all runs share, and for each con
 
 Every point of every grid is trained once without a held-out part of the *training* split and judged on that part, by
 the task's own metric or by ``tuning: {metric: eval_loss}``; ``tuning: {flags: {...}}`` makes these runs shorter, for
-all alike, or ``tuning_flags: {...}`` of a contender, for it alone. The best point of each contender is then trained with every seed and judged on the validation split, which
-nothing before has seen; a grid of one point is taken as it is. Each run is a process of its own. Finished runs are
-kept in ``OUTPUT/NAME.jsonl``, with their command lines, and are not repeated, so a study that was cut off goes on
-where it stopped. ``OUTPUT/NAME.md`` has the table.
+all alike, ``tuning_flags: {...}`` of a contender changes them for it alone. The best point of each contender is then
+trained with every seed and judged on the validation split, which nothing before has seen; a grid of one point is taken
+as it is. Each run is a process of its own. Finished runs are kept in ``OUTPUT/NAME.jsonl``, with their command lines,
+and are not repeated, so a study that was cut off goes on where it stopped. ``OUTPUT/NAME.md`` has the table.
 """
 
 from __future__ import annotations
