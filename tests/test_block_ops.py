@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mfac_hf import block_ops
+from mfac_hf.build import load_native
 
 # One row, below, at and above a panel (4 or 8 rows) and a tile (8 or 16 columns), usual block sizes.
 SIZES = [1, 2, 7, 8, 9, 16, 17, 50, 64, 128, 200]
@@ -148,7 +149,7 @@ def test_threads_and_repeats_give_the_same_bits(size):
     threads = torch.get_num_threads()
     found = []
     try:
-        for number in (1, 2, 3, 1):
+        for number in (1, 2, 3, 1) if load_native("cpu") else (1, 1):  # PyTorch promises nothing about threads
             torch.set_num_threads(number)
             found.append((block_ops.spd_inverse(matrices)[0], block_ops.spd_solve(matrices, x)[0]))
     finally:
