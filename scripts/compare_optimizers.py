@@ -83,8 +83,11 @@ def load_study(path: Path) -> dict[str, Any]:
     for name, spec in study["contenders"].items():
         if not spec.get("grid"):
             raise ValueError(f"{path}: contender {name!r} has an empty grid; one point is the least")
-        spec.setdefault("flags", {})
-        spec.setdefault("tuning_flags", {})
+        if unknown := sorted(spec.keys() - {"flags", "tuning_flags", "grid"}):
+            raise ValueError(f"{path}: contender {name!r} has {unknown}; expected flags, tuning_flags and grid alone")
+        for key in ("flags", "tuning_flags"):
+            if not isinstance(spec.setdefault(key, {}), dict):
+                raise ValueError(f"{path}: {key} of contender {name!r} are {spec[key]!r}; expected {{name: value}}")
     return study
 
 

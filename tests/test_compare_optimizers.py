@@ -96,3 +96,23 @@ def test_a_study_that_is_missing_or_incomplete_is_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             compare.main([str(path), "--output", str(tmp_path)])
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"tuning_flag": {"num_train_epochs": 2}}, "has ['tuning_flag']; expected flags, tuning_flags and grid"),
+        (
+            {"tuning_flags": ["--num_train_epochs", 2]},
+            "tuning_flags of contender 'adamw' are ['--num_train_epochs', 2]",
+        ),
+        ({"flags": "fast"}, "flags of contender 'adamw' are 'fast'; expected {name: value}"),
+    ],
+)
+def test_a_contender_with_other_keys_or_no_mapping_is_refused(tmp_path, capsys, spec, words):
+    study = {"name": "x", "script": "s", "flags": {}, "seeds": [1], "tuning": {"holdout_fraction": 0.1, "seed": 0}}
+    contenders = {"adamw": {"grid": [{"lr": 1}], **spec}}
+    (tmp_path / "study.yaml").write_text(json.dumps({**study, "contenders": contenders}))
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "study.yaml"), "--output", str(tmp_path)])
+    assert words in capsys.readouterr().err

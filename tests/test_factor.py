@@ -31,22 +31,22 @@ def system(window):
 @given(st.integers(1, 3 * RUN), st.integers(1, 8 * RUN), st.integers(1, RUN + 3), st.booleans())
 def test_solves_what_a_whole_factorization_solves(num_grads, pushes, every, by_count):
     """Any window length, while it fills and after, asked at every step or now and then."""
-    cached = CachedFactor()
+    cached = CachedFactor(num_grads)
     for window in windows(num_grads, pushes, normalize="count" if by_count else "num_grads"):
         if window.pushed % every == 0:
             gram_MM, shift, matrix_MM, rhs_M = system(window)
-            solution_M = cached.factor(gram_MM, num_grads, window.pushed, shift).solve(rhs_M)
+            solution_M = cached.factor(gram_MM, window.pushed, shift).solve(rhs_M)
             torch.testing.assert_close(solution_M, torch.linalg.solve(matrix_MM, rhs_M), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("num_grads", [5, RUN, 2 * RUN + 3, 4 * RUN])
 def test_goes_on_to_the_bit_from_nothing(num_grads):
     """A window that was loaded has no factor yet."""
-    cached = CachedFactor()
+    cached = CachedFactor(num_grads)
     for window in windows(num_grads, 6 * RUN):
         gram_MM, shift, _, rhs_M = system(window)
-        kept = cached.factor(gram_MM, num_grads, window.pushed, shift).solve(rhs_M)
-        anew = CachedFactor().factor(gram_MM, num_grads, window.pushed, shift).solve(rhs_M)
+        kept = cached.factor(gram_MM, window.pushed, shift).solve(rhs_M)
+        anew = CachedFactor(num_grads).factor(gram_MM, window.pushed, shift).solve(rhs_M)
         assert torch.equal(kept, anew)
 
 
@@ -64,10 +64,10 @@ def test_factors_most_of_the_matrix_once_a_run(monkeypatch):
 def test_another_shift_or_matrix_is_factored_anew():
     *_, window = windows(3 * RUN, 4 * RUN + 5)
     gram_MM, shift, matrix_MM, rhs_M = system(window)
-    cached = CachedFactor()
-    cached.factor(gram_MM, window.num_grads, window.pushed, shift)
+    cached = CachedFactor(window.num_grads)
+    cached.factor(gram_MM, window.pushed, shift)
     shifted_MM = matrix_MM + shift * torch.eye(window.count, dtype=torch.float64)
-    solution_M = cached.factor(gram_MM, window.num_grads, window.pushed, 2 * shift).solve(rhs_M)
+    solution_M = cached.factor(gram_MM, window.pushed, 2 * shift).solve(rhs_M)
     torch.testing.assert_close(solution_M, torch.linalg.solve(shifted_MM, rhs_M), rtol=1e-8, atol=1e-10)
     window.direction_weights()
     window.set_gram(4 * gram_MM)
@@ -83,7 +83,7 @@ def test_an_indefinite_matrix_has_no_factor(row):
     gram_MM, shift, _, rhs_M = system(window)
     broken_MM = gram_MM.clone()
     broken_MM[row, row] = -1.0
-    cached = CachedFactor()
-    assert cached.factor(broken_MM, window.num_grads, window.pushed, shift) is None
+    cached = CachedFactor(window.num_grads)
+    assert cached.factor(broken_MM, window.pushed, shift) is None
     cached.clear()
-    assert cached.factor(gram_MM, window.num_grads, window.pushed, shift).solve(rhs_M).isfinite().all()
+    assert cached.factor(gram_MM, window.pushed, shift).solve(rhs_M).isfinite().all()

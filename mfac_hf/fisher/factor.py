@@ -47,38 +47,41 @@ class Factor(NamedTuple):
 
 
 class CachedFactor:
-    """Factors K step after step, and keeps what the next steps can use."""
+    """Factors K step after step, and keeps what the next steps can use.
 
-    def __init__(self) -> None:
-        self.clear()
+    Args:
+        num_grads: length of the window.
+    """
+
+    def __init__(self, num_grads: int) -> None:
+        self.num_grads = num_grads
+        self._kept: tuple[tuple[int, float], Tensor, Tensor] | None = None  # (run, shift), the rows S and L_S
 
     def clear(self) -> None:
         """Forget what is kept: after the Gram matrix changed otherwise than by a push."""
-        self._key: tuple[int, int, float] | None = None
-        self._stable: tuple[Tensor, Tensor] | None = None
+        self._kept = None
 
-    def factor(self, gram_MM: Tensor, num_grads: int, pushed: int, shift: float) -> Factor | None:
+    def factor(self, gram_MM: Tensor, pushed: int, shift: float) -> Factor | None:
         """Factor of ``gram_MM + shift * I``, or None where that is not positive definite.
 
         Args:
             gram_MM: dot products of the gradients held, (count, count), float64.
-            num_grads: length of the window.
             pushed: gradients ever pushed; row ``(pushed - 1) % num_grads`` is the newest.
             shift: s > 0.
         """
         count = len(gram_MM)
         start = (pushed - 1) // RUN * RUN
-        written = sorted({push % num_grads for push in range(start, start + RUN)} & set(range(count)))
+        written = sorted({push % self.num_grads for push in range(start, start + RUN)} & set(range(count)))
         written_R = torch.tensor(written, device=gram_MM.device)
-        if self._key != (start, num_grads, shift) or self._stable is None:
+        if self._kept is None or self._kept[0] != (start, shift):
             keep_M = torch.ones(count, dtype=torch.bool)
             keep_M[written] = False
             stable_S = keep_M.nonzero().squeeze(1).to(gram_MM.device)
             stable_SS, info = _cholesky(gram_MM[stable_S][:, stable_S], shift)
             if info:
                 return None
-            self._key, self._stable = (start, num_grads, shift), (stable_S, stable_SS)
-        stable_S, stable_SS = self._stable
+            self._kept = (start, shift), stable_S, stable_SS
+        _, stable_S, stable_SS = self._kept
         border_SR = torch.linalg.solve_triangular(stable_SS, gram_MM[stable_S[:, None], written_R], upper=False)
         complement_RR = torch.addmm(gram_MM[written_R[:, None], written_R], border_SR.mT, border_SR, alpha=-1.0)
         written_RR, info = _cholesky(complement_RR, shift)

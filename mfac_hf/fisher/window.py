@@ -88,7 +88,7 @@ class GradientWindow:
         self.pushed = 0
         self.jitter_escalations = 0
         self.gram_MM = torch.zeros(num_grads, num_grads, dtype=torch.float64, device=self.columns[0].device)
-        self._cached = CachedFactor()
+        self._cached = CachedFactor(num_grads)
 
     @property
     def dim(self) -> int:
@@ -265,7 +265,7 @@ class GradientWindow:
         shift = self._divisor() * self.damping
         jitter = 0.0
         while True:
-            factor = self._cached.factor(gram_MM, self.num_grads, self.pushed, shift + jitter)
+            factor = self._cached.factor(gram_MM, self.pushed, shift + jitter)
             if factor is not None:
                 return factor
             self.jitter_escalations += 1
