@@ -70,7 +70,7 @@ def test_another_shift_or_matrix_is_factored_anew():
     solution_M = cached.factor(gram_MM, window.pushed, 2 * shift).solve(rhs_M)
     torch.testing.assert_close(solution_M, torch.linalg.solve(shifted_MM, rhs_M), rtol=1e-8, atol=1e-10)
     window.direction_weights()
-    window.set_gram(4 * gram_MM)
+    window.set_gram(gram_MM / 4)  # smaller: with the kept part of the old one it has a factor, a wrong one
     *_, matrix_MM, _ = system(window)
     newest_M = torch.eye(window.count, dtype=torch.float64)[window.newest]
     expected_M = window.num_grads * torch.linalg.solve(matrix_MM, newest_M)
