@@ -149,15 +149,16 @@ def test_threads_and_repeats_give_the_same_bits(size):
     threads = torch.get_num_threads()
     found = []
     try:
-        for number in (1, 2, 3, 1) if load_native("cpu") else (1, 1):  # PyTorch promises nothing about threads
+        # PyTorch promises repeats, and nothing about other thread counts or about a batch of another size.
+        for number in (1, 2, 3, 1) if load_native("cpu") else (1, 1):
             torch.set_num_threads(number)
             found.append((block_ops.spd_inverse(matrices)[0], block_ops.spd_solve(matrices, x)[0]))
     finally:
         torch.set_num_threads(threads)
     for inverse, solution in found[1:]:
         assert torch.equal(inverse, found[0][0]) and torch.equal(solution, found[0][1])
-    # Nor on the matrices beside it.
-    assert torch.equal(block_ops.spd_inverse(matrices[4:5])[0], found[0][0][4:5])
+    if load_native("cpu"):  # Nor on the matrices beside it.
+        assert torch.equal(block_ops.spd_inverse(matrices[4:5])[0], found[0][0][4:5])
 
 
 def test_wrong_shapes_are_refused(implementation):
