@@ -274,6 +274,7 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
                 "contender": name,
                 "recomputations": count,
                 "sparsity": sparsity,
+                "point": point,
             }
             for sparsity in ([0.0] if name == "dense" else study["sparsities"])
         }
@@ -282,7 +283,7 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
         pruner = pruner or Pruner(study, model)
         if name == "dense":
             pruner.restart()
-            results.add(keys[0.0], {"point": {}, **pruner.measure()})
+            results.add(keys[0.0], pruner.measure())
             continue
         options = PruningOptions(
             **study["contenders"][name]["options"],
@@ -298,7 +299,7 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
         for reached, took in steps:
             sparsity = reached.target if isinstance(reached, Proposal) else reached
             if results.find(**keys[sparsity]) is None:
-                results.add(keys[sparsity], {"point": point, **took, **pruner.measure()})
+                results.add(keys[sparsity], took | pruner.measure())
 
 
 def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], rows: list[dict[str, Any]]) -> str:
@@ -318,7 +319,8 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], rows
     ordered = [(name, count) for name in study["contenders"] for count in counts(study, name)]
     for name, count in ordered:
         point = points[name, count]
-        mine = [r for r in results if (r["key"]["contender"], r["key"]["recomputations"]) == (name, count)]
+        key = {"contender": name, "recomputations": count, "point": point}
+        mine = [row for row in results if key.items() <= row["key"].items()]
         cells = [_cell([row["metric"] for row in mine if row["key"]["sparsity"] == s]) for s in study["sparsities"]]
         chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
         lines.append(f"| {name} | {'' if not point else count} | {chosen} | " + " | ".join(cells) + " |")

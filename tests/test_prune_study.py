@@ -52,7 +52,7 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
             tuning[row["key"]["recomputations"]].append((row["loss"], row["key"]["point"]))
     for row in rows:  # the chosen point has the lowest loss on the held-out part, for its number of recomputations
         if row["key"].get("contender") == "ours" and row["key"]["phase"] == "result":
-            assert row["point"] == min(tuning[row["key"]["recomputations"]], key=lambda entry: entry[0])[1]
+            assert row["key"]["point"] == min(tuning[row["key"]["recomputations"]], key=lambda entry: entry[0])[1]
     assert {row["key"]["sparsity"] for row in rows if row["key"]["phase"] == "result"} == {0.0, 0.5, 0.8}
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| magnitude", "| ours", "| ours"]
@@ -60,6 +60,20 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study_script, "load_fine_tuned", None)  # nothing is loaded when all is there
     assert study_script.main([str(study), "--output", str(tmp_path)]) == table
+
+
+def test_another_point_asks_for_new_results(study, tmp_path):
+    content = yaml.safe_load(study.read_text())
+    content |= {"models": {1: content["models"][1]}, "recomputations": [1], "sparsities": [0.8]}
+    tables = []
+    for damping in (1e-4, 10.0):
+        content["contenders"]["ours"]["grid"] = [{"damping": damping}]
+        study.write_text(yaml.safe_dump(content))
+        tables.append(study_script.main([str(study), "--output", str(tmp_path)]))
+        rows = [json.loads(line)["key"] for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
+    assert [row["point"] for row in rows if row["contender"] == "ours"] == [{"damping": 1e-4}, {"damping": 10.0}]
+    assert [row["contender"] for row in rows].count("magnitude") == 1
+    assert "| damping 0.0001 |" in tables[0] and "| damping 10 |" in tables[1]
 
 
 def test_one_path_of_substeps_stops_at_every_sparsity():
