@@ -64,7 +64,7 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
 
 def test_another_point_asks_for_new_results(study, tmp_path):
     content = yaml.safe_load(study.read_text())
-    content |= {"models": {1: content["models"][1]}, "recomputations": [1], "sparsities": [0.8]}
+    content |= {"recomputations": [1], "sparsities": [0.8]}
     tables = []
     for damping in (1e-4, 10.0):
         content["contenders"]["ours"]["grid"] = [{"damping": damping}]
