@@ -319,8 +319,8 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], rows
     ordered = [(name, count) for name in study["contenders"] for count in counts(study, name)]
     for name, count in ordered:
         point = points[name, count]
-        key = {"contender": name, "recomputations": count, "point": point}
-        mine = [row for row in results if key.items() <= row["key"].items()]
+        wanted = {"contender": name, "recomputations": count, "point": point}
+        mine = [row for row in results if wanted.items() <= row["key"].items()]
         cells = [_cell([row["metric"] for row in mine if row["key"]["sparsity"] == s]) for s in study["sparsities"]]
         chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
         lines.append(f"| {name} | {'' if not point else count} | {chosen} | " + " | ".join(cells) + " |")

@@ -74,6 +74,7 @@ def test_another_point_asks_for_new_results(study, tmp_path):
     assert [row["point"] for row in rows if row["contender"] == "ours"] == [{"damping": 1e-4}, {"damping": 10.0}]
     assert [row["contender"] for row in rows].count("magnitude") == 1
     assert "| damping 0.0001 |" in tables[0] and "| damping 10 |" in tables[1]
+    assert "±" not in tables[1]  # of one model there is one value: that of the other point is none of this table's
 
 
 def test_one_path_of_substeps_stops_at_every_sparsity():
