@@ -10,8 +10,8 @@ gradient of the batch's mean loss at :math:`y_{nt}` is that of :math:`\ell_n`, d
 
 That holds where the loss is the mean over examples and every use of a weight is a call of its layer with examples in
 the first dimension. Other models need a backward pass for each example; `mfac_hf.pruning.gradients` compares the two.
-So does extractive question answering where examples are padded to the longest of their batch: its softmax runs over all
-positions, padding among them, and the same example in another batch has another loss.
+So does extractive question answering where examples are padded to the longest of their batch: its softmax runs over
+all positions, padding among them, and the same example in another batch has another loss.
 """
 
 from __future__ import annotations
