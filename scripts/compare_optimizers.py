@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     try:
         study = load_study(args.study)
+        if unknown := set(args.only or []) - set(study["contenders"]):
+            raise ValueError(f"--only {', '.join(sorted(unknown))}: the study has {'; '.join(study['contenders'])}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     log = args.output / f"{study['name']}.jsonl"

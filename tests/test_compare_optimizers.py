@@ -116,3 +116,12 @@ def test_a_contender_with_other_keys_or_no_mapping_is_refused(tmp_path, capsys, 
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "study.yaml"), "--output", str(tmp_path)])
     assert words in capsys.readouterr().err
+
+
+def test_only_takes_contenders_of_the_study(tmp_path, capsys):
+    study = {"name": "x", "script": "s", "flags": {}, "seeds": [1], "tuning": {"holdout_fraction": 0.1, "seed": 0}}
+    contenders = {"adamw": {"grid": [{"lr": 1}]}, "mfac": {"grid": [{"lr": 1}]}}
+    (tmp_path / "study.yaml").write_text(json.dumps({**study, "contenders": contenders}))
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out"), "--only", "adam", "mfac"])
+    assert "--only adam: the study has adamw; mfac" in capsys.readouterr().err and not (tmp_path / "out").exists()
