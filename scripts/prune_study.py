@@ -19,7 +19,8 @@ gives no gradients, at one sparsity, for the first model: once with one gradient
 and once with the number in ``tuning``, for all others. Then every model is pruned to every sparsity, without training,
 and judged on the validation split, which nothing before has seen. With one gradient set, one set of costs serves all
 sparsities. With up to 8 recomputations (``from_dense: 8``) each sparsity is reached from the dense model; with more,
-one path of that many sub-steps leads to the highest sparsity and stops at the others, which so had fewer.
+one path of that many sub-steps leads to the highest sparsity and stops at the others, which so had fewer. A result on
+a path belongs to the path up to there: other sparsities ask for new ones.
 
 Results are kept in ``OUTPUT/NAME.jsonl`` and not computed again, so a study that was cut off goes on where it stopped.
 ``--models 2`` does some of the models alone, in a process of its own. ``OUTPUT/NAME.md`` has the table.
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> str:
         for model in args.models or study["models"]:
             compare(study, model, {("dense", 1): {}, **chosen}, results)
         points |= chosen
-    table = format_table(study, points, results.rows)
+    table = format_table(study, points, results)
     (args.output / f"{study['name']}.md").write_text(table)
     print(table)
     return table
@@ -263,21 +264,26 @@ def tuned_point(study: dict[str, Any], name: str, count: int, results: Results) 
     ]
 
 
+def result_keys(
+    study: dict[str, Any], model: str, name: str, count: int, point: dict[str, Any]
+) -> dict[float, dict[str, Any]]:
+    """By sparsity, the keys under which a model's results are kept."""
+    key = {"phase": "result", "model": model, "contender": name, "recomputations": count}
+    if name == "dense":
+        return {0.0: key | {"sparsity": 0.0, "point": point}}
+    keys = {sparsity: key | {"sparsity": sparsity, "point": point} for sparsity in study["sparsities"]}
+    if count > study["from_dense"]:
+        path = substeps(study["sparsities"], count, study["from_dense"])
+        for stop, (sparsity, _) in enumerate(path, start=1):
+            keys[sparsity]["path"] = [list(step) for step in path[:stop]]
+    return keys
+
+
 def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any], results: Results) -> None:
     """Prune one model in every way to every sparsity, and judge it on the validation split."""
     pruner: Pruner | None = None
     for (name, count), point in points.items():
-        keys = {
-            sparsity: {
-                "phase": "result",
-                "model": model,
-                "contender": name,
-                "recomputations": count,
-                "sparsity": sparsity,
-                "point": point,
-            }
-            for sparsity in ([0.0] if name == "dense" else study["sparsities"])
-        }
+        keys = result_keys(study, model, name, count, point)
         if all(results.find(**key) for key in keys.values()):
             continue
         pruner = pruner or Pruner(study, model)
@@ -302,7 +308,7 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
                 results.add(keys[sparsity], took | pruner.measure())
 
 
-def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], rows: list[dict[str, Any]]) -> str:
+def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], results: Results) -> str:
     """The results as Markdown: mean ± standard deviation of the metric over the models."""
     lines = [
         f"# {study['name']}",
@@ -314,17 +320,20 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], rows
         "| method | recomputations | chosen | " + " | ".join(f"{s:.0%}" for s in study["sparsities"]) + " |",
         "| --- | --- | --- |" + " --- |" * len(study["sparsities"]),
     ]
-    results = [row for row in rows if row["key"]["phase"] == "result"]
-    dense = [row["metric"] for row in results if row["key"]["contender"] == "dense"]
-    ordered = [(name, count) for name in study["contenders"] for count in counts(study, name)]
-    for name, count in ordered:
+
+    def cells(name: str, count: int, point: dict[str, Any]) -> list[str]:
+        keys = [result_keys(study, model, name, count, point) for model in study["models"]]
+        return [
+            _cell([row["metric"] for key in keys if (row := results.find(**key[sparsity]))]) for sparsity in keys[0]
+        ]
+
+    rows = [(name, count) for name in study["contenders"] for count in counts(study, name)]
+    for name, count in rows:
         point = points[name, count]
-        wanted = {"contender": name, "recomputations": count, "point": point}
-        mine = [row for row in results if wanted.items() <= row["key"].items()]
-        cells = [_cell([row["metric"] for row in mine if row["key"]["sparsity"] == s]) for s in study["sparsities"]]
         chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
-        lines.append(f"| {name} | {'' if not point else count} | {chosen} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Dense: {_cell(dense)}."]) + "\n"
+        shown = [name, str(count) if point else "", chosen, *cells(name, count, point)]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", f"Dense: {cells('dense', 1, {})[0]}."]) + "\n"
 
 
 def _cell(values: list[float]) -> str:

@@ -77,6 +77,21 @@ def test_another_point_asks_for_new_results(study, tmp_path):
     assert "±" not in tables[1]  # of one model there is one value: that of the other point is none of this table's
 
 
+def test_another_path_asks_for_new_results(study, tmp_path):
+    content = yaml.safe_load(study.read_text())
+    content |= {"recomputations": [3], "from_dense": 1}
+    content["contenders"] = {"ours": {"options": {"selection": "greedy"}, "grid": [{"damping": 1e-4}]}}
+    tables, found = [], []
+    for sparsities in ([0.8], [0.5, 0.8], [0.8]):
+        study.write_text(yaml.safe_dump(content | {"sparsities": sparsities}))
+        tables.append(study_script.main([str(study), "--output", str(tmp_path)]))
+        rows = [json.loads(line)["key"] for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
+        found.append([row["path"] for row in rows if row["contender"] == "ours"])
+    assert found[1] == [[[0.8, 3]], [[0.5, 1]], [[0.5, 1], [0.8, 2]]]
+    assert found[2] == found[1] and tables[2] == tables[0]
+    assert "±" not in tables[1]  # 80 % from the dense model is none of this table's
+
+
 def test_one_path_of_substeps_stops_at_every_sparsity():
     assert study_script.substeps([0.5, 0.8], 4, from_dense=8) == [(0.5, 4), (0.8, 4)]
     path = study_script.substeps([0.5, 0.6, 0.7, 0.8, 0.9, 0.95], 16, from_dense=8)
