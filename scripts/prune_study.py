@@ -284,7 +284,8 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
     pruner: Pruner | None = None
     for (name, count), point in points.items():
         keys = result_keys(study, model, name, count, point)
-        if all(results.find(**key) for key in keys.values()):
+        missing = [sparsity for sparsity, key in keys.items() if results.find(**key) is None]
+        if not missing:
             continue
         pruner = pruner or Pruner(study, model)
         if name == "dense":
@@ -297,14 +298,13 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
             recomputations=count,
             seed=list(study["models"]).index(model),
         )
-        steps: Iterator[tuple[Any, dict[str, Any]]] = (
-            pruner.at_once(study["sparsities"], options, [])
-            if count == 1
-            else pruner.in_substeps(study["sparsities"], options)
-        )
-        for reached, took in steps:
-            sparsity = reached.target if isinstance(reached, Proposal) else reached
-            if results.find(**keys[sparsity]) is None:
+        if count == 1:
+            for proposal, took in pruner.at_once(missing, options, []):
+                results.add(keys[proposal.target], took | pruner.measure())
+            continue
+        stops = study["sparsities"] if count > study["from_dense"] else missing
+        for sparsity, took in pruner.in_substeps(stops, options):
+            if sparsity in missing:
                 results.add(keys[sparsity], took | pruner.measure())
 
 

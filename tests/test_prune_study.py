@@ -62,6 +62,25 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
     assert study_script.main([str(study), "--output", str(tmp_path)]) == table
 
 
+def test_a_study_that_was_cut_off_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
+    table = study_script.main([str(study), "--output", str(tmp_path)])
+    log = tmp_path / "tiny.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    kept = [row for row in rows if row["key"].get("sparsity") != 0.8]
+    assert len(kept) == len(rows) - 3  # magnitude, and ours with 1 and 2 recomputations
+    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    reached = []
+    prune_to = study_script.prune_to
+    monkeypatch.setattr(study_script, "prune_to", lambda *args, **kw: reached.append(args[3]) or prune_to(*args, **kw))
+    assert study_script.main([str(study), "--output", str(tmp_path)]) == table
+    assert reached == [0.8]
+
+    def losses(rows):
+        return {json.dumps(row["key"]): row["loss"] for row in rows}
+
+    assert losses(map(json.loads, log.read_text().splitlines())) == losses(rows)
+
+
 def test_another_point_asks_for_new_results(study, tmp_path):
     content = yaml.safe_load(study.read_text())
     content |= {"recomputations": [1], "sparsities": [0.8]}
