@@ -269,9 +269,8 @@ def result_keys(
 ) -> dict[float, dict[str, Any]]:
     """By sparsity, the keys under which a model's results are kept."""
     key = {"phase": "result", "model": model, "contender": name, "recomputations": count}
-    if name == "dense":
-        return {0.0: key | {"sparsity": 0.0, "point": point}}
-    keys = {sparsity: key | {"sparsity": sparsity, "point": point} for sparsity in study["sparsities"]}
+    sparsities = [0.0] if name == "dense" else study["sparsities"]
+    keys = {sparsity: key | {"sparsity": sparsity, "point": point} for sparsity in sparsities}
     if count > study["from_dense"]:
         path = substeps(study["sparsities"], count, study["from_dense"])
         for stop, (sparsity, _) in enumerate(path, start=1):
