@@ -4,28 +4,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mfac_hf.hub import push_to_hub
+    from mfac_hf.hub.push import push_to_hub
     from mfac_hf.memory import MemoryEstimate, memory_estimate
-    from mfac_hf.optim import MFAC
-    from mfac_hf.pruning.callback import MFACPruningCallback
+    from mfac_hf.optim.mfac import MFAC
     from mfac_hf.pruning.oneshot import prune_one_shot
     from mfac_hf.pruning.schedule import SparsitySchedule
-    from mfac_hf.sparse import load_sparse, save_sparse, to_sparse_inference
+    from mfac_hf.pruning.trainer.callback import MFACPruningCallback
+    from mfac_hf.sparse.files import load_sparse, save_sparse, to_sparse_inference
 
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that the command line's --help need not wait for torch.
 _MODULES = {
-    "MFAC": "mfac_hf.optim",
-    "MFACPruningCallback": "mfac_hf.pruning.callback",
+    "MFAC": "mfac_hf.optim.mfac",
+    "MFACPruningCallback": "mfac_hf.pruning.trainer.callback",
     "MemoryEstimate": "mfac_hf.memory",
     "SparsitySchedule": "mfac_hf.pruning.schedule",
-    "load_sparse": "mfac_hf.sparse",
+    "load_sparse": "mfac_hf.sparse.files",
     "memory_estimate": "mfac_hf.memory",
     "prune_one_shot": "mfac_hf.pruning.oneshot",
-    "push_to_hub": "mfac_hf.hub",
-    "save_sparse": "mfac_hf.sparse",
-    "to_sparse_inference": "mfac_hf.sparse",
+    "push_to_hub": "mfac_hf.hub.push",
+    "save_sparse": "mfac_hf.sparse.files",
+    "to_sparse_inference": "mfac_hf.sparse.files",
 }
 
 __all__ = [

@@ -7,8 +7,8 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from mfac_hf.optim import MFAC
-from mfac_hf.trainer_card import CardCallback
+from mfac_hf.hub.trainer_card import CardCallback
+from mfac_hf.optim.mfac import MFAC
 
 
 class MFACLoggingCallback(CardCallback):
@@ -24,7 +24,7 @@ class MFACLoggingCallback(CardCallback):
     history and the progress bar's printed logs; :meth:`attach` goes in front, so that reporters see them too.
 
     With ``push_to_hub=True`` the model arrives with our card, which names the optimizer that ran
-    (`mfac_hf.trainer_card.CardCallback`).
+    (`mfac_hf.hub.trainer_card.CardCallback`).
     """
 
     @classmethod

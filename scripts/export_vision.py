@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mfac_hf import save_sparse
 from mfac_hf.models import MODEL_NAMES, create_model, read_checkpoint
-from mfac_hf.tasks.vision_arguments import masks_of
+from mfac_hf.training.vision_arguments import masks_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,9 +39,9 @@ from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.oneshot import prune_to
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.schedule import SparsitySchedule
-from mfac_hf.tasks.arguments import parse_args
-from mfac_hf.tasks.results import describe_run
-from mfac_hf.tasks.vision_arguments import (
+from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.results import describe_run
+from mfac_hf.training.vision_arguments import (
     VisionArguments,
     build_optimizer,
     build_run,
@@ -51,7 +51,7 @@ from mfac_hf.tasks.vision_arguments import (
     prunable,
     set_learning_rate,
 )
-from mfac_hf.tasks.vision_run import RunLog, VisionRun, learning_rate_plan, load_state, save_state
+from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state, save_state
 
 
 @dataclass

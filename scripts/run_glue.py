@@ -36,8 +36,9 @@ from transformers import (
 )
 
 from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.hub.trainer_card import push_run
 from mfac_hf.tasks import glue
-from mfac_hf.tasks.arguments import (
+from mfac_hf.training.arguments import (
     ModelArguments,
     OptimizerArguments,
     build_optimizer,
@@ -46,9 +47,8 @@ from mfac_hf.tasks.arguments import (
     require_action,
     write_results,
 )
-from mfac_hf.tasks.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
-from mfac_hf.tasks.pruning import PruningArguments, one_shot
-from mfac_hf.trainer_card import push_run
+from mfac_hf.training.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
+from mfac_hf.training.pruning_arguments import PruningArguments, one_shot
 
 
 @dataclass

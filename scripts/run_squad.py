@@ -40,8 +40,11 @@ from transformers import (
 )
 
 from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.hub.trainer_card import push_run
 from mfac_hf.tasks import squad
-from mfac_hf.tasks.arguments import (
+from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
+from mfac_hf.tasks.squad_metric import best_null_threshold
+from mfac_hf.training.arguments import (
     ModelArguments,
     OptimizerArguments,
     build_optimizer,
@@ -50,11 +53,8 @@ from mfac_hf.tasks.arguments import (
     require_action,
     write_results,
 )
-from mfac_hf.tasks.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
-from mfac_hf.tasks.pruning import PruningArguments, one_shot
-from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
-from mfac_hf.tasks.squad_metric import best_null_threshold
-from mfac_hf.trainer_card import push_run
+from mfac_hf.training.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
+from mfac_hf.training.pruning_arguments import PruningArguments, one_shot
 
 SELECTION_METRIC = "eval_f1"
 

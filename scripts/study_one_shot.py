@@ -29,9 +29,9 @@ from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.oneshot import prune_to
 from mfac_hf.pruning.options import PruningOptions
-from mfac_hf.tasks.results import describe_run
-from mfac_hf.tasks.vision_arguments import VisionArguments, build_run, prunable, split_images
-from mfac_hf.tasks.vision_run import VisionRun
+from mfac_hf.training.results import describe_run
+from mfac_hf.training.vision_arguments import VisionArguments, build_run, prunable, split_images
+from mfac_hf.training.vision_run import VisionRun
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 NUM_HELD_OUT, NUM_TUNING, NUM_BN = 5_000, 2_000, 5_120

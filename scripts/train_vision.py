@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mfac_hf.tasks.arguments import parse_args
-from mfac_hf.tasks.results import describe_run
-from mfac_hf.tasks.vision_arguments import (
+from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.results import describe_run
+from mfac_hf.training.vision_arguments import (
     VisionArguments,
     build_optimizer,
     build_run,
@@ -34,7 +34,7 @@ from mfac_hf.tasks.vision_arguments import (
     set_learning_rate,
     sparse_masks,
 )
-from mfac_hf.tasks.vision_run import RunLog, learning_rate_plan, load_state, save_state
+from mfac_hf.training.vision_run import RunLog, learning_rate_plan, load_state, save_state
 
 # epochs and drops of the M-FAC paper's script, by the first letters of the model
 _PLANS = {"resnet": (164, [82, 123]), "wideresnet": (200, [100, 150]), "mobilenet": (100, [50, 75])}

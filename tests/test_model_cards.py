@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from mfac_hf.card import build_card
+from mfac_hf.hub.card import build_card
 
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
 CARDS = sorted(path.parent.name for path in FOLDER.glob("*/card.json"))

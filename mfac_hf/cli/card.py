@@ -52,7 +52,7 @@ def add_fact_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_card(arguments: argparse.Namespace) -> None:
-    from mfac_hf.card import build_card
+    from mfac_hf.hub.card import build_card
 
     with mendable():
         if arguments.facts is not None:
@@ -71,7 +71,7 @@ def _run_card(arguments: argparse.Namespace) -> None:
 
 def collect_facts(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Gather the facts that the flags point to."""
-    from mfac_hf.card_facts import collect
+    from mfac_hf.hub.facts import collect
 
     results = arguments.results
     if results is None:

@@ -52,7 +52,7 @@ def _run_env(arguments: argparse.Namespace) -> None:
 
 def _build_native() -> None:
     """Build the native kernels for the device that accelerate chooses, whatever `MFAC_NATIVE` says."""
-    from mfac_hf import build
+    from mfac_hf.ops import build
 
     try:
         build.build_native(_accelerate_device().split(":")[0])
@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    from mfac_hf import build, cuda_toolkit
+    from mfac_hf.ops import build, cuda_toolkit
 
     device = _accelerate_device()
     try:

@@ -13,7 +13,7 @@ def mendable() -> Iterator[None]:
     """Turn what the library raises for bad input, missing files or a refusing Hub into a `CommandError`."""
     from huggingface_hub.errors import HTTPError
 
-    from mfac_hf.hub import PushError
+    from mfac_hf.hub.push import PushError
 
     try:
         yield

@@ -83,7 +83,7 @@ def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any) ->
     import torch
     from torch.utils.benchmark import Timer
 
-    from mfac_hf.ops import combine, row_dots
+    from mfac_hf.ops.window import combine, row_dots
 
     rows = min(num_grads, 64)
     columns = SAMPLE_BYTES // (rows * dtype.itemsize)

@@ -18,7 +18,7 @@ from mfac_hf.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.options import PruningReport
-    from mfac_hf.tasks.fine_tuned import FineTuned
+    from mfac_hf.training.fine_tuned import FineTuned
 
 _DEFAULT_EVAL_BATCH = 64
 
@@ -68,7 +68,7 @@ def _run_prune(arguments: argparse.Namespace) -> None:
     from mfac_hf.pruning.oneshot import check_targets, prune_to
     from mfac_hf.pruning.options import check_sparsity
     from mfac_hf.pruning.targets import find_targets
-    from mfac_hf.tasks.fine_tuned import load_fine_tuned
+    from mfac_hf.training.fine_tuned import load_fine_tuned
 
     try:
         options = _options(arguments)

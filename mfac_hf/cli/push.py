@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run_push(arguments: argparse.Namespace) -> None:
-    from mfac_hf.hub import push_to_hub
+    from mfac_hf.hub.push import push_to_hub
 
     with mendable():
         if arguments.card is None:

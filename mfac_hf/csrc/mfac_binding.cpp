@@ -1,4 +1,4 @@
-// Registers the CUDA kernels as torch operators (schemas: mfac_hf/ops.py and mfac_hf/coefficients.py) through torch's stable ABI:
+// Registers the CUDA kernels as torch operators (schemas: mfac_hf/ops/window.py and mfac_hf/ops/coefficients.py) through torch's stable ABI:
 // checks what an address is computed from, allocates, and queues on torch's current stream of the tensors' device.
 //
 // With MFAC_EMULATED the kernels run on the processor, for the tests: registered for CPU, without device and stream.

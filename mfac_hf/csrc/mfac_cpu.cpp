@@ -1,4 +1,4 @@
-// CPU kernels for the two passes over the gradient window: row_dots and combine (see mfac_hf/ops.py).
+// CPU kernels for the two passes over the gradient window: row_dots and combine (see mfac_hf/ops/window.py).
 //
 // Both read the window once and do two operations per number, so memory bandwidth is the limit: the loops take several rows at a
 // time, ask for the numbers of the next group of rows while they work on this one, touch the vector from cache, and widen

@@ -1,4 +1,4 @@
-// CPU kernels for batches of small symmetric positive definite matrices: spd_inverse and spd_solve (see mfac_hf/block_ops.py).
+// CPU kernels for batches of small symmetric positive definite matrices: spd_inverse and spd_solve (see mfac_hf/ops/blocks.py).
 //
 // A = U^T U by panels of ROWS rows. A tile of the current panel takes the products with all earlier panels in registers, is then
 // solved with the triangle on the diagonal, and written once. The identity, carried along as further columns, becomes U^-T.

@@ -1,4 +1,4 @@
-// CPU kernel for sums of outer products in blocks: add_gram (see mfac_hf/block_ops.py).
+// CPU kernel for sums of outer products in blocks: add_gram (see mfac_hf/ops/blocks.py).
 //
 // A few gradients at a time are widened to float64 for a few neighbouring blocks, which stay in a core's own cache until all tiles on
 // and below the diagonal have taken their products in registers. The half above the diagonal is written at the end.

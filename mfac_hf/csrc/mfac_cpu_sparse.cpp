@@ -1,4 +1,4 @@
-// CPU kernels for gradients stored by their non-zero table rows: sparse_dots and sparse_combine (see mfac_hf/sparse_ops.py).
+// CPU kernels for gradients stored by their non-zero table rows: sparse_dots and sparse_combine (see mfac_hf/ops/rows.py).
 //
 // A look-up table says where a table row stands in the vector (or in the result), so nothing has to be sorted: the stored rows
 // are walked through in the order in which they lie in memory.

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.block_ops import add_gram, blocks_of, spd_inverse, spd_solve
 from mfac_hf.fisher.window import MAX_NORM
+from mfac_hf.ops.blocks import add_gram, blocks_of, spd_inverse, spd_solve
 
 __all__ = ["BlockedFisher"]
 

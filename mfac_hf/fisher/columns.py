@@ -14,9 +14,9 @@ per gradient, U distinct rows in the window.
 import torch
 from torch import Tensor
 
-from mfac_hf import ops
 from mfac_hf.memory import prefer_huge_pages
-from mfac_hf.sparse_ops import places, sparse_combine, sparse_dots
+from mfac_hf.ops import window
+from mfac_hf.ops.rows import places, sparse_combine, sparse_dots
 
 __all__ = ["DenseColumns", "RowSparseColumns"]
 
@@ -69,11 +69,11 @@ class DenseColumns:
 
     def dots(self, row: int, count: int) -> Tensor:
         """Dot products of the stored row ``row`` with the first ``count`` rows; float64."""
-        return ops.row_dots(self.buffer_MD[:count], _widened(self.buffer_MD[row]))
+        return window.row_dots(self.buffer_MD[:count], _widened(self.buffer_MD[row]))
 
     def project(self, x_D: Tensor, count: int) -> Tensor:
         """Dot products of any vector with the first ``count`` rows; float64."""
-        return ops.row_dots(self.buffer_MD[:count], x_D.to(self.device))
+        return window.row_dots(self.buffer_MD[:count], x_D.to(self.device))
 
     def gram(self, count: int) -> Tensor:
         """All dot products among the first ``count`` rows, (count, count); float64."""
@@ -96,7 +96,7 @@ class DenseColumns:
         x_D = None
         if dtype == torch.float64 and self.buffer_MD.dtype != torch.float64:
             x_D = torch.zeros(self.dim, dtype=dtype, device=self.device)
-        return ops.combine(self.buffer_MD[: len(weights_M)], weights_M.to(self.device), x_D)
+        return window.combine(self.buffer_MD[: len(weights_M)], weights_M.to(self.device), x_D)
 
 
 class RowSparseColumns:

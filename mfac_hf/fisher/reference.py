@@ -10,7 +10,7 @@ Shape suffixes: M stored gradients, D parameters, K blocks, B block size, R rows
 import torch
 from torch import Tensor
 
-from mfac_hf.coefficients import lower_product, unit_lower_inverse
+from mfac_hf.ops.coefficients import lower_product, unit_lower_inverse
 
 __all__ = [
     "PaperBlockedInverse",

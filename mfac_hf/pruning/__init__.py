@@ -1,12 +1,12 @@
 """Pruning: which weights can go, what the others do about it, and the masks that keep them away."""
 
-from mfac_hf.pruning.callback import MFACPruningCallback
-from mfac_hf.pruning.distillation import Distillation
 from mfac_hf.pruning.masks import MaskSet, masks_from_sparse_model
 from mfac_hf.pruning.oneshot import prune_one_shot, prune_to
 from mfac_hf.pruning.options import PruningOptions, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
+from mfac_hf.pruning.trainer.callback import MFACPruningCallback
+from mfac_hf.pruning.trainer.distillation import Distillation
 
 __all__ = [
     "Distillation",

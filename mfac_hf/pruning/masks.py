@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfac_hf.optim import MFAC
+from mfac_hf.optim.mfac import MFAC
 from mfac_hf.pruning.mask_file import read_masks, write_masks
 
 __all__ = ["MaskSet", "masks_from_sparse_model", "shortened"]

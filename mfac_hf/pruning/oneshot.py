@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
+from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.damping import SWEEP, best_proposal, write_weights
 from mfac_hf.pruning.full_step import full_step
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
 from mfac_hf.pruning.patterns import Pattern
-from mfac_hf.pruning.substep import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.targets import find_targets
 
 __all__ = ["check_targets", "prune_one_shot", "prune_to", "substep_sparsity"]

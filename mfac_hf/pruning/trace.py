@@ -7,8 +7,8 @@ coordinates, W windows of an N:M pattern.
 import torch
 from torch import Tensor
 
-from mfac_hf.build import load_native
-from mfac_hf.ops import library
+from mfac_hf.ops.build import load_native
+from mfac_hf.ops.window import library
 from mfac_hf.pruning.patterns import Pattern
 
 __all__ = ["diagonal_units", "kept_units", "trace_blocks", "unit_costs"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from mfac_hf.optim import MFAC
+from mfac_hf.optim.mfac import MFAC
 from mfac_hf.pruning.gradients import Consumer, GradientSource
 
 __all__ = ["WindowGradients"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mfac_hf.build import load_native
 from mfac_hf.cli.env import cpu_name
+from mfac_hf.ops.build import load_native
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

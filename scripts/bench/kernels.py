@@ -22,12 +22,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.common import seconds
-from mfac_hf import build, cuda_toolkit, ops
 from mfac_hf.memory import available_bytes
+from mfac_hf.ops import build, cuda_toolkit
+from mfac_hf.ops.window import combine, row_dots
 
 GB = 1e9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHECK_SOURCE = Path(__file__).parents[2] / "tests" / "emulation" / "check_kernels.cu"
+CHECK_SOURCE = Path(__file__).parents[2] / "tests" / "csrc" / "emulation" / "check_kernels.cu"
 # Odd on purpose: rows that are not aligned to 16 bytes, groups of rows and columns that are not whole.
 SHAPES = [(1, 1), (7, 8191), (33, 16_387), (129, 100_003), (1025, 4099), (4096, 2050), (4096, 8192)]
 # Published windows: BERT-tiny without and with its embeddings, and BERT-mini without.
@@ -72,7 +73,7 @@ def check(m: int, d: int, name: str, device: torch.device) -> dict[str, Any]:
     """Largest error of both kernels in units of what is allowed; NaN where a result was not written."""
     grads, x, weights = draw(m, d, DTYPES[name], device)
     poison(m, d, device)
-    dots, total = ops.row_dots(grads, x), ops.combine(grads, weights, x, 0.5, 2.0)
+    dots, total = row_dots(grads, x), combine(grads, weights, x, 0.5, 2.0)
     wide = grads.double()
     dots_error = ((dots - wide @ x.double()).abs() / (wide.norm(dim=1) * x.double().norm())).max()
     exact = 0.5 * x.double() + 2 * (weights @ wide)
@@ -89,11 +90,11 @@ def check_large(device: torch.device) -> dict[str, Any]:
         return {"passed": None, "reason": f"needs {2 * m * d >> 30} GiB in bfloat16"}
     grads = torch.ones(m, d, dtype=torch.bfloat16, device=device)
     grads[-1] = 2.0
-    dots = ops.row_dots(grads, torch.ones(d, device=device))
+    dots = row_dots(grads, torch.ones(d, device=device))
     weights = torch.zeros(m, dtype=torch.float64, device=device)
     weights[-1] = 3.0
     good = bool((dots[:-1] == d).all()) and float(dots[-1]) == 2 * d
-    return {"elements": m * d, "passed": good and bool((ops.combine(grads, weights) == 6).all())}
+    return {"elements": m * d, "passed": good and bool((combine(grads, weights) == 6).all())}
 
 
 def check_repeats(device: torch.device, repeats: int = 200) -> dict[str, Any]:
@@ -101,23 +102,23 @@ def check_repeats(device: torch.device, repeats: int = 200) -> dict[str, Any]:
     passed = True
     for dtype in DTYPES.values():
         grads, x, weights = draw(67, 20_011, dtype, device)
-        dots, total = ops.row_dots(grads, x), ops.combine(grads, weights, x)
+        dots, total = row_dots(grads, x), combine(grads, weights, x)
         for _ in range(repeats):
-            passed &= torch.equal(ops.row_dots(grads, x), dots)
-            passed &= torch.equal(ops.combine(grads, weights, x), total)
+            passed &= torch.equal(row_dots(grads, x), dots)
+            passed &= torch.equal(combine(grads, weights, x), total)
     return {"repeats": repeats, "passed": passed}
 
 
 def check_stream(device: torch.device) -> dict[str, Any]:
     """On another stream the kernels wait for what that stream does before, and for nothing else."""
     grads, x, weights = draw(65, 300_001, torch.float32, device)
-    dots, total = ops.row_dots(grads, 2 * x), ops.combine(grads, weights, 2 * x)
+    dots, total = row_dots(grads, 2 * x), combine(grads, weights, 2 * x)
     torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         doubled = 2 * x
-        found = ops.row_dots(grads, doubled), ops.combine(grads, weights, doubled)
+        found = row_dots(grads, doubled), combine(grads, weights, doubled)
     stream.synchronize()
     return {"passed": torch.equal(found[0], dots) and torch.equal(found[1], total)}
 
@@ -125,14 +126,14 @@ def check_stream(device: torch.device) -> dict[str, Any]:
 def check_graph(device: torch.device) -> dict[str, Any]:
     """A captured graph computes with what its inputs hold when it is replayed."""
     grads, x, weights = draw(65, 30_001, torch.bfloat16, device)
-    ops.row_dots(grads, x), ops.combine(grads, weights, x)
+    row_dots(grads, x), combine(grads, weights, x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = ops.row_dots(grads, x), ops.combine(grads, weights, x)
+        found = row_dots(grads, x), combine(grads, weights, x)
     x.mul_(-3.0)
     weights.add_(1.0)
     graph.replay()
-    passed = torch.equal(found[0], ops.row_dots(grads, x)) and torch.equal(found[1], ops.combine(grads, weights, x))
+    passed = torch.equal(found[0], row_dots(grads, x)) and torch.equal(found[1], combine(grads, weights, x))
     return {"passed": passed}
 
 
@@ -173,13 +174,13 @@ def time_kernels(m: int, d: int, device: torch.device, rounds: int) -> list[dict
     weights32, weights16, x16 = weights.float(), weights.bfloat16(), x.bfloat16()
     contenders: dict[str, Callable[[], Any]] = {
         "copy": lambda: target.copy_(source),
-        "float32 row_dots": lambda: ops.row_dots(grads, x),
+        "float32 row_dots": lambda: row_dots(grads, x),
         "float32 row_dots torch": lambda: torch.mv(grads, x),
-        "float32 combine": lambda: ops.combine(grads, weights),
+        "float32 combine": lambda: combine(grads, weights),
         "float32 combine torch": lambda: torch.mv(grads.t(), weights32),
-        "bfloat16 row_dots": lambda: ops.row_dots(half, x),
+        "bfloat16 row_dots": lambda: row_dots(half, x),
         "bfloat16 row_dots torch": lambda: torch.mv(half, x16),
-        "bfloat16 combine": lambda: ops.combine(half, weights),
+        "bfloat16 combine": lambda: combine(half, weights),
         "bfloat16 combine torch": lambda: torch.mv(half.t(), weights16),
         "cholesky": lambda: torch.linalg.cholesky_ex(gram),
     }

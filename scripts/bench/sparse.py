@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from bench.common import seconds
 from mfac_hf import load_sparse, save_sparse, to_sparse_inference
-from mfac_hf.sparse_inference import SparseLinear
+from mfac_hf.sparse.inference import SparseLinear
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 LATENCY_SPARSITIES = (0.9, 0.95)
@@ -39,7 +39,7 @@ PEAK_MEMORY = """
 import sys
 from pathlib import Path
 from mfac_hf import load_sparse
-from mfac_hf.sparse import SPARSE_FILE
+from mfac_hf.sparse.files import SPARSE_FILE
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,0 +1,127 @@
+"""What the weights of a model are: sizes and zeros, tensor by tensor, read from a model or from its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mfac_hf.pruning.mask_file import MASKS_NAME, read_masks
+from mfac_hf.sparse.files import SPARSE_FILE, find_weights, read_tensors
+from mfac_hf.sparse.format import SparseFile
+
+__all__ = ["describe_weights", "find_model_directory"]
+
+# Buffers that are no weights: statistics of normalisation layers and position tables.
+_STATISTICS = re.compile(r"(running_mean|running_var|num_batches_tracked|position_ids|token_type_ids)$")
+# Files that say what a model is; `find_model_directory` downloads no more than these and the smallest weights.
+_DESCRIPTIONS = ("config.json", MASKS_NAME)
+
+
+def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any]:
+    """Count weights and zeros.
+
+    Args:
+        model: a model, or a directory that holds one, sparse or dense.
+
+    Returns:
+        Plain JSON types: ``numel`` and ``zeros`` of all weights; ``targets``, the same for those that pruning is meant
+        for (the names in ``masks.safetensors`` where the directory has one; else `mfac_hf.pruning.find_targets`, as
+        far as the class of the model is known; else all matrices and convolutions); and ``tensors``, a list of the
+        matrices and convolutions with ``name``, ``shape``, ``numel``, ``zeros`` and ``target``.
+
+    Raises:
+        FileNotFoundError: the directory holds no model.
+        DamagedFileError: its sparse file is damaged.
+    """
+    targets = _targets(model)
+    total, pruned, tensors = {"numel": 0, "zeros": 0}, {"numel": 0, "zeros": 0}, []
+    for name, tensor in _weights(model):
+        if _STATISTICS.search(name) or not tensor.is_floating_point():
+            continue
+        counts = {"numel": tensor.numel(), "zeros": tensor.numel() - int(tensor.count_nonzero())}
+        target = tensor.ndim > 1 if targets is None else name in targets
+        for key, value in counts.items():
+            total[key] += value
+            pruned[key] += value if target else 0
+        if tensor.ndim > 1:
+            tensors.append({"name": name, "shape": list(tensor.shape), **counts, "target": target})
+    tensors.sort(key=lambda t: _natural(str(t["name"])))  # files are in another order than models
+    return {**total, "targets": pruned, "tensors": tensors}
+
+
+def _natural(name: str) -> list[Any]:
+    """A key that puts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _weights(model: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, each tensor once."""
+    if isinstance(model, nn.Module):
+        yield from model.named_parameters()
+        return
+    if find_weights(model) == [Path(model) / SPARSE_FILE]:
+        file = SparseFile(Path(model) / SPARSE_FILE)
+        for name in file.records:
+            yield name, file.read(name)
+        return
+    yield from read_tensors(model)  # also beside a sparse file, which may be older
+
+
+def _targets(model: nn.Module | str | os.PathLike[str]) -> set[str] | None:
+    """Names of the weights that pruning is meant for; None where the class of the model is not known."""
+    import torch
+    import transformers
+
+    from mfac_hf.pruning.targets import find_targets
+
+    if not isinstance(model, nn.Module) and (Path(model) / MASKS_NAME).is_file():
+        return set(read_masks(model))
+    network: Any = model
+    if not isinstance(model, nn.Module):
+        config_file = Path(model) / "config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        model_class = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+        if model_class is None:
+            return None
+        with torch.device("meta"):
+            network = model_class(transformers.AutoConfig.from_pretrained(config_file))
+    try:
+        return set(find_targets(network))
+    except ValueError:  # a model without a linear layer or convolution
+        return None
+
+
+def find_model_directory(source: str | os.PathLike[str], **hub: Any) -> Path:
+    """A directory with the smallest weight files of a model, and what describes them.
+
+    Args:
+        source: a directory, or a name on the Hub, of which the sparse file is downloaded where there is one.
+        hub: ``revision``, ``token`` and further arguments of ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        FileNotFoundError: neither a directory with a model nor a repository with one.
+    """
+    path = Path(source)
+    if path.exists():
+        if not find_weights(path):
+            read_tensors(path)  # says what it expected
+        return path
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        files = HfApi().list_repo_files(str(source), **{k: hub[k] for k in ("revision", "token") if k in hub})
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(f"{source} is no directory and no repository that can be read: {error}") from error
+    weights = (
+        [SPARSE_FILE] if SPARSE_FILE in files else [f for f in files if re.match(r"model.*\.(safetensors|json)$", f)]
+    )
+    if not weights:
+        raise FileNotFoundError(f"{source} on the Hub holds no safetensors weights; it has: {', '.join(files)}")
+    return Path(snapshot_download(str(source), allow_patterns=[*weights, *_DESCRIPTIONS], **hub))

@@ -1,0 +1,192 @@
+"""Pushing models to the Hub: weights, small file and honest card in one commit, or nothing.
+
+push_to_hub("outputs/sst2-90", "user/sst2-90", card="outputs/sst2-90/card.json")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+
+from mfac_hf.hub.card import build_card
+from mfac_hf.hub.facts import collect
+from mfac_hf.sparse.files import SPARSE_FILE, dense_files, find_weights, save_sparse
+
+__all__ = ["PushError", "push_to_hub"]
+
+# What else belongs to a model; training state, predictions and pickles stay at home.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    *("masks.safetensors", "results.json"),
+)
+# Weight files that a repository may have from an earlier push, which from_pretrained would find first.
+_WEIGHTS = re.compile(r"^(model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model.*|sparse\.safetensors)$")
+# A sparse file that saves less than this is not worth a second copy of the weights.
+WORTHWHILE = 0.9
+
+
+class PushError(RuntimeError):
+    """The Hub could not be reached, or refused; the message says whether anything arrived."""
+
+
+def push_to_hub(
+    model_or_directory: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    card: ModelCard | Mapping[str, Any] | str | os.PathLike[str],
+    api: HfApi | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    sparse_only: bool = False,
+) -> CommitInfo:
+    """Push a model in one commit: either everything arrives or the repository stays as it was.
+
+    The repository gets the ordinary ``model.safetensors`` (or its shards) for ``from_pretrained``, beside it
+    ``sparse.safetensors`` where the weights are sparse, configuration, tokenizer and the card. Weight files of an
+    earlier push that are not part of this one are deleted in the same commit.
+
+    Args:
+        model_or_directory: a model of transformers or with ``PyTorchModelHubMixin``, or any other module; or a
+            directory that ``save_pretrained`` wrote. Nothing in the directory is changed.
+        repo_id: ``user/name``; made if there is none.
+        card: a card; or what it is to be made from: the facts that `mfac_hf.hub.facts.collect` gathered, their file,
+            or the ``results.json`` of a run.
+        api: a client with another endpoint or token than the default one.
+        private: whether a new repository is private. True is refused for one that exists and is public.
+        revision: branch to commit to, made if missing.
+        sparse_only: leave the ordinary weights out; the card then shows how to load the small file.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: ``repo_id`` is no valid name, or the card and the weights do not fit.
+        MissingResultsError: results that the card needs are missing.
+        FileNotFoundError: the directory holds no model.
+        PushError: no network, no or a wrong token, or the Hub refused. Local files are as they were.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id {repo_id!r} is no valid name: {error}") from error
+    api = api or HfApi()
+    with tempfile.TemporaryDirectory() as folder, _files(model_or_directory, Path(folder), sparse_only) as files:
+        text = str(_card(card, model_or_directory, repo_id, sparse_only))
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations.append(CommitOperationAdd("README.md", text.encode()))
+        with _explained(repo_id):
+            api.whoami()  # wrong tokens and dead networks show here, before anything is made
+            repo_id = _repository(api, repo_id, private, revision)
+            present = set(api.list_repo_files(repo_id, revision=revision))
+            stale = [CommitOperationDelete(name) for name in sorted(present - files.keys()) if _WEIGHTS.match(name)]
+            return api.create_commit(
+                repo_id, [*operations, *stale], commit_message="Model and card from mfac_hf", revision=revision
+            )
+
+
+def _card(
+    card: ModelCard | Mapping[str, Any] | str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    sparse_only: bool,
+) -> ModelCard:
+    """The card, built where facts or results are given."""
+    if isinstance(card, ModelCard):
+        return card
+    name = repo_id.rpartition("/")[2]
+    facts: Any = card if isinstance(card, Mapping) else json.loads(Path(card).read_text(encoding="utf-8"))
+    if "runs" not in facts:
+        facts = collect([facts], model=model, name=name)
+    return build_card(facts, repo_id, sparse_only=sparse_only)
+
+
+@contextmanager
+def _files(model: nn.Module | str | os.PathLike[str], folder: Path, sparse_only: bool) -> Iterator[dict[str, Path]]:
+    """Files to upload by their names in the repository."""
+    directory = folder if isinstance(model, nn.Module) else Path(model)
+    if isinstance(model, nn.Module):
+        sparse = save_sparse(model, folder, sparse_only=sparse_only)
+    elif find_weights(directory) == [directory / SPARSE_FILE]:
+        if not sparse_only:
+            raise FileNotFoundError(
+                f"{directory} has {SPARSE_FILE} alone, which from_pretrained does not read: push it with sparse_only "
+                "(--sparse-only), or add model.safetensors"
+            )
+        sparse = directory / SPARSE_FILE
+    else:
+        sparse = save_sparse(directory, folder)  # anew: one that lies there may be older than the weights
+    weights = [] if sparse_only else dense_files(directory)
+    if sparse_only or sparse.stat().st_size < WORTHWHILE * sum(path.stat().st_size for path in weights):
+        weights.append(sparse)
+    if len(weights) > 2 or (weights and weights[0].name != "model.safetensors" and weights[0] != sparse):
+        weights.append(directory / "model.safetensors.index.json")
+    companions = [directory / name for name in COMPANIONS]
+    yield {path.name: path for path in (*weights, *companions) if path.is_file()}
+
+
+def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Make the repository and its branch where they are missing; the name with its namespace."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise PushError(
+            f"{repo_id} exists and is public; private=True would not change that. Nothing was uploaded: make it "
+            "private in its settings, or choose another name"
+        )
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turn errors of the client into one that says what to do."""
+    try:
+        yield
+    except PushError:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise PushError(f"pushing to {repo_id} needs a token: run `hf auth login`, or set HF_TOKEN") from error
+    except OfflineModeIsEnabled as error:
+        raise PushError(f"HF_HUB_OFFLINE is set, so nothing was pushed to {repo_id}: unset it") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        reason = "the token is wrong or expired: run `hf auth login`" if status == 401 else str(error)
+        if status == 403:
+            reason = f"the token may not write there: {error}"
+        raise PushError(
+            f"the Hub refused the push to {repo_id} ({status}): {reason}. No file of the repository has changed"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise PushError(
+            f"the Hub cannot be reached ({type(error).__name__}: {error}). No file of {repo_id} has changed; try again"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # what the client makes of a refused or malformed upload
+        raise PushError(
+            f"the push to {repo_id} failed: {error} ({error.__cause__ or 'no other cause'}). No file of the "
+            "repository has changed"
+        ) from error

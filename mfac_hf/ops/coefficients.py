@@ -1,0 +1,65 @@
+r"""The paper's coefficient path as dispatcher operators: inverse of a unit lower triangular matrix, and its products.
+
+The recursions of the paper's dynamic algorithm become, for :math:`M = L D L^\top` with unit lower triangular L, the
+"setup" :math:`B = L^{-1} / \lambda` and two triangular products, by B and by its transpose (section 3.2; the published
+code has a CUDA kernel for each, for m a multiple of 32). They are here for any m, for comparisons:
+`mfac_hf.fisher.reference` uses them, the optimizer does not. As in `mfac_hf.ops`, the PyTorch implementation answers
+where no native kernel is registered.
+"""
+
+import torch
+from torch import Tensor
+
+from mfac_hf.ops.build import load_native
+from mfac_hf.ops.window import library
+
+__all__ = ["lower_product", "unit_lower_inverse"]
+
+library.define("unit_lower_inverse(Tensor lower_MM) -> Tensor")
+library.define("lower_product(Tensor lower_MM, Tensor x_M, bool transposed) -> Tensor")
+
+
+def unit_lower_inverse(lower_MM: Tensor) -> Tensor:
+    """Inverse of a unit lower triangular matrix, (m, m), contiguous, float32 or float64.
+
+    What stands on and above the diagonal is not read. The result has zeros above it.
+    """
+    if not torch.compiler.is_compiling():
+        load_native(lower_MM.device.type)
+    return torch.ops.mfac.unit_lower_inverse(lower_MM)
+
+
+def lower_product(lower_MM: Tensor, x_M: Tensor, *, transposed: bool = False) -> Tensor:
+    """Product of a lower triangular matrix, or of its transpose, with a vector of its dtype; (m,).
+
+    What stands above the diagonal is not read.
+    """
+    if not torch.compiler.is_compiling():
+        load_native(lower_MM.device.type)
+    return torch.ops.mfac.lower_product(lower_MM, x_M, transposed)
+
+
+def _unit_lower_inverse(lower_MM: Tensor) -> Tensor:
+    identity_MM = torch.eye(len(lower_MM), dtype=lower_MM.dtype, device=lower_MM.device)
+    return torch.linalg.solve_triangular(lower_MM, identity_MM, upper=False, unitriangular=True).contiguous()
+
+
+def _lower_product(lower_MM: Tensor, x_M: Tensor, transposed: bool) -> Tensor:
+    lower_MM = lower_MM.tril()
+    return torch.mv(lower_MM.T if transposed else lower_MM, x_M)
+
+
+def _unit_lower_inverse_fake(lower_MM: Tensor) -> Tensor:
+    return torch.empty_like(lower_MM, memory_format=torch.contiguous_format)
+
+
+def _lower_product_fake(lower_MM: Tensor, x_M: Tensor, transposed: bool) -> Tensor:
+    return torch.empty_like(x_M)
+
+
+for _name, _implementation, _fake in (
+    ("unit_lower_inverse", _unit_lower_inverse, _unit_lower_inverse_fake),
+    ("lower_product", _lower_product, _lower_product_fake),
+):
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfac::{_name}", _fake, lib=library)

@@ -1,0 +1,137 @@
+"""Products with gradients of a table that are stored by their non-zero rows, as dispatcher operators.
+
+A gradient is n slots, each a row number of the table and h values; empty slots hold the row number v. A table of
+places (v + 1,) says for each row number where it stands among the rows of the other operand, or -1: so two gradients
+meet in the rows that both have, without an order to keep. As in `mfac_hf.ops`, Python owns the schemas and the PyTorch
+implementation, and a native library registers a kernel under the same name.
+
+Shape suffixes: M gradients, N slots, H width of a row, V rows of the table, U rows of the other operand, E slots that
+have a place.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from mfac_hf.ops.build import load_native
+from mfac_hf.ops.window import library
+
+__all__ = ["places", "sparse_combine", "sparse_dots"]
+
+library.define("sparse_dots(Tensor rows_MN, Tensor values_MNH, Tensor place_V, Tensor x_UH) -> Tensor")
+library.define(
+    "sparse_combine(Tensor rows_MN, Tensor values_MNH, Tensor place_V, Tensor weights_M, SymInt count) -> Tensor"
+)
+
+
+def places(rows_U: Tensor, height: int) -> Tensor:
+    """Place of each table row among ``rows_U``, -1 for the others and for the row number v = ``height``; (v + 1,)."""
+    place_V = rows_U.new_full((height + 1,), -1)
+    place_V[rows_U] = torch.arange(len(rows_U), device=rows_U.device)
+    return place_V
+
+
+def sparse_dots(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Tensor) -> Tensor:
+    """Dot product of every stored gradient with a vector that is zero outside some table rows.
+
+    Args:
+        rows_MN: row numbers in [0, v], int64, each at most once in a gradient (but v).
+        values_MNH: their values, float32 or float64.
+        place_V: the row of ``x_UH`` that belongs to a table row, or -1; see `places`.
+        x_UH: rows of the vector, float32 or float64.
+
+    Returns:
+        Shape (M,), float64. Products of a row are added up in the wider type of both, rows in float64.
+
+    Raises:
+        IndexError, RuntimeError: if a row number is out of range (by the PyTorch implementation, by a native one);
+            RuntimeError if shapes do not fit, and by a native one for a place out of range.
+    """
+    if not torch.compiler.is_compiling():
+        load_native(values_MNH.device.type)
+    return torch.ops.mfac.sparse_dots(rows_MN, values_MNH, place_V, x_UH)
+
+
+def sparse_combine(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, weights_M: Tensor, count: int) -> Tensor:
+    """Linear combination of the stored gradients, the ``count`` rows that have a place; the same bits at each call.
+
+    Args:
+        rows_MN: row numbers in [0, v], int64, each at most once in a gradient (but v).
+        values_MNH: their values, float32 or float64.
+        place_V: the row of the result that belongs to a table row, or -1; see `places`.
+        weights_M: coefficients, float32 or float64.
+        count: rows of the result, u.
+
+    Returns:
+        Shape (u, h), in the wider type of values and weights, which is that of the arithmetic.
+
+    Raises:
+        IndexError, RuntimeError: as `sparse_dots`.
+    """
+    if not torch.compiler.is_compiling():
+        load_native(values_MNH.device.type)
+    return torch.ops.mfac.sparse_combine(rows_MN, values_MNH, place_V, weights_M, count)
+
+
+def _sparse_dots(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Tensor) -> Tensor:
+    """Only slots that have a place count: a sampled matrix product in CSR form, a row for each slot."""
+    place_S = place_V[rows_MN].flatten()
+    found_S = place_S >= 0
+    slots_E = found_S.nonzero().squeeze(1)
+    values_SH = values_MNH.reshape(-1, values_MNH.shape[2])
+    if x_UH.dtype != values_SH.dtype:
+        wide = torch.promote_types(x_UH.dtype, values_SH.dtype)
+        products_E = torch.linalg.vecdot(values_SH[slots_E].to(wide), x_UH.to(wide)[place_S[slots_E]])
+    else:
+        with warnings.catch_warnings():  # CSR tensors announce themselves as beta
+            warnings.simplefilter("ignore")
+            pattern = torch.sparse_csr_tensor(
+                torch.cat([found_S.new_zeros(1, dtype=torch.int64), found_S.cumsum(0)]),
+                place_S[slots_E],
+                x_UH.new_zeros(len(slots_E)),
+                size=(len(values_SH), len(x_UH)),
+                check_invariants=False,
+            )
+            products_E = torch.sparse.sampled_addmm(pattern, values_SH, x_UH.t(), beta=0.0).values()
+    products_S = torch.zeros(len(place_S), dtype=torch.float64, device=place_S.device)
+    products_S[slots_E] = products_E.double()
+    return products_S.view(rows_MN.shape).sum(dim=1)
+
+
+def _sparse_combine(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, weights_M: Tensor, count: int) -> Tensor:
+    """Slots sorted by their place, then a sum for each run: neither atomics nor an order that threads decide."""
+    values_SH = values_MNH.reshape(-1, values_MNH.shape[2])
+    wide = torch.promote_types(values_SH.dtype, weights_M.dtype)
+    place_S, order_S = torch.sort(place_V[rows_MN].flatten(), stable=True)
+    first = int(torch.searchsorted(place_S, 0))
+    if first == len(place_S):
+        return values_SH.new_zeros(count, values_SH.shape[1], dtype=wide)
+    bounds_U = torch.searchsorted(place_S[first:], torch.arange(count, device=place_S.device))
+    slots_E = order_S[first:]
+    return torch.nn.functional.embedding_bag(
+        slots_E,
+        values_SH.to(wide),
+        bounds_U,
+        mode="sum",
+        per_sample_weights=weights_M.to(wide)[slots_E // rows_MN.shape[1]],
+    )
+
+
+def _sparse_dots_fake(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Tensor) -> Tensor:
+    return values_MNH.new_empty(values_MNH.shape[0], dtype=torch.float64)
+
+
+def _sparse_combine_fake(
+    rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, weights_M: Tensor, count: int
+) -> Tensor:
+    dtype = torch.promote_types(values_MNH.dtype, weights_M.dtype)
+    return values_MNH.new_empty(count, values_MNH.shape[2], dtype=dtype)
+
+
+for _name, _implementation, _fake in (
+    ("sparse_dots", _sparse_dots, _sparse_dots_fake),
+    ("sparse_combine", _sparse_combine, _sparse_combine_fake),
+):
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfac::{_name}", _fake, lib=library)

@@ -1,0 +1,1 @@
+"""Gradual pruning inside a Hugging Face Trainer."""

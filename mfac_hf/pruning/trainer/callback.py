@@ -1,0 +1,306 @@
+"""Gradual pruning inside an unmodified Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from mfac_hf.hub.trainer_card import CardCallback
+from mfac_hf.pruning.gradients import GradientSource
+from mfac_hf.pruning.masks import MaskSet, shortened
+from mfac_hf.pruning.oneshot import check_targets, prune_to
+from mfac_hf.pruning.options import PruningOptions, PruningReport
+from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.pruning.targets import find_targets
+from mfac_hf.pruning.trainer.checkpoint import Progress, checkpoint_folder, read_checkpoint, write_checkpoint
+from mfac_hf.pruning.trainer.distillation import Distillation
+from mfac_hf.pruning.trainer.evaluation import mean_loss
+from mfac_hf.pruning.trainer.lr_cycle import LearningRateCycle
+from mfac_hf.pruning.trainer.support import (
+    all_ranks,
+    check_source,
+    gradient_source,
+    refuse_unsupported,
+    without_fp16,
+)
+
+__all__ = ["MFACPruningCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class MFACPruningCallback(CardCallback):
+    """Prune a model step by step while Trainer trains it.
+
+    ``trainer.add_callback(MFACPruningCallback(SparsitySchedule.cubic(final=0.9, start=100, end=900, every=100)))`` is
+    all that a script needs. At the beginning of a step that the schedule names, when all gradients are clear, weights
+    are chosen and removed, and the others make up for them (`mfac_hf.pruning.oneshot`). From then on pruned weights
+    have no gradient and the optimizer has no memory of them; whatever it does, they are exactly zero after its step,
+    and so in each evaluation and checkpoint. With `MFAC` the window shrinks along.
+
+    Whenever the sparsity rises, Trainer's record of the best model is cleared: ``load_best_model_at_end`` then means
+    the best model of the final sparsity. Each checkpoint gets the masks and ``pruning.json``; a run that was killed,
+    also in a pruning step, goes on from there to the same bits.
+
+    Args:
+        schedule: when to prune, and to which sparsity of the targets.
+        targets: regular expressions for parameter names; None for the linear layers of the encoder.
+        loss_fn: ``loss_fn(model, inputs)`` for the gradients of the pruner; None takes the loss that the model
+            returns.
+        gradients: ``"data"`` takes the pruner's gradients from the training data; ``"optimizer"`` takes those that the
+            window of `MFAC` holds, at no cost.
+        evaluate: log the loss over Trainer's evaluation data before and after each pruning.
+        lr_cycle: c in (0, 1): from one pruning to the next, and from the last to the end, the learning rate of
+            Trainer's schedule is multiplied by a factor that falls from 1 to c. None leaves it alone.
+        distillation: dense teacher whose outputs the pruned model learns.
+        resume_from: checkpoint that training resumes from, where it does not lie in the output directory.
+        **options: fields of `PruningOptions`: method, num_grads, block_size, damping, recomputations, pattern, scope
+            and more.
+
+    Attributes:
+        masks: `MaskSet` of the targets; None before training.
+        reports: a `PruningReport` for each pruning.
+        sparsity: share of the targets' weights that is pruned.
+
+    Raises:
+        TypeError: for an option that does not exist.
+        ValueError: for one out of range.
+    """
+
+    def __init__(
+        self,
+        schedule: SparsitySchedule,
+        *,
+        targets: Sequence[str] | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        gradients: str = "data",
+        evaluate: bool = False,
+        lr_cycle: float | None = None,
+        distillation: Distillation | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(schedule, SparsitySchedule):
+            raise TypeError(f"schedule is a {type(schedule).__name__}; expected a SparsitySchedule")
+        if gradients not in ("data", "optimizer"):
+            raise ValueError(f"gradients is {gradients!r}; expected 'data' or 'optimizer'")
+        self.schedule = schedule
+        self.targets = targets
+        self.loss_fn = loss_fn
+        self.gradients = gradients
+        self.evaluate = evaluate
+        self.lr_cycle = None if lr_cycle is None else LearningRateCycle(lr_cycle)
+        self.distillation = distillation
+        self.resume_from = None if resume_from is None else Path(resume_from)
+        self.options = PruningOptions(**options)
+        self.masks: MaskSet | None = None
+        self.reports: list[PruningReport] = []
+        self._steps = schedule  # the same, in steps
+        self._target = 0.0  # the last sparsity of the schedule that was reached
+        self._news: dict[str, float] = {}  # of the last pruning, for the next log
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the targets' weights that is pruned; 0 before training."""
+        return 0.0 if self.masks is None else self.masks.sparsity
+
+    def attach(self, trainer: Trainer) -> MFACPruningCallback:
+        """Add this callback in front of the reporters of ``trainer``, so that TensorBoard and others see its logs.
+
+        With ``trainer.add_callback`` it comes last: its logs are then in ``state.log_history`` alone.
+        """
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the targets, or where an interrupted run stopped; refuse what cannot work before anything changes."""
+        model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
+        if self.masks is not None:
+            self.masks.detach()  # of an earlier training that an error ended
+        refuse_unsupported(args, state, model)
+        if self.evaluate and kwargs["eval_dataloader"] is None and not args.eval_on_start:
+            raise ValueError(
+                "evaluate=True needs Trainer's evaluation data, which it hands over when it evaluates for the first "
+                "time: set TrainingArguments(eval_on_start=True), or call trainer.evaluate() before trainer.train()"
+            )
+        self._steps = self.schedule
+        if self.schedule.unit == "epoch":
+            if not has_length(dataloader):
+                raise ValueError("the training data have no length to count epochs by; use a schedule of unit='step'")
+            self._steps = self.schedule.in_steps(math.ceil(len(dataloader) / args.gradient_accumulation_steps))
+        if (last := self._steps.points[-1][0]) >= state.max_steps:
+            logger.warning(
+                "the schedule ends at step %d, but training at step %d, with a sparsity of %g instead of %g",
+                last, state.max_steps, self._steps.target(state.max_steps - 1), self.schedule.final,
+            )  # fmt: skip
+        targets = find_targets(model, self.targets)
+        if state.global_step:
+            folder, self.masks, progress = read_checkpoint(args, state, model, self.schedule, self.resume_from)
+            if self.masks.keys() != targets.keys():
+                raise ValueError(
+                    f"the run in {folder} prunes {shortened(self.masks)}, and the targets of this one are "
+                    f"{shortened(targets)}; resume with the same targets"
+                )
+        else:
+            folder, self.masks = None, MaskSet.from_model(model, targets)
+            progress = Progress(dataclasses.asdict(self.schedule), 0.0, None, [])
+        # Refuse now what a pruning would refuse after hours of training; nothing has changed so far.
+        check_targets(self.masks, self.masks.parameters(model), max(self.schedule.final, self.sparsity), self.options)
+        source = self._source(args, optimizer, dataloader)
+        check_source(source, self.options, self.masks.parameters(model), self._steps.points[0][0])
+        self.reports, self._target = [PruningReport(**report) for report in progress.reports], progress.target
+        if self.distillation is not None:
+            self.distillation.begin(model)
+            if folder is not None and self.distillation.given is None and progress.reports:
+                self.distillation.load(folder.parent, model, progress.teacher)
+                self._save_teacher(args)  # for the next resume, should the output directory be another
+        if folder is None and self.masks.sparsity:  # a sparse model is pruned further
+            self.masks.clear_optimizer_state(model, optimizer)
+        if self.lr_cycle is not None:
+            self.lr_cycle.begin([step for step, _ in self._steps.points], state.max_steps)
+        self._news = {}
+        self.masks.attach(model)
+
+    def _source(self, args: TrainingArguments, optimizer: Any, dataloader: DataLoader) -> GradientSource | None:
+        """Where gradients come from; a new one for each pruning, which then depends on nothing that came before."""
+        return gradient_source(self.options, self.gradients, optimizer, dataloader, self.loss_fn, all_ranks(args))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prune if the schedule says so."""
+        target = self._steps.target(state.global_step)
+        if target <= self._target:
+            return
+        self._target = target
+        if target <= self.sparsity:
+            logger.info("step %d asks for a sparsity of %g and finds %g", state.global_step, target, self.sparsity)
+            return
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if self.distillation is not None and self.distillation.teacher is None:
+            self.distillation.take(model)
+            self._save_teacher(args)
+        with without_fp16(model, args):
+            self._prune(target, args, state, model, optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"])
+        # What was best so far had more weights.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        logger.info("step %d: pruned to a sparsity of %.4f", state.global_step, self.sparsity)
+
+    def _prune(
+        self,
+        target: float,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: Any,
+        train_dataloader: DataLoader,
+        eval_dataloader: DataLoader,
+    ) -> None:
+        assert self.masks is not None
+        losses = {}
+        if self.evaluate:
+            losses["pruning/loss_before"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
+        # Other examples each time, and the same ones after a resume.
+        options = dataclasses.replace(self.options, seed=self.options.seed + state.global_step)
+        report = prune_to(
+            model,
+            self.masks,
+            self._source(args, optimizer, train_dataloader),
+            target,
+            options,
+            progress=state.is_world_process_zero and not args.disable_tqdm,
+            process_group=all_ranks(args),
+        )
+        self.reports.append(dataclasses.replace(report, masks=None))
+        self.masks.clear_optimizer_state(model, optimizer)
+        if self.evaluate:
+            losses["pruning/loss_after"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
+        self._news = {f"pruning/sparsity/{name}": value for name, value in self.masks.sparsities().items()} | losses
+
+    def _save_teacher(self, args: TrainingArguments) -> None:
+        assert self.distillation is not None
+        if args.should_save and args.save_strategy != "no" and self.distillation.given is None:
+            self.distillation.save(Path(str(args.output_dir)))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the factor of the cycle on the learning rates, for this step alone."""
+        if self.lr_cycle is not None:
+            self.lr_cycle.put(kwargs["optimizer"], state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set pruned weights back to zero, and the learning rates to what the scheduler made them."""
+        assert self.masks is not None
+        self.masks.apply(kwargs["model"])
+        if self.lr_cycle is not None:
+            self.lr_cycle.take_back(kwargs["optimizer"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Have the step of a pruning logged."""
+        if self._news and args.logging_strategy != "no":
+            control.should_log = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the sparsity to each training log, and after a pruning that of each tensor."""
+        if logs is None or "loss" not in logs:  # evaluations return their log as their metrics
+            return
+        values = {"pruning/sparsity": self.sparsity, **self._news}
+        if self.lr_cycle is not None:
+            values["pruning/lr_factor"] = self.lr_cycle.factor(state.global_step - 1)
+        self._news = {}
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put masks and progress into the checkpoint."""
+        assert self.masks is not None
+        if not args.should_save:
+            return
+        progress = Progress(
+            schedule=dataclasses.asdict(self.schedule),
+            target=self._target,
+            teacher=None if self.distillation is None else self.distillation.mark,
+            reports=[report.to_dict() for report in self.reports],
+        )
+        write_checkpoint(checkpoint_folder(args, state), kwargs["model"], self.masks, progress)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the model which training ends with has the sparsity that was reached."""
+        assert self.masks is not None
+        self.masks.detach()
+        if self.distillation is not None:
+            self.distillation.end()
+        if nonzeros := self.masks.nonzeros(kwargs["model"]):
+            raise RuntimeError(
+                f"training ended with a model that is not pruned to {self.sparsity:.4f}: "
+                f"{sum(nonzeros.values())} weights that should be zero are not, in {shortened(nonzeros)}. Something "
+                f"else changed them, or the best model that was loaded ({state.best_model_checkpoint}) is an earlier, "
+                "denser one; the last checkpoint has the pruned model"
+            )

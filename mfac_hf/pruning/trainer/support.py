@@ -1,0 +1,102 @@
+"""The pruner inside a Trainer: what is supported, where gradients come from, and the model without float16."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerState, TrainingArguments
+
+from mfac_hf.pruning.blocked_step import plan_groups
+from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
+from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.window_gradients import WindowGradients
+
+__all__ = ["all_ranks", "check_source", "gradient_source", "refuse_unsupported", "without_fp16"]
+
+
+def all_ranks(args: TrainingArguments) -> dist.ProcessGroup | None:
+    """The processes of a distributed training; None for one process."""
+    return dist.group.WORLD if args.world_size > 1 else None
+
+
+def refuse_unsupported(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    """Raise ValueError where pruning would silently do something else."""
+    marks = ("ds_id", "device_mesh", "_is_flat_param")
+    if any(getattr(p, mark, False) is not False for p in model.parameters() for mark in marks):
+        raise ValueError(
+            "DeepSpeed ZeRO and FSDP shard the weights, which this callback does not support; prune under "
+            "DistributedDataParallel or in one process"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process for {args.n_gpu} GPUs (nn.DataParallel) is not supported; start one for each with torchrun, "
+            "or show it one with CUDA_VISIBLE_DEVICES"
+        )
+    if state.is_hyper_param_search and args.save_strategy != "no":
+        raise ValueError(
+            "hyper-parameter search saves each trial where callbacks do not see it; set save_strategy='no' to search"
+        )
+
+
+def gradient_source(
+    options: PruningOptions,
+    gradients: str,
+    optimizer: Any,
+    dataloader: DataLoader[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+    process_group: dist.ProcessGroup | None,
+) -> GradientSource | None:
+    """Where gradients and held-out losses come from: the training data, the optimizer's window, or nowhere."""
+    data = None
+    if (gradients == "data" and options.method == "mfac") or options.loss_samples:
+        data = DataLoaderGradients(
+            dataloader,
+            loss_fn=loss_fn,
+            batch_size=options.grad_batch_size,
+            loss_samples=options.loss_samples,
+            seed=options.seed,
+            process_group=process_group,
+        )
+    return WindowGradients(optimizer, data) if gradients == "optimizer" else data
+
+
+def check_source(
+    source: GradientSource | None, options: PruningOptions, parameters: Mapping[str, nn.Parameter], first_step: int
+) -> None:
+    """Raise ValueError or MemoryError where there will be too few gradients or too little memory for their Fisher.
+
+    Args:
+        source: of the gradients.
+        options: of the prunings.
+        parameters: the targets, by name.
+        first_step: of training at which there will be a pruning.
+    """
+    if source is None or options.method == "magnitude":
+        return
+    if isinstance(source, WindowGradients):
+        source.check_at_step(options.num_grads, first_step)
+    else:
+        source.check(options.num_grads)
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    device = next(iter(parameters.values())).device
+    plan_groups(sizes, options, device, shared=source.process_group is not None)
+
+
+@contextlib.contextmanager
+def without_fp16(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """The model as it was before accelerate made it compute in float16, in which gradients underflow unscaled."""
+    wrapped = vars(model).get("forward")
+    if not args.fp16 or wrapped is None:
+        yield
+        return
+    original: Any = model._original_forward
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped

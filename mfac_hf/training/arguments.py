@@ -1,0 +1,240 @@
+"""Arguments and optimizer construction that the training scripts share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from torch import nn
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from mfac_hf.optim.mfac import MFAC
+from mfac_hf.training.results import write_results as write_results
+
+logger = logging.getLogger(__name__)
+
+MFAC_LEARNING_RATE = 1e-4
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer to load; a token for private ones is read from the environment (``HF_TOKEN``)."""
+
+    model_name_or_path: str = field(metadata={"help": "Name on the Hub, or a local directory."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Name or directory of the tokenizer where it is not the model's."}
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Directory for downloads."})
+
+    @property
+    def model_source(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_pretrained`` that locate the model."""
+        return {
+            "pretrained_model_name_or_path": self.model_name_or_path,
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+        }
+
+    @property
+    def tokenizer_source(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_pretrained`` that locate the tokenizer."""
+        if self.tokenizer_name is None:
+            return self.model_source
+        return {"pretrained_model_name_or_path": self.tokenizer_name, "cache_dir": self.cache_dir}
+
+
+@dataclass
+class OptimizerArguments:
+    """The optimizer; its learning rate and weight decay are those of ``TrainingArguments``."""
+
+    optim_name: Literal["mfac", "adamw"] = field(
+        default="mfac",
+        metadata={
+            "help": "Optimizer; takes the place of TrainingArguments' --optim. "
+            f"Without --learning_rate, mfac runs at {MFAC_LEARNING_RATE:g} and adamw at 5e-5."
+        },
+    )
+    num_grads: int = field(default=1024, metadata={"help": "mfac: gradients in the window."})
+    damping: float = field(default=1e-6, metadata={"help": "mfac: multiple of the identity added to the Fisher."})
+    momentum: float = field(default=0.0, metadata={"help": "mfac: decay of the exponential average of directions."})
+    grad_decay: float = field(
+        default=0.0, metadata={"help": "mfac: decay of the exponential average of gradients that is preconditioned."}
+    )
+    normalize: Literal["num_grads", "count"] = field(
+        default="num_grads",
+        metadata={"help": "mfac: divide the Fisher by num_grads, or by the gradients that the window holds so far."},
+    )
+    window_dtype: Literal["float32", "bfloat16", "float64"] = field(
+        default="float32", metadata={"help": "mfac: storage of the window."}
+    )
+    window_device: list[str] | None = field(
+        default=None,
+        metadata={"help": "mfac: device or devices that hold the window; without it, the parameters' own."},
+    )
+    decoupled_weight_decay: bool = field(
+        default=False,
+        metadata={
+            "help": "mfac: apply --weight_decay to the weights, as AdamW does, and not to the gradient, "
+            "which it would make dense."
+        },
+    )
+    row_sparse: bool = field(
+        default=True, metadata={"help": "mfac: keep only the rows of embedding gradients that a batch touches."}
+    )
+    save_window: bool = field(
+        default=True,
+        metadata={"help": "mfac: write the window into checkpoints; without it, a resumed run refills it."},
+    )
+
+
+def recipe_to_flags(path: str | os.PathLike[str], known: Iterable[str]) -> list[str]:
+    """Read a YAML or JSON mapping of argument names to values as command line flags.
+
+    Going through flags gives recipes the types and checks of the command line (``1e-3``, which YAML reads as a
+    string, becomes a float). A null value leaves the default.
+
+    Args:
+        path: The recipe.
+        known: Names of the arguments that exist.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no mapping, or has a key that is no argument.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"recipe {path} is no file; give flags, or a .yaml or .json file as first argument")
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(
+            f"recipe {path} holds a {type(recipe).__name__}; expected a mapping of argument names to values"
+        )
+    if unknown := sorted(set(map(str, recipe)) - set(known)):
+        raise ValueError(
+            f"recipe {path} has keys that are no arguments: {', '.join(unknown)}; --help lists what exists"
+        )
+    flags: list[str] = []
+    for name, value in recipe.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def parse_args(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse flags, or a recipe followed by flags that override it, into one instance of each dataclass.
+
+    Where :class:`OptimizerArguments` is among the types, mfac was chosen and no learning rate was given, the
+    learning rate becomes M-FAC's default instead of Trainer's 5e-5, which a log line says.
+
+    Args:
+        dataclass_types: Dataclasses with disjoint field names.
+        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+
+    Raises:
+        ValueError: An unknown flag or recipe key.
+        SystemExit: A missing or malformed flag (argparse prints which).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        names = [f.name for kind in dataclass_types for f in dataclasses.fields(kind) if f.init]
+        argv = recipe_to_flags(argv[0], names) + argv[1:]
+    if OptimizerArguments in dataclass_types and TrainingArguments in dataclass_types:
+        default = parser.get_default("learning_rate")
+        parser.set_defaults(learning_rate=None)
+        chosen, _ = parser.parse_known_args(argv)
+        if chosen.learning_rate is None and chosen.optim_name == "mfac":
+            logger.info("no --learning_rate given: M-FAC's default %g, not Trainer's %g", MFAC_LEARNING_RATE, default)
+            default = MFAC_LEARNING_RATE
+        parser.set_defaults(learning_rate=default)
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def require_action(training_args: TrainingArguments) -> None:
+    """Raise ValueError unless at least one of --do_train, --do_eval and --do_predict was given."""
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ValueError("nothing to do: give at least one of --do_train, --do_eval, --do_predict")
+
+
+def find_checkpoint(training_args: TrainingArguments) -> str | None:
+    """Resolve ``--resume_from_checkpoint``: a checkpoint directory, or ``last`` for the latest in ``--output_dir``.
+
+    Raises:
+        FileNotFoundError: The directory, or any checkpoint to take for ``last``, is missing.
+    """
+    asked, output_dir = training_args.resume_from_checkpoint, str(training_args.output_dir)
+    if asked is None:
+        return None
+    checkpoint = get_last_checkpoint(output_dir) if asked == "last" and os.path.isdir(output_dir) else asked
+    if checkpoint is None or not os.path.isdir(checkpoint):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {asked}: no such checkpoint; give a checkpoint-<step> directory, "
+            f"or 'last' for the latest one in --output_dir ({output_dir})"
+        )
+    return checkpoint
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that decay and those that do not, as Trainer does.
+
+    Matrices decay; vectors and scalars (biases, layer norms) do not. With ``weight_decay`` 0 all stay in one group,
+    in the model's order.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if weight_decay == 0:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module, optimizer_args: OptimizerArguments, training_args: TrainingArguments
+) -> torch.optim.Optimizer:
+    """Make the optimizer to hand to ``Trainer(optimizers=(optimizer, None))``.
+
+    Learning rate, weight decay and Adam's betas and epsilon come from ``training_args``; biases and layer norms are
+    exempt from weight decay (:func:`parameter_groups`).
+
+    Raises:
+        ValueError: The model has no trainable parameter, or ``--optim`` was given, which would have no effect.
+    """
+    trainer_default = TrainingArguments.__dataclass_fields__["optim"].default
+    if training_args.optim != trainer_default:
+        raise ValueError(f"--optim {training_args.optim} would have no effect here: use --optim_name mfac or adamw")
+    groups = parameter_groups(model, training_args.weight_decay)
+    if not any(group["params"] for group in groups):
+        raise ValueError("the model has no trainable parameter: requires_grad is False everywhere")
+    if optimizer_args.optim_name == "adamw":
+        betas = (training_args.adam_beta1, training_args.adam_beta2)
+        return torch.optim.AdamW(groups, lr=training_args.learning_rate, betas=betas, eps=training_args.adam_epsilon)
+
+    devices: Any = optimizer_args.window_device
+    return MFAC(
+        groups,
+        lr=training_args.learning_rate,
+        num_grads=optimizer_args.num_grads,
+        damping=optimizer_args.damping,
+        momentum=optimizer_args.momentum,
+        grad_decay=optimizer_args.grad_decay,
+        decoupled_weight_decay=optimizer_args.decoupled_weight_decay,
+        normalize=optimizer_args.normalize,
+        window_dtype=getattr(torch, optimizer_args.window_dtype),
+        window_device=devices[0] if devices is not None and len(devices) == 1 else devices,
+        row_sparse=optimizer_args.row_sparse,
+        save_window=optimizer_args.save_window,
+    )

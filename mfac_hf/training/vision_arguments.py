@@ -1,0 +1,247 @@
+"""Flags that training and pruning a vision model share, and what they build."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from mfac_hf.models import MODEL_NAMES, Checkpoint, ResNetCifar, create_model, read_checkpoint
+from mfac_hf.optim.mfac import MFAC
+from mfac_hf.pruning.masks import MaskSet
+from mfac_hf.pruning.targets import find_targets
+from mfac_hf.tasks.vision import load_vision
+from mfac_hf.tasks.vision_preprocess import NORMALIZATIONS, Preprocess
+from mfac_hf.training.vision_run import VisionRun
+
+__all__ = [
+    "VisionArguments",
+    "build_optimizer",
+    "build_run",
+    "flag",
+    "masks_of",
+    "model_state",
+    "prunable",
+    "set_learning_rate",
+    "sparse_masks",
+    "split_images",
+]
+
+
+_HOLDOUT_SEED = 2024  # one for all runs: what was tuned on must stay out of all of them
+
+
+def flag(default: Any, text: str, *aliases: str) -> Any:
+    """A field of a dataclass of flags, with its help text and other names."""
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
+@dataclass
+class VisionArguments:
+    """Model, data and optimizer."""
+
+    model: str = field(metadata={"help": f"One of {', '.join(MODEL_NAMES)}."})
+    dataset: str = flag(
+        "digits",
+        "'digits' (comes with scikit-learn), 'cifar10', 'cifar100', a name on the Hub, a local directory in the same "
+        "layout, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE.",
+        "--dataset_path",
+        "--data",
+    )
+    checkpoint: str | None = flag(None, "Weights to start from: .pth, .pth.tar, .th or .safetensors.")
+    normalization: str | None = flag(
+        None,
+        f"One of {', '.join(NORMALIZATIONS)}; without it, what the checkpoint is known to expect, else the data's.",
+    )
+    augment: bool = flag(True, "Random crops and, but for digits, mirror images.")
+    train_images: int | None = flag(None, "Train on so many images only, chosen by --seed.")
+    holdout: int | None = flag(
+        None,
+        "For tuning: evaluate on so many training images, always the same, and neither train nor prune with them.",
+    )
+    batchsize: int = flag(128, "Images in a batch, over all processes.")
+    nworkers: int | None = flag(None, "Processes that read images; none are needed for images in memory.")
+    weightdecay: float = flag(0.0, "Coupled weight decay.")
+    drop_at: list[int] | None = flag(None, "Epochs at which the learning rate drops.")
+    drop_by: float = flag(0.1, "Factor by which it drops.")
+    ngrads: int = flag(1024, "mfac: gradients in the optimizer's window.")
+    damping: float = flag(1e-5, "mfac: multiple of the identity that is added to the Fisher.")
+    grad_decay: float = flag(0.0, "mfac: decay of the average of gradients that is preconditioned; 0: the paper.")
+    normalize: Literal["num_grads", "count"] = flag(
+        "num_grads", "mfac: divide the Fisher by ngrads (the paper), or by the gradients held so far."
+    )
+    window_dtype: Literal["float32", "bfloat16"] = flag("float32", "mfac: storage of the window.")
+    seed: int = flag(0, "Of weights, order, augmentation and the choice of gradients.")
+    resume: bool = flag(False, "Continue the run of the same flags that was cut off; start if there is none.")
+    progress: bool = flag(True, "Show progress bars.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flags that decide the result, as plain values."""
+        free = ("resume", "progress", "nworkers")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+def build_run(args: VisionArguments) -> tuple[VisionRun, Checkpoint | None]:
+    """Load data, checkpoint and model.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or does not fit; nothing has been written then.
+    """
+    checkpoint = None if args.checkpoint is None else read_checkpoint(args.checkpoint)
+    data = load_vision(args.dataset, seed=args.seed)
+    if args.holdout is not None:
+        held_out, rest = split_images(data.train, args.holdout, _HOLDOUT_SEED, "--holdout")
+        data = dataclasses.replace(data, train=rest, test=held_out)
+    if args.train_images is not None:
+        chosen, _ = split_images(data.train, args.train_images, args.seed, "--train_images")
+        data = dataclasses.replace(data, train=chosen)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        model = create_model(
+            args.model,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            weights=None if checkpoint is None else checkpoint.weights,
+        )
+    normalization = args.normalization or (checkpoint.normalization if checkpoint is not None else None)
+    run = VisionRun(
+        model,
+        data,
+        Preprocess(data, normalization),
+        batch_size=args.batchsize,
+        seed=args.seed,
+        num_workers=args.nworkers,
+        augment=args.augment,
+        progress=args.progress,
+    )
+    return run, checkpoint
+
+
+def split_images(images: Any, count: int, seed: int, name: str = "count") -> tuple[Any, Any]:
+    """Divide images at random: so many, and the rest.
+
+    Args:
+        images: a split.
+        count: images of the first part, from 1 to all of them.
+        seed: of the choice.
+        name: what an error calls the count.
+
+    Raises:
+        ValueError: the count is out of range.
+    """
+    if not 1 <= count <= len(images):
+        raise ValueError(f"{name} {count}: expected 1 to {len(images)}, the training images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(images, order[:count]), Subset(images, order[count:])
+
+
+def masks_of(checkpoint: Checkpoint, model: nn.Module) -> MaskSet | None:
+    """The masks of a checkpoint, by parameter name; None if it has none.
+
+    A flat mask, as the reference writes it, goes over the weights whose name has ``conv`` or ``fc`` in it.
+
+    Raises:
+        ValueError: masks of another model.
+    """
+    mask = checkpoint.mask
+    if isinstance(mask, Tensor):
+        names = {n: p for n, p in model.named_parameters() if ("conv" in n or "fc" in n) and "bias" not in n}
+        expected = sum(p.numel() for p in names.values())
+        if mask.numel() != expected:
+            raise ValueError(
+                f"the checkpoint has a flat mask of {mask.numel():,} weights; this model's convolutions and fc have "
+                f"{expected:,}"
+            )
+        pieces = mask.flatten().split([p.numel() for p in names.values()])
+        mask = {name: piece.reshape(p.shape) for (name, p), piece in zip(names.items(), pieces, strict=True)}
+    if mask is None:
+        return None
+    masks = MaskSet(mask)
+    masks.check(model)
+    return masks
+
+
+def prunable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The weights to prune: `find_targets`, but for a CIFAR ResNet without its 1 x 1 shortcuts.
+
+    They are one weight in a hundred and are missed more than others; the reference leaves them alone too, so that
+    sparsities mean the same.
+
+    Args:
+        model: a model.
+        patterns: regular expressions of parameter names, instead of that.
+    """
+    if patterns is None and isinstance(model, ResNetCifar):
+        patterns = [r"conv\d", model.classifier_name]
+    return find_targets(model, patterns)
+
+
+def sparse_masks(checkpoint: Checkpoint | None, model: nn.Module) -> MaskSet:
+    """Masks of a sparse model: the checkpoint's, else the zeros of its convolutions and linear layers.
+
+    Raises:
+        ValueError: the model is dense, or the masks are another model's.
+    """
+    masks = None if checkpoint is None else masks_of(checkpoint, model)
+    if masks is None:
+        masks = MaskSet.from_model(model, prunable(model))
+    if masks.sparsity == 0:
+        raise ValueError("--sparse: no weight of this model is zero; give the --checkpoint of a pruned model")
+    return masks
+
+
+def build_optimizer(
+    run: VisionRun, name: str, args: VisionArguments, *, lr: float, momentum: float, masks: MaskSet | None = None
+) -> Any:
+    """Make an optimizer and prepare it.
+
+    Under several processes M-FAC's window is shared among them.
+
+    Args:
+        run: has the model.
+        name: ``"sgd"``, ``"adam"`` or ``"mfac"``.
+        args: weight decay, and the options of M-FAC.
+        lr: learning rate.
+        momentum: for sgd of the gradients, for mfac of the directions; adam has its own.
+        masks: weights that M-FAC leaves out of its window.
+    """
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if name == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=args.weightdecay)
+    elif name == "adam":
+        optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=args.weightdecay)
+    else:
+        optimizer = MFAC(
+            parameters,
+            lr=lr,
+            num_grads=args.ngrads,
+            damping=args.damping,
+            momentum=momentum,
+            weight_decay=args.weightdecay,
+            grad_decay=args.grad_decay,
+            normalize=args.normalize,
+            window_dtype=getattr(torch, args.window_dtype),
+            masks=None if masks is None else masks.parameter_masks(run.bare_model),
+            process_group=run.process_group,
+        )
+    return run.accelerator.prepare(optimizer)
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def model_state(run: VisionRun, masks: MaskSet | None = None, **more: Any) -> dict[str, Any]:
+    """What goes into a checkpoint file: plain values and tensors, which the reference's scripts read too."""
+    state: dict[str, Any] = {"model": run.bare_model.state_dict(), "normalization": run.preprocess.normalization}
+    if masks is not None:
+        state["mask"] = {name: keep.cpu() for name, keep in masks.items()}
+    return state | more

@@ -1,0 +1,117 @@
+"""`mfac prune` from end to end, on a random BERT of two layers and synthetic data."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel
+
+from mfac_hf.cli import main
+from mfac_hf.pruning import MaskSet, find_targets
+from tests.tasks.test_glue import make_tokenizer, write_glue
+
+CONFIG = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Directory of a classifier with its tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer(directory)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **CONFIG)).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_glue(tmp_path_factory.mktemp("glue"), "sst2")
+
+
+@pytest.fixture
+def prune(model, data, tmp_path, monkeypatch):
+    """Run the command with the flags that every test shares; they come first, so that given ones win."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def call(*flags, source=None):
+        common = ["prune", source or model, "--task", "sst2", "--dataset", data, "--output", str(tmp_path / "out")]
+        common += ["--cpu", "--sparsity", "0.6", "--num-grads", "6", "--block-size", "16", "--recomputations", "2"]
+        return main([*common, "--damping", "1e-4", *flags])
+
+    return call
+
+
+def test_the_directory_has_a_sparse_model_its_masks_and_the_report(prune, model, tmp_path, capsys):
+    assert prune() == 0
+    out = tmp_path / "out"
+    pruned = AutoModelForSequenceClassification.from_pretrained(out)
+    masks = MaskSet.load(out)
+    assert set(masks) == set(find_targets(pruned))
+    total = sum(weight.numel() for weight in find_targets(pruned).values())
+    zeros = sum(int((weight == 0).sum()) for weight in find_targets(pruned).values())
+    assert zeros == round(0.6 * total) and masks.nonzeros(pruned) == {}
+    dense = AutoModelForSequenceClassification.from_pretrained(model)
+    for name, parameter in dense.named_parameters():  # what is no target is as it was
+        assert name in masks or torch.equal(parameter, pruned.get_parameter(name))
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["task"] == "sst2" and record["metric"] == "eval_accuracy"
+    assert record["pruning"]["num_grads"] == 12 and record["pruning"]["sparsity"] == pytest.approx(0.6, abs=1e-4)
+    assert record["before"]["eval_loss"] != record["after"]["eval_loss"]
+    shown = capsys.readouterr().out
+    assert f"{record['before']['eval_accuracy']:.4f}" in shown and f"{record['after']['eval_loss']:.4f}" in shown
+    assert "60.00%" in shown and f"all {total:,} weights" in shown
+    assert (out / "tokenizer.json").exists() or (out / "vocab.txt").exists()
+
+
+def test_magnitude_without_evaluation(prune, tmp_path, capsys):
+    flags = ["--method", "magnitude", "--no-eval", "--targets", "attention", "--pattern", "2:4", "--sparsity", "0.5"]
+    assert prune(*flags) == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert record["before"] is record["after"] is None and record["pruning"]["num_grads"] == 0
+    assert all("attention" in name for name in record["pruning"]["sparsities"])
+    assert "before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "1"], "sparsity is 1.0"),
+        (["--damping", "small"], "--damping small"),
+        (["--num-grads", "21"], "21 gradients .* 20 examples give 20"),
+        (["--block-size", "0"], "block_size is 0"),
+        (["--targets", "nothing"], "hits no weight"),
+        (["--pattern", "2:4"], "allows at most 0.5"),
+        (["--task", "imdb"], "unknown task 'imdb'; expected one of cola, .*squad_v2"),
+        (["--task", "mnli"], "2 outputs; mnli needs 3"),
+        (["--max-train-samples", "0"], "max_train_samples is 0"),
+        (["--damping", "auto"], "256 of 20 examples"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_writes_nothing(flags, message, prune, tmp_path, capsys):
+    assert prune(*flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("mfac prune: error:") and re.search(message, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_fine_tuned_is_refused(prune, model, tmp_path, capsys):
+    headless = tmp_path / "headless"
+    BertModel.from_pretrained(model).save_pretrained(headless)
+    assert prune(source=str(headless)) == 2
+    assert "not fine-tuned for sst2: it has no classifier.bias, classifier.weight" in capsys.readouterr().err
+
+
+def test_a_directory_with_files_is_left_alone(prune, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert prune() == 2
+    assert "no empty directory" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]

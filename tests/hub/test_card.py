@@ -1,0 +1,189 @@
+"""Cards say what the result files and the weights say, in full precision, and refuse to say more."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from mfac_hf import save_sparse
+from mfac_hf.hub.card import build_card
+from mfac_hf.hub.facts import collect
+from mfac_hf.hub.inventory import describe_weights
+from mfac_hf.hub.run_records import MissingResultsError
+from tests.hub.test_run_records import log, results
+from tests.sparse.test_files import CONFIG, bert, prune  # noqa: F401
+
+
+def run(seed, accuracy, pruning=None, **changes):
+    """The results of one seed."""
+    record = results(seed=seed, **changes)
+    record["results"] = {**record["results"], "eval_accuracy": accuracy, "pruning": pruning}
+    return record
+
+
+@pytest.fixture
+def facts(bert, tmp_path):  # noqa: F811
+    """Facts of a sparse model with two seeds, and its dense counterpart with three."""
+    bert.save_pretrained(tmp_path / "sparse-90")
+    reports = [{"options": {"num_grads": 64, "block_size": 128}, "sparsity": 0.9, "num_grads": 1024, "steps": []}]
+    return collect(
+        [run(1, 0.7912844036697247, pruning={"reports": reports}), run(2, 0.75)],
+        model=tmp_path / "sparse-90",
+        dense=[run(seed, accuracy) for seed, accuracy in ((1, 0.80), (2, 0.82), (3, 0.84))],
+        caveats=["The BERT is not Google's."],
+        license="apache-2.0",
+    )
+
+
+def test_metadata_is_parsed_back_to_the_digit(facts, tmp_path):
+    path = tmp_path / "README.md"
+    build_card(facts, "user/sparse-90").save(path)
+    data = ModelCard.load(path).data
+    (result,) = data.eval_results
+    assert result.metric_value == 0.7912844036697247 and result.metric_type == "accuracy"
+    assert (result.task_type, result.dataset_type) == ("text-classification", "nyu-mll/glue")
+    assert (result.dataset_config, result.dataset_split) == ("sst2", "validation")
+    assert data.base_model == "google/bert_uncased_L-2_H-128_A-2" and data.datasets == "nyu-mll/glue"
+    assert data.license == "apache-2.0" and data.library_name == "transformers"
+    assert {"sparse", "m-fac", "arxiv:2107.03356"} <= set(data.tags)
+
+
+def test_text_holds_all_facts(facts, bert):  # noqa: F811
+    text = str(build_card(facts, "user/sparse-90"))
+    encoder = [m.weight for m in bert.bert.encoder.modules() if isinstance(m, nn.Linear)]
+    sparsity = sum(int((w == 0).sum()) for w in encoder) / sum(w.numel() for w in encoder)
+    for expected in (
+        "| sparse | accuracy | 79.13 | 77.06 ± 2.92 | 1, 2 |",
+        "| dense | accuracy | 80.00 | 82.00 ± 2.00 | 1, 2, 3 |",
+        f"{sparsity:.2%}",
+        "| `bert.encoder.layer.0.attention.self.query.weight` | 32 x 32 |",
+        "`model.safetensors` |",
+        "`sparse.safetensors` |",
+        "| block_size | 128 |",
+        "| optimizer | M-FAC |",
+        "A forward pass of 1 x 16 tokens takes",
+        'AutoModelForSequenceClassification.from_pretrained("user/sparse-90")',
+        'load_sparse("user/sparse-90", AutoModelForSequenceClassification)',
+        "masks=masks_from_sparse_model(model)",
+        "python scripts/run_glue.py --seed 3",
+        "torch 2.13.0",
+        "The dense model beside it was trained with M-FAC:",
+        "- The BERT is not Google's.",
+        "title = {{M-FAC}",
+    ):
+        assert expected in text, expected
+    assert "adamw" not in text.lower()
+
+
+def test_snippets_run(facts, bert, tmp_path, monkeypatch):  # noqa: F811
+    """The code of the card, on the directory that it is about."""
+    save_sparse(bert, tmp_path / "sparse-90")
+    for sparse_only in (False, True):
+        text = str(build_card(facts, str(tmp_path / "sparse-90"), sparse_only=sparse_only))
+        assert ("from_pretrained" in text) != sparse_only
+        load, finetune = (part.split("```")[0] for part in text.split("```python\n")[1:])
+        scope = {}
+        exec(load + finetune, scope)
+        model, optimizer = scope["model"], scope["optimizer"]
+        assert torch.equal(model.state_dict()["classifier.weight"], bert.state_dict()["classifier.weight"])
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_the_same_facts_give_the_same_card(facts):
+    again = json.loads(json.dumps(facts))
+    assert str(build_card(again, "user/x")) == str(build_card(facts, "user/x"))
+
+
+def test_dense_model(tmp_path):
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**CONFIG)).save_pretrained(tmp_path / "dense")
+    card = build_card(collect([run(1, 0.8)], model=tmp_path / "dense", latency=False))
+    text = str(card)
+    assert "| this model | accuracy | 80.00 | - | 1 |" in text and "Latency was not measured." in text
+    assert "Sparsity" not in text and "load_sparse" not in text and "sparse" not in card.data.tags
+
+
+def test_vision_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    with torch.no_grad():
+        for weight in (model[0].weight, model[4].weight):
+            weight.view(-1)[: weight.numel() // 2] = 0
+    facts = collect([log()], model=model, name="net-50", latency=False)
+    text = str(build_card(facts))
+    assert "| sparse | accuracy | 85.00 |" in text and "| dense | accuracy | 90.00 |" in text
+    assert "| 1 | 0.5 |" in text or "after 0 epochs" in text
+    assert "trained with SGD from `rn20.pth`" in text
+    assert "m-fac" in build_card(facts).data.tags and "title = {{M-FAC}" in text, "M-FAC chose what to prune"
+    facts["runs"][0]["pruning"]["options"]["pruner"] = "mag"
+    other = build_card(facts)
+    assert "m-fac" not in other.data.tags and "Citation" not in str(other)
+
+
+def test_missing_results_are_refused(facts, bert, tmp_path):  # noqa: F811
+    bert.save_pretrained(tmp_path / "model")
+    with pytest.raises(MissingResultsError, match="no result file"):
+        collect([], model=tmp_path / "model")
+    with pytest.raises(MissingResultsError, match=r"89.7% of the weights are zero, .*the dense model are missing"):
+        collect([run(1, 0.8)], model=tmp_path / "model", latency=False)
+    with pytest.raises(MissingResultsError, match="lacks command"):
+        collect([run(1, 0.8)], model=tmp_path / "model", dense=[run(1, 0.9, command=None)], latency=False)
+    for key in ("runs", "weights", "files"):
+        with pytest.raises(MissingResultsError, match=f"facts of the card lack {key}"):
+            build_card({**facts, key: None})
+
+
+def test_results_of_something_else_are_refused(bert, tmp_path):  # noqa: F811
+    bert.save_pretrained(tmp_path)
+
+    def refused(message, runs, dense=()):
+        with pytest.raises(ValueError, match=message):
+            collect(runs, model=tmp_path, dense=dense, latency=False)
+
+    reports = [{"options": {}, "sparsity": 0.5, "steps": []}]
+    refused(
+        "the run pruned to 0.5000 and the weights have a sparsity of 0.8975",
+        [run(1, 0.8, pruning={"reports": reports})],
+        [run(1, 0.9)],
+    )
+    refused(r"repeat a seed: \[1, 1\]", [run(1, 0.8), run(1, 0.7)], [run(1, 0.9)])
+    other = run(1, 0.9)
+    other["results"]["evaluated_on"] = ["held_out"]
+    refused("do not belong together: split 'validation' and 'held_out'", [run(1, 0.8)], [other])
+    other = run(1, 0.9)
+    other["results"]["eval_f1"] = 0.5
+    refused("different metrics", [run(1, 0.8)], [other])
+
+
+def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):  # noqa: F811
+    save_sparse(bert, tmp_path / "sparse", sparse_only=True)
+    bert.save_pretrained(tmp_path / "dense")
+    counts = describe_weights(bert)
+    assert describe_weights(tmp_path / "sparse") == describe_weights(tmp_path / "dense") == counts
+    assert counts["numel"] == sum(p.numel() for p in bert.parameters())
+    assert counts["zeros"] == sum(int((p == 0).sum()) for p in bert.parameters())
+    targets = [t["name"] for t in counts["tensors"] if t["target"]]
+    assert len(targets) == 12 and all(".encoder.layer." in name for name in targets)
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        describe_weights(tmp_path)
+
+
+def test_model_without_a_class_is_refused(tmp_path):
+    save_sparse(prune(nn.Linear(3, 3)), tmp_path)
+    with pytest.raises(ValueError, match="does not say of which class it is"):
+        collect([run(1, 0.8)], model=tmp_path)
+    with pytest.raises(ValueError, match="'mfac_hf.nothing.Net' cannot be imported"):
+        collect([run(1, 0.8)], model=tmp_path, model_class="mfac_hf.nothing.Net")
+
+
+def test_latency_in_words(facts):
+    times = {**facts["latency"], "seconds": {"dense": 0.02, "sparse": 0.01}, "sparse_layers": 3}
+    text = str(build_card({**facts, "latency": times}))
+    assert "takes 20.0 ms dense" in text and "10.0 ms after `to_sparse_inference` (3 sparse layers)" in text
+    text = str(build_card({**facts, "latency": {**times, "sparse_layers": 0}}))
+    assert "no layer was faster as a sparse one" in text and "10.0 ms" not in text, "the same model twice: noise"

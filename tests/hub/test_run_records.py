@@ -1,0 +1,146 @@
+"""Result files are read into one form, and what they lack is named."""
+
+import json
+
+import pytest
+
+from mfac_hf.hub.run_records import MissingResultsError, metrics_of, pruning_facts, read_run
+from mfac_hf.pruning.options import PruningOptions, PruningReport
+
+
+def results(**changes):
+    """What run_glue.py writes, shortened."""
+    record = {
+        "results": {"task": "sst2", "eval_accuracy": 0.8125, "eval_loss": 0.4, "evaluated_on": ["validation"]},
+        "command": ["scripts/run_glue.py", "--seed", "3"],
+        "arguments": {
+            "ModelArguments": {"model_name_or_path": "google/bert_uncased_L-2_H-128_A-2"},
+            "GlueArguments": {"task_name": "sst2", "dataset_name": "data/glue", "max_seq_length": 128},
+            "OptimizerArguments": {"optim_name": "mfac", "num_grads": 256, "damping": 1e-3, "save_window": True},
+            "TrainingArguments": {"learning_rate": 3e-3, "optim": "adamw_torch_fused", "max_steps": -1, "fp16": False},
+        },
+        "seed": 3,
+        "versions": {"torch": "2.13.0"},
+        "device": "cpu",
+        "threads": 1,
+        "wall_seconds": 12.5,
+        "peak_memory_gib": 0.5,
+    }
+    return {**record, **changes}
+
+
+def log(**changes):
+    """What prune_vision.py writes, shortened."""
+    arguments = {"dataset": "data/cifar10", "optim": "sgd", "lr": 0.005, "momentum": 0.9, "ngrads": 64, "seed": 1}
+    arguments |= {"checkpoint": "rn20.pth", "nepochs": 2, "pruner": "mfac", "sparsities": [0.5, 0.8], "nrecomps": 16}
+    rows = [
+        {"event": "initial", "step": -1, "sparsity": 0.0, "accuracy": 0.9, "accuracy_bn": 0.91},
+        {"event": "prune", "step": 0, "sparsity": 0.5, "accuracy": 0.7, "accuracy_bn": 0.8},
+        {"event": "epoch", "epoch": 0, "sparsity": 0.5, "accuracy": 0.85},
+        {"event": "prune", "step": 1, "sparsity": 0.8, "accuracy": 0.3, "accuracy_bn": 0.6},
+    ]
+    record = {"arguments": {**arguments, "reestimate_bn": "after"}, "rows": rows, "command": ["prune_vision.py"]}
+    return {**record, "versions": {"torch": "2.13.0"}, "device": "cpu", **changes}
+
+
+def test_results_of_a_script(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results()))
+    run = read_run(path)
+    assert run["metrics"] == {"accuracy": 0.8125} and run["split"] == "validation" and run["seed"] == 3
+    assert run["dataset"] == {"id": "nyu-mll/glue", "config": "sst2", "source": "data/glue"}
+    assert run["optimizer"] == {"name": "M-FAC", "num_grads": 256, "damping": 1e-3}, "not TrainingArguments' AdamW"
+    assert run["training"] == {"learning_rate": 3e-3, "max_seq_length": 128}
+    assert run["base_model"] == "google/bert_uncased_L-2_H-128_A-2"
+    assert read_run(run) == run
+
+
+def test_adamw_is_called_adamw():
+    record = results()
+    record["arguments"]["OptimizerArguments"] = {"optim_name": "adamw", "num_grads": 1024}
+    record["arguments"]["TrainingArguments"] |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    expected = {"name": "AdamW", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    assert read_run(record)["optimizer"] == expected
+
+
+def test_squad():
+    record = results(
+        results={"task": "squad_v2", "eval_f1": 52.1, "eval_exact_match": 50, "evaluated_on": "validation"}
+    )
+    record["arguments"]["SquadArguments"] = {"dataset_name": "data/squad_v2", "doc_stride": 128}
+    del record["arguments"]["GlueArguments"]
+    run = read_run(record)
+    assert run["dataset"] == {"id": "rajpurkar/squad_v2", "source": "data/squad_v2"}
+    assert run["metrics"] == {"f1": 52.1, "exact_match": 50} and run["training"]["doc_stride"] == 128
+
+
+def test_metrics_are_told_from_times_and_losses():
+    mnli = {"eval_matched_accuracy": 0.7, "eval_matched_loss": 1.0, "eval_mismatched_accuracy": 0.71, "epoch": 3.0}
+    mnli |= {"eval_matched_runtime": 3.0, "eval_matched_samples_per_second": 9.0, "train_loss": 1.0, "eval_name": "x"}
+    assert metrics_of(mnli) == {"matched_accuracy": 0.7, "mismatched_accuracy": 0.71}
+
+
+@pytest.mark.parametrize("sparsity, accuracy, steps", [(0.0, 0.9, 0), (0.5, 0.85, 1), (0.8, 0.6, 2), (None, 0.6, 2)])
+def test_vision_log_is_read_at_the_sparsity_of_the_weights(sparsity, accuracy, steps):
+    """After a pruning step the saved model has re-estimated statistics; after an epoch it has its own."""
+    run = read_run(log(), sparsity=sparsity)
+    assert run["metrics"] == {"accuracy": accuracy} and run["dense_metrics"] == {"accuracy": 0.9}
+    assert len(run["pruning"]["steps"]) == steps
+    assert run["optimizer"] == {"name": "SGD", "lr": 0.005, "momentum": 0.9}
+    assert run["dataset"] == {"id": "uoft-cs/cifar10", "source": "data/cifar10"} and run["seed"] == 1
+
+
+def test_vision_log_without_that_sparsity_is_refused():
+    with pytest.raises(MissingResultsError, match=r"lacks an accuracy at sparsity 0.9, .*it has \[0.0, 0.5, 0.8\]"):
+        read_run(log(), sparsity=0.9)
+
+
+def test_missing_results_are_named(tmp_path):
+    with pytest.raises(MissingResultsError, match="the given record lacks metrics, seed;"):
+        read_run(results(results={"task": "sst2", "train_loss": 0.3}, seed=None))
+    assert read_run(results(results={"task": "sst2"}), strict=False)["metrics"] == {}
+    path = tmp_path / "results.json"
+    path.write_text("accuracy: 0.8")
+    with pytest.raises(ValueError, match="results.json is no JSON file"):
+        read_run(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list; expected an object"):
+        read_run(path)
+    with pytest.raises(FileNotFoundError):
+        read_run(tmp_path / "other.json")
+
+
+def test_pruning_reports():
+    def report(sparsity):
+        steps = [{"sparsity": sparsity, "damping": 1e-4, "num_grads": 64}]
+        return PruningReport(
+            vars(PruningOptions(damping="auto", seed=7)),
+            100,
+            0.0,
+            sparsity,
+            {"w": sparsity},
+            num_grads=64,
+            steps=steps,
+        ).to_dict()
+
+    facts = pruning_facts([report(0.5), report(0.9)])
+    assert facts["options"]["recomputations"] == 16 and facts["options"]["block_size"] == 128
+    assert "damping" not in facts["options"], "what 'auto' chose stands with the steps"
+    assert [step["sparsity"] for step in facts["steps"]] == [0.5, 0.9]
+    assert facts["steps"][0]["damping"] == [1e-4]
+    assert pruning_facts([]) is None
+    flags = {"prune_schedule": "cubic", "prune_end": 20, "initial_sparsity": 0.5, "teacher_name_or_path": None}
+    assert pruning_facts([report(0.9)], flags)["options"]["prune_schedule"] == "cubic"
+    assert "teacher_name_or_path" not in pruning_facts([report(0.9)], flags)["options"]
+    at_once = pruning_facts([report(0.9)], {**flags, "prune_end": None})
+    assert "prune_schedule" not in at_once["options"], "flags that had no part in it"
+
+
+def test_model_that_was_pruned_at_once():
+    """run_glue.py --num_train_epochs 0 measures the dense model itself, and trains with no optimizer."""
+    record = results()
+    record["arguments"]["TrainingArguments"]["num_train_epochs"] = 0
+    record["results"]["before_pruning"] = {"eval_accuracy": 0.84, "eval_loss": 0.3}
+    run = read_run(record)
+    assert run["dense_metrics"] == {"accuracy": 0.84} and run["metrics"] == {"accuracy": 0.8125}
+    assert run["optimizer"] == {"name": "none (pruned without training)"}

@@ -1,0 +1,227 @@
+"""A Trainer that pushes with our optimizer or callback leaves our card on the Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.utils.hub
+from huggingface_hub import HfApi, ModelCard, constants
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
+
+from mfac_hf import MFAC, SparsitySchedule
+from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.hub.trainer_card import CardCallback, _last_evaluation
+from mfac_hf.pruning import MFACPruningCallback
+from tests.helpers.hub_server import TOKEN, running_hub
+from tests.sparse.test_files import CONFIG, bert, prune  # noqa: F401
+from tests.tasks.test_glue import make_tokenizer, write_glue
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that Trainer talks to."""
+    with running_hub() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url, token=TOKEN))
+        yield server
+
+
+def make_trainer(model, tmp_path, optimizer=None, **options):
+    """A Trainer on random sentences that pushes to user/run."""
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"input_ids": torch.randint(0, 60, (8,), generator=generator), "labels": torch.tensor(i % 2)}
+        for i in range(24)
+    ]
+    settings = dict(
+        push_to_hub=True, hub_model_id="user/run", max_steps=4, per_device_train_batch_size=4, report_to="none"
+    )
+    settings |= dict(use_cpu=True, save_strategy="no", disable_tqdm=True, hub_strategy="end", seed=5)
+    return Trainer(
+        model,
+        TrainingArguments(str(tmp_path / "run"), **{**settings, **options}),
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        optimizers=(optimizer, None),
+    )
+
+
+def card_on(hub, branch="main"):
+    """The card of user/run."""
+    return ModelCard(hub.repositories["user/run"].branches[branch]["README.md"].decode())
+
+
+@pytest.mark.parametrize("add", ["nothing", "add_callback", "attach"])
+def test_trainer_pushes_our_card(add, hub, bert, tmp_path):  # noqa: F811
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
+    if add == "attach":
+        MFACLoggingCallback.attach(trainer)
+    elif add == "add_callback":
+        trainer.add_callback(MFACLoggingCallback())
+    before = len(trainer.callback_handler.callbacks)
+    trainer.train()
+    assert len(trainer.callback_handler.callbacks) == before + (add == "nothing")
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    trainer.push_to_hub(license="mit")
+    text = str(card_on(hub))
+    assert f"| this model | accuracy | {100 * accuracy:.2f} |" in text  # training without masks filled the zeros
+    assert "| optimizer | M-FAC |" in text and "| num_grads | 8 |" in text and "| lr | 0.001 |" in text
+    assert "adamw" not in text.lower() and "generated_from_trainer" not in text
+    assert "from_pretrained" in text and "load_sparse" not in text, "Trainer pushes no sparse file"
+    assert card_on(hub).data.license == "mit"
+    assert "model.safetensors" in hub.repositories["user/run"].branches["main"]
+
+
+def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**CONFIG))
+    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), lr=1e-3, num_grads=8))
+    schedule = SparsitySchedule.from_list([0.5, 0.75], every=1, unit="step")
+    trainer.add_callback(MFACPruningCallback(schedule, num_grads=4, block_size=16, recomputations=1))
+    trainer.train()
+    trainer.evaluate()
+    trainer.push_to_hub()
+    text = str(card_on(hub))
+    assert "75.00%" in text and "| block_size | 16 |" in text and "| recomputations | 1 |" in text
+    assert "The dense model was not measured beside it." in text and "| optimizer | M-FAC |" in text
+
+
+def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):  # noqa: F811
+    """Trainer also pushes at each save and from save_model, when there may be nothing to say yet."""
+    options = dict(hub_strategy="every_save", save_strategy="steps", save_steps=2)
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), **options)
+    trainer.add_callback(CardCallback())
+    trainer.train()
+    trainer.save_model()
+    assert "had not been evaluated" in str(card_on(hub)) and "| optimizer | M-FAC |" in str(card_on(hub))
+    trainer.evaluate()
+    trainer.push_to_hub()
+    assert "had not been evaluated" not in str(card_on(hub))
+
+
+def test_options_and_sparse_models(hub, bert, tmp_path):  # noqa: F811
+    callback = CardCallback()
+    dense = {"seed": 1, "metrics": {"accuracy": 0.9}, "task": None, "split": "evaluation", "dataset": None}
+    dense |= {"command": ["train.py"], "versions": {"torch": "2"}, "device": "cpu", "optimizer": {"name": "SGD"}}
+    callback.card_options = {"caveats": ["Random data."], "dense": [dense]}
+    trainer = make_trainer(bert, tmp_path, torch.optim.SGD(bert.parameters(), lr=0.0))
+    trainer.add_callback(callback)
+    trainer.evaluate()
+    trainer.push_to_hub()
+    text = str(card_on(hub))
+    assert "- Random data." in text and "| dense | accuracy | 90.00 |" in text and "## Sparsity" in text
+    assert CardCallback.card_options == {}
+
+
+def test_other_trainers_keep_their_card(hub, bert, tmp_path):  # noqa: F811
+    ours = make_trainer(bert, tmp_path)
+    MFACLoggingCallback.attach(ours)
+    ours.push_to_hub()
+    other = make_trainer(bert, tmp_path)
+    other.push_to_hub()
+    assert "generated_from_trainer" in str(card_on(hub))
+    with pytest.raises(RuntimeError, match="no Trainer with this callback is pushing"):
+        CardCallback().on_push_begin(other.args, other.state, other.control)
+
+
+def test_a_trainer_with_a_card_of_its_own_keeps_it(bert, tmp_path):  # noqa: F811
+    """As those of libraries that build on Trainer: the optimizer alone does not replace what they wrote."""
+
+    class OwnCard(Trainer):
+        def create_model_card(self, *args, **kwargs):
+            raise NotImplementedError
+
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), push_to_hub=False)
+    trainer.__class__ = OwnCard
+    trainer.train()
+    assert not any(isinstance(callback, CardCallback) for callback in trainer.callback_handler.callbacks)
+
+
+def test_last_evaluation_is_that_of_the_weights():
+    def history(*entries):
+        return [dict(step=step, **{name: value}) for step, name, value in entries]
+
+    state = TrainerState(global_step=20, best_global_step=10)
+    state.log_history = history((10, "eval_accuracy", 0.9), (20, "eval_accuracy", 0.8), (20, "train_runtime", 1.0))
+    assert _last_evaluation(state, load_best=False) == {"accuracy": 0.8}
+    assert _last_evaluation(state, load_best=True) == {"accuracy": 0.9}
+    state.log_history += history((20, "eval_accuracy", 0.91))
+    assert _last_evaluation(state, load_best=True) == _last_evaluation(state, load_best=False) == {"accuracy": 0.91}
+    state = TrainerState(global_step=20)
+    state.log_history = history((10, "eval_accuracy", 0.9))
+    assert _last_evaluation(state, load_best=False) == {}, "the weights have changed since"
+
+
+FRESH = """
+import json, sys
+import datasets, numpy, torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from mfac_hf import load_sparse
+
+repository, data = sys.argv[1:]
+model = AutoModelForSequenceClassification.from_pretrained(repository).eval()
+tokenizer = AutoTokenizer.from_pretrained(repository)
+rows = datasets.load_dataset(data, "sst2", split="validation", cache_dir=sys.argv[2] + "-cache")
+with torch.inference_mode():
+    right = [model(**tokenizer(r["sentence"], return_tensors="pt")).logits.argmax().item() == r["label"] for r in rows]
+weights = load_sparse(repository)
+same = all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+card = ModelCard.load(repository)
+print(json.dumps({"accuracy": sum(right) / len(right), "card": card.data.eval_results[0].metric_value, "same": same}))
+"""
+
+
+@pytest.mark.slow
+def test_script_pushes_and_a_fresh_process_gets_the_accuracy_of_the_card(tmp_path):
+    """run_glue.py --push_to_hub on a sparse model, then plain from_pretrained elsewhere: equal to the last digit."""
+    tokenizer = make_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    model = prune(BertForSequenceClassification(BertConfig(**{**CONFIG, "vocab_size": len(tokenizer)})))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    data = write_glue(tmp_path / "data", "sst2")
+    with running_hub() as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(ROOT)}
+
+        def run(*command):
+            result = subprocess.run(
+                [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path
+            )
+            assert result.returncode == 0, result.stderr[-3000:]
+            return result.stdout
+
+        run(
+            *(str(ROOT / "scripts" / "run_glue.py"), "--model_name_or_path", str(tmp_path / "model")),
+            *("--dataset_name", data, "--task_name", "sst2", "--max_seq_length", "16", "--do_eval", "--use_cpu"),
+            *("--output_dir", "run", "--cache_dir", "cache", "--report_to", "none", "--disable_tqdm", "true"),
+            *(
+                "--push_to_hub",
+                "--hub_model_id",
+                "user/run",
+                "--optim_name",
+                "adamw",
+                "--do_train",
+                "--max_steps",
+                "2",
+            ),
+            *("--learning_rate", "0", "--save_strategy", "no"),
+        )
+        assert hub.repositories["user/run"].commits[-1] == "Model and card from mfac_hf"
+        assert "sparse.safetensors" in hub.repositories["user/run"].branches["main"]
+        text = str(card_on(hub))
+        assert "| optimizer | AdamW |" in text and "generated_from_trainer" not in text
+        found = json.loads(run("-c", FRESH, "user/run", data).splitlines()[-1])
+    expected = json.loads((tmp_path / "run" / "results.json").read_text())["results"]["eval_accuracy"]
+    assert found == {"accuracy": expected, "card": expected, "same": True}

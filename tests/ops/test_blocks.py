@@ -1,0 +1,182 @@
+"""Sums, inverses and solutions of positive definite blocks, native and by PyTorch, against NumPy in float64.
+
+Not against torch.linalg: its LU of several matrices at once was seen never to end with two threads (one OpenMP region
+inside another, 200 rows).
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from mfac_hf.ops import blocks
+from mfac_hf.ops.build import load_native
+
+# One row, below, at and above a panel (4 or 8 rows) and a tile (8 or 16 columns), usual block sizes.
+SIZES = [1, 2, 7, 8, 9, 16, 17, 50, 64, 128, 200]
+
+
+@pytest.fixture(params=["dispatched", "pytorch"])
+def implementation(request):
+    """(spd_inverse, spd_solve): what callers get, native where there is a compiler, and the PyTorch fallback."""
+    if request.param == "dispatched":
+        return blocks.spd_inverse, blocks.spd_solve
+    return blocks._spd_inverse, blocks._spd_solve
+
+
+def draw(blocks, size, seed=0):
+    """Matrices with condition numbers around a thousand, and vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    roots = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
+    matrices = roots.mT @ roots / size + 4e-3 * torch.eye(size, dtype=torch.float64)
+    return (matrices + matrices.mT) / 2, torch.randn(blocks, size, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(params=["dispatched", "pytorch"])
+def add_gram(request):
+    return blocks.add_gram if request.param == "dispatched" else blocks._add_gram
+
+
+def panel(matrices, start):
+    """Columns of a panel of 64, from the diagonal on."""
+    return matrices[:, start:, start : start + 64].contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("size", "dim"), [(1, 3), (2, 5), (7, 7), (9, 100), (50, 612), (64, 64), (128, 700), (200, 450)]
+)
+@pytest.mark.parametrize("rows", [0, 1, 63, 130])
+def test_sums_of_outer_products_match_numpy(add_gram, rows, size, dim, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    wide = torch.randn(rows, dim + 3, generator=generator).to(dtype)
+    wide[:, dim:] = torch.nan  # beside the gradients, and never read
+    grads = wide[:, :dim]
+    blocks = -(-dim // size)
+    columns = np.zeros((rows, blocks * size))
+    columns[:, :dim] = grads.double().numpy()
+    columns = columns.reshape(rows, blocks, size)
+    expected = torch.from_numpy(np.einsum("nki,nkj->kij", columns, columns))
+    for start in range(0, size, 64):
+        before = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
+        before = panel(before + before.mT, start)
+        sums = before.clone()
+        assert add_gram(sums, grads, size, start) is None
+        torch.testing.assert_close(sums - before, panel(expected, start), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [7, 50, 128])
+def test_sums_have_the_same_bits_for_any_number_of_threads(size):
+    grads = torch.randn(70, 1_000, generator=torch.Generator().manual_seed(1))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            sums = torch.zeros(-(-1_000 // size), size, min(64, size), dtype=torch.float64)
+            blocks.add_gram(sums, grads, size, 0)
+            found.append(sums)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(sums, found[0]) for sums in found)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 5), (2, 4, 5), (2, 5, 6)])
+def test_sums_of_another_shape_are_refused(add_gram, shape):
+    sums = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(RuntimeError):
+        add_gram(sums, torch.ones(4, 8), 5, 0)
+    assert not sums.any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_inverse_and_solution_match_linear_algebra(implementation, size):
+    spd_inverse, spd_solve = implementation
+    matrices, x = draw(5, size)
+    before = matrices.clone(), x.clone()
+    inverse, info = spd_inverse(matrices)
+    assert info.dtype == torch.int32 and info.tolist() == [0] * 5
+    # Condition numbers of 1e3 leave twelve of sixteen digits, and two are for the additions.
+    torch.testing.assert_close(inverse, torch.from_numpy(np.linalg.inv(matrices.numpy())), rtol=1e-10, atol=1e-10)
+    # Products of the same numbers, possibly in another order.
+    torch.testing.assert_close(inverse, inverse.mT, rtol=0, atol=1e-12 * float(inverse.abs().max()))
+    solution, info = spd_solve(matrices, x)
+    assert info.dtype == torch.int32 and info.tolist() == [0] * 5
+    expected = torch.from_numpy(np.linalg.solve(matrices.numpy(), x.unsqueeze(2).numpy())).squeeze(2)
+    torch.testing.assert_close(solution, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(matrices, before[0]) and torch.equal(x, before[1])
+
+
+def test_solution_along_strong_directions_keeps_its_digits(implementation):
+    """A solution far smaller than the inverse: substitution keeps it, a product with the inverse does not."""
+    basis = torch.linalg.qr(draw(1, 20, seed=3)[0][0])[0]
+    values = torch.logspace(0, -12, 20, dtype=torch.float64)
+    matrix = (basis * values) @ basis.T
+    solution, _ = implementation[1]((matrix + matrix.T)[None] / 2, basis[:, 0][None].contiguous())
+    # Backward stable: the error is that of a matrix that is off by a few units of its last place.
+    residual = matrix @ solution[0] - basis[:, 0]
+    assert float(residual.norm()) <= 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 9, 50])
+def test_no_matrices(implementation, size):
+    matrices, x = draw(0, size)
+    inverse, info = implementation[0](matrices)
+    assert inverse.shape == (0, size, size) and info.shape == (0,)
+    solution, info = implementation[1](matrices, x)
+    assert solution.shape == (0, size) and info.shape == (0,)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_not_positive_definite_is_marked(implementation, size):
+    matrices, x = draw(4, size)
+    expected = [torch.from_numpy(np.linalg.inv(matrices[i].numpy())) for i in (0, 3)]
+    last = size - 1
+    matrices[1, last, last] = -1.0
+    matrices[2, last // 2, last // 2] = torch.nan
+    for function, arguments in zip(implementation, ((matrices,), (matrices, x)), strict=True):
+        found, info = function(*arguments)
+        assert info[0] == 0 and info[1] == size and info[3] == 0
+        assert 1 <= info[2] <= size
+        assert bool(found[1:3].isnan().all())
+        assert bool(found[::3].isfinite().all())
+    found, _ = implementation[0](matrices)
+    torch.testing.assert_close(found[::3], torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [7, 50, 128])
+def test_threads_and_repeats_give_the_same_bits(size):
+    matrices, x = draw(9, size)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        # PyTorch promises repeats, and nothing about other thread counts or about a batch of another size.
+        for number in (1, 2, 3, 1) if load_native("cpu") else (1, 1):
+            torch.set_num_threads(number)
+            found.append((blocks.spd_inverse(matrices)[0], blocks.spd_solve(matrices, x)[0]))
+    finally:
+        torch.set_num_threads(threads)
+    for inverse, solution in found[1:]:
+        assert torch.equal(inverse, found[0][0]) and torch.equal(solution, found[0][1])
+    if load_native("cpu"):  # Nor on the matrices beside it.
+        assert torch.equal(blocks.spd_inverse(matrices[4:5])[0], found[0][0][4:5])
+
+
+def test_wrong_shapes_are_refused(implementation):
+    matrices, x = draw(3, 5)
+    for call in (
+        lambda: implementation[0](matrices[:, :4]),
+        lambda: implementation[1](matrices, x[:, :4].contiguous()),
+        lambda: implementation[1](matrices, x[:2]),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+@pytest.mark.parametrize("size", [1, 17])
+def test_operators_are_registered_soundly(size):
+    matrices, x = draw(3, size)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    sums = torch.zeros(3, size, size, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.mfac.add_gram.default, (sums, torch.ones(2, 3 * size), size, 0), test_utils=tests)
+    torch.library.opcheck(torch.ops.mfac.spd_inverse.default, (matrices,), test_utils=tests)
+    torch.library.opcheck(torch.ops.mfac.spd_solve.default, (matrices, x), test_utils=tests)

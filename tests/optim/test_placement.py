@@ -1,0 +1,372 @@
+"""Where parameters get their columns: embeddings by rows, masks, several devices. None of it changes the steps."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mfac_hf import MFAC
+from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+from mfac_hf.optim import placement
+from mfac_hf.optim.placement import nonzero_rows, place
+from tests.helpers.oracles import NaiveMFAC
+
+VOCABULARY, WIDTH = 24, 3
+
+
+@pytest.fixture
+def tables_of_any_size(monkeypatch):
+    """Row-sparse storage for tables that a dense oracle can follow."""
+    monkeypatch.setattr(placement, "ROW_SPARSE_MIN_NUMEL", 1)
+
+
+class Bag(nn.Module):
+    """Mean of embeddings, then a linear layer."""
+
+    def __init__(self, sparse=False, dtype=torch.float64, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(VOCABULARY, WIDTH, sparse=sparse)
+        self.head = nn.Linear(WIDTH, VOCABULARY if tied else 2)
+        self.to(dtype)
+        self.tied = tied
+
+    def forward(self, ids):
+        hidden = self.words(ids).mean(0)
+        return (self.words.weight @ hidden if self.tied else self.head(hidden)).square().sum()
+
+    def backward(self, step, count=4):
+        self.zero_grad()
+        ids = torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(step))
+        self(ids).backward()
+        return [p.grad for p in self.parameters()]
+
+
+def stores(optimizer):
+    return [type(columns) for columns in optimizer._window.columns]
+
+
+def assert_same(params, naive, tolerance=1e-9):
+    for p, expected in zip(params, naive.params, strict=True):
+        torch.testing.assert_close(p.detach().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("row_sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_embedding_gradients_by_rows(tables_of_any_size, momentum, sparse, row_sparse, dtype):
+    """Dense gradients, those of nn.Embedding(sparse=True), and dense storage: the same steps."""
+    model = Bag(sparse, dtype)
+    options = {"num_grads": 6, "damping": 1e-2}
+    naive = NaiveMFAC([{"params": list(model.parameters()), "lr": 0.1, "momentum": momentum}], **options)
+    optimizer = MFAC(
+        model.parameters(), lr=0.1, momentum=momentum, row_sparse=row_sparse, window_dtype=dtype, **options
+    )
+    for step in range(16):
+        grads = model.backward(step, count=3 + step % 6)  # slots grow now and then
+        optimizer.step()
+        naive.step(grads)
+        assert_same(model.parameters(), naive, 1e-9 if dtype == torch.float64 else 2e-4)
+    assert (RowSparseColumns in stores(optimizer)) == row_sparse
+
+
+def test_half_window_keeps_embedding_rows_in_float32(tables_of_any_size):
+    model = Bag(dtype=torch.float32)
+    optimizer = MFAC(model.parameters(), num_grads=4, window_dtype=torch.bfloat16)
+    model.backward(0)
+    optimizer.step()
+    state = optimizer.state[model.words.weight]
+    assert state["window_values"].dtype == torch.float32
+    assert optimizer.state[model.head.weight]["window"].dtype == torch.bfloat16
+    rows = state["window_rows"][0][state["window_rows"][0] < VOCABULARY]
+    torch.testing.assert_close(state["window_values"][0, : len(rows)], model.words.weight.grad[rows], rtol=0, atol=0)
+
+
+def test_coupled_weight_decay_makes_embeddings_dense_and_decoupled_does_not(tables_of_any_size):
+    for decoupled in (False, True):
+        for sparse in (False, True):
+            model = Bag(sparse)
+            group = {
+                "params": list(model.parameters()),
+                "lr": 0.1,
+                "weight_decay": 0.1,
+                "decoupled_weight_decay": decoupled,
+            }
+            naive = NaiveMFAC([group], num_grads=4, damping=1e-2)
+            optimizer = MFAC([group], num_grads=4, damping=1e-2, window_dtype=torch.float64)
+            for step in range(9):
+                grads = model.backward(step)
+                optimizer.step()
+                naive.step(grads)
+                assert_same(model.parameters(), naive)
+            assert (RowSparseColumns in stores(optimizer)) == decoupled
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("when", [1, 3, 9])
+def test_an_embedding_that_turns_dense_midway(tables_of_any_size, when, masked):
+    """As when the output layer that shares it is unfrozen; while the window fills, and after it wrapped."""
+    model = Bag()
+    params = list(model.parameters())
+    keep = torch.rand(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(5)) < 0.6
+    masks = {0: keep} if masked else {}
+    group = {"params": params, "lr": 0.1, "momentum": 0.5}
+    naive = NaiveMFAC([group], num_grads=5, damping=1e-2, masks=masks)
+    optimizer = MFAC(
+        [group], num_grads=5, damping=1e-2, window_dtype=torch.float64, masks={params[i]: m for i, m in masks.items()}
+    )
+    before = model.words.weight.detach().clone()
+    for step in range(15):
+        model.tied = step >= when
+        grads = model.backward(step)
+        optimizer.step()
+        naive.step(grads)
+        assert_same(params, naive)
+        assert stores(optimizer).count(RowSparseColumns) == (step < when)
+    state = optimizer.state[params[0]]
+    assert "window_rows" not in state and state["window"].shape == (
+        (5, int(keep.sum())) if masked else (5, *keep.shape)
+    )
+    assert not masked or torch.equal(model.words.weight[~keep], before[~keep])
+    twin = Bag()
+    twin.load_state_dict(model.state_dict())
+    loaded = MFAC(
+        [{"params": list(twin.parameters())}],
+        num_grads=5,
+        damping=1e-2,
+        window_dtype=torch.float64,
+        masks={twin.words.weight: keep} if masked else None,
+    )
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (twin, loaded)):
+        each.tied = True
+        each.backward(77)
+        its.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_turning_dense_without_memory_for_it_changes_nothing(tables_of_any_size, monkeypatch):
+    model = Bag()
+    optimizer = MFAC(model.parameters(), lr=0.1, num_grads=5)
+    model.backward(0)
+    optimizer.step()
+    model.tied = True
+    model.backward(1)
+    before, pushed = [p.detach().clone() for p in model.parameters()], optimizer._window.pushed
+    monkeypatch.setattr("mfac_hf.memory.available_bytes", lambda device: 5 * VOCABULARY * WIDTH * 4 - 1)
+    with pytest.raises(MemoryError, match="no longer row-sparse"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert optimizer._window.pushed == pushed and RowSparseColumns in stores(optimizer)
+
+
+def test_what_counts_as_row_sparse(monkeypatch):
+    """A matrix of some size with few non-zero rows; small or full ones are cheaper dense."""
+
+    def store(grad, **options):
+        p = nn.Parameter(torch.zeros(grad.shape))
+        settings = {"num_grads": 2, "dtype": torch.float32, "devices": [torch.device("cpu")], "row_sparse": True}
+        return type(place({p: grad}, {}, **{**settings, **options})[p].columns)
+
+    few = torch.zeros(4096, 8)
+    few[::4] = 1.0
+    assert store(few) is RowSparseColumns
+    assert store(few, row_sparse=False) is DenseColumns
+    assert store(torch.ones(4096, 8)) is DenseColumns
+    assert store(few[:4000]) is DenseColumns
+    assert store(few.view(64, 64, 8)) is DenseColumns
+    assert store(few[:40].to_sparse(1)) is RowSparseColumns
+    more = few.clone()
+    more[1] = 1.0
+    assert store(more) is DenseColumns
+
+
+def test_nonzero_rows():
+    grad = torch.zeros(6, 2)
+    grad[4, 1], grad[1, 0] = -2.0, 3.0
+    for given in (grad, grad.to_sparse(1), grad.bfloat16()):
+        rows, values = nonzero_rows(given)
+        assert rows.tolist() == [1, 4] and values.tolist() == [[3.0, 0.0], [0.0, -2.0]]
+        assert values.dtype == torch.float32
+    rows, values = nonzero_rows(torch.zeros(6, 2))
+    assert rows.shape == (0,) and values.shape == (0, 2)
+
+
+def make_params():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in ((4, 3), (5,), (2, 2))
+    ]
+
+
+def make_masks(params):
+    generator = torch.Generator().manual_seed(7)
+    return {i: torch.rand(params[i].shape, generator=generator) < 0.5 for i in (0, 2)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ],
+)
+def test_masks_equal_an_optimizer_of_the_kept_coordinates(options):
+    """The masked weights here are not zero, so that decay would show; gradients are not zero there either."""
+    params = make_params()
+    masks = make_masks(params)
+    naive = NaiveMFAC([{"params": params, "lr": 0.1, **options}], num_grads=4, damping=1e-2, masks=masks)
+    optimizer = MFAC(
+        params,
+        lr=0.1,
+        num_grads=4,
+        damping=1e-2,
+        window_dtype=torch.float64,
+        masks={params[i]: mask for i, mask in masks.items()},
+        **options,
+    )
+    before = [p.detach().clone() for p in params]
+    for step in range(11):
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        naive.step([p.grad for p in params])
+        assert_same(params, naive)
+    for i, mask in masks.items():
+        assert torch.equal(params[i][~mask], before[i][~mask])
+        assert not torch.isclose(params[i][mask], before[i][mask]).any()
+        assert optimizer.state[params[i]]["window"].shape == (4, int(mask.sum()))
+    kept = 5 + sum(int(mask.sum()) for mask in masks.values())
+    assert optimizer._window.dim == kept and optimizer._window.nbytes == 4 * kept * 8
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_weights_keep_every_bit(momentum, dtype):
+    """Also negative zeros, which a sum with zero may turn."""
+    p = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype))
+    with torch.no_grad():
+        p[:8] = -0.0
+    mask = torch.arange(64) % 2 == 0
+    optimizer = MFAC(
+        [p], lr=0.1, num_grads=3, momentum=momentum, weight_decay=0.5, decoupled_weight_decay=True, masks={p: mask}
+    )
+    bits = p.detach().view(torch.int32 if dtype == torch.float32 else torch.int16).clone()
+    for step in range(6):
+        p.grad = torch.randn(64, generator=torch.Generator().manual_seed(step)).to(dtype)
+        optimizer.step()
+    now = p.detach().view(bits.dtype)
+    assert torch.equal(bits[~mask], now[~mask]) and not torch.equal(bits[mask], now[mask])
+
+
+def test_mask_on_an_embedding_stored_by_rows(tables_of_any_size):
+    model = Bag()
+    params = list(model.parameters())
+    keep = torch.rand(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(1)) < 0.5
+    group = {"params": params, "lr": 0.1, "momentum": 0.9}
+    naive = NaiveMFAC([group], num_grads=4, damping=1e-2, masks={0: keep})
+    optimizer = MFAC([group], num_grads=4, damping=1e-2, window_dtype=torch.float64, masks={params[0]: keep})
+    before = model.words.weight.detach().clone()
+    for step in range(9):
+        grads = model.backward(step)
+        optimizer.step()
+        naive.step(grads)
+        assert_same(params, naive)
+    assert RowSparseColumns in stores(optimizer)
+    assert torch.equal(model.words.weight[~keep], before[~keep])
+
+
+def test_everything_masked():
+    """A layer that was pruned away entirely, alone and beside others."""
+    for others in ([], make_params()):
+        gone = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
+        for _ in range(5):
+            for p in (gone, *others):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert torch.equal(gone, torch.ones(4)) and optimizer._window.pushed == 5
+        twin = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
+        twin.load_state_dict(optimizer.state_dict())
+        twin.step()
+        assert twin._window.pushed == 6
+
+
+def test_a_mask_is_the_optimizers_own():
+    """Changing the tensor that was passed must not shift columns under the window."""
+    p = nn.Parameter(torch.zeros(4))
+    mask = torch.tensor([True, False, True, True])
+    optimizer = MFAC([p], lr=0.1, num_grads=3, masks={p: mask})
+    p.grad = torch.ones(4)
+    optimizer.step()
+    mask.fill_(True)
+    optimizer.step()
+    assert p[1] == 0.0 and optimizer.state[p]["mask"].tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, dtype=torch.bool), r"shape \(4,\).*\(3, 2\).*bool tensor of the parameter's shape"),
+        (torch.ones(2, 3, dtype=torch.bool), r"shape \(2, 3\)"),
+        (torch.ones(3, 2), "dtype torch.float32"),
+        (torch.ones(3, 2, dtype=torch.uint8), "dtype torch.uint8"),
+    ],
+)
+def test_bad_masks(mask, message):
+    p = nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=message):
+        MFAC([p], masks={p: mask})
+
+
+def test_mask_of_an_unknown_parameter():
+    p, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"mask for a parameter of shape \(2, 2\) that this optimizer does not have"):
+        MFAC([p], masks={other: torch.ones(2, 2, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(
+    "devices", ["cpu", ["cpu"], ["cpu", "cpu"], ["cpu", "cpu:0"], [torch.device("cpu"), torch.device("cpu:0")]]
+)
+def test_window_over_several_devices(tables_of_any_size, devices):
+    """Parameters are dealt out by size; the steps are those of one window."""
+    model = Bag()
+    extra = make_params()
+    params = [*model.parameters(), *extra]
+    naive = NaiveMFAC([{"params": params, "lr": 0.1}], num_grads=4, damping=1e-2)
+    optimizer = MFAC(params, lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64, window_device=devices)
+    for step in range(9):
+        grads = model.backward(step)
+        for p in extra:
+            p.grad = torch.full_like(p, step + 1.0).cumsum(0)
+        optimizer.step()
+        naive.step([*grads, *(p.grad for p in extra)])
+        assert_same(params, naive)
+    distinct = len({str(device) for device in devices}) if isinstance(devices, list) else 1
+    assert stores(optimizer) == [DenseColumns] * distinct + [RowSparseColumns]
+    sizes = [columns.dim for columns in optimizer._window.columns[:-1]]
+    assert max(sizes) - min(sizes) <= max(p.numel() for p in extra)
+
+
+def test_late_parameters_add_columns_without_touching_the_others(tables_of_any_size):
+    """One by one, a dense one and a table, each exact."""
+    model = Bag()
+    extra = make_params()
+    params = [*model.parameters(), *extra]
+    naive = NaiveMFAC([{"params": params, "lr": 0.1, "momentum": 0.9}], num_grads=5, damping=1e-2)
+    optimizer = MFAC(params, lr=0.1, momentum=0.9, num_grads=5, damping=1e-2, window_dtype=torch.float64)
+    for step in range(14):
+        model.backward(step)
+        for i, p in enumerate(extra):
+            p.grad = torch.full_like(p, step + i + 1.0).cumsum(0)
+        grads = [p.grad for p in params]
+        for i in range(len(params)):
+            if step < 2 * i - 4 or (i == 0 and step < 3):
+                grads[i] = params[i].grad = None
+        optimizer.step()
+        naive.step(grads)
+        assert_same(params, naive)

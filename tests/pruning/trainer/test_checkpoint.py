@@ -1,0 +1,188 @@
+"""Gradual pruning that is killed without warning and resumed ends with the same bits, or says why it cannot."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from mfac_hf import MFACPruningCallback, SparsitySchedule
+from mfac_hf.pruning import Distillation, MaskSet
+from mfac_hf.pruning.trainer import callback as module
+from tests.helpers.pruning_runs import differing, make_model, make_trainer, weights_of
+
+# Each pruning lies after a checkpoint of its own: those at 4, 8 and 12 see one, two and three of them.
+SCHEDULE = SparsitySchedule(((3, 0.3), (7, 0.5), (10, 0.8)))
+FAST = {"num_grads": 6, "block_size": 16, "recomputations": 2}
+
+VARIANTS = {
+    "adamw": {"optimizer": "adamw", "options": {"lr_cycle": 0.1}},
+    "mfac": {"optimizer": "mfac", "options": {"gradients": "optimizer", "num_grads": 3}},
+    "distillation": {"optimizer": "adamw", "options": {"distil": True}},
+}
+
+
+def make_pruning(schedule=SCHEDULE, distil=False, **options):
+    distillation = Distillation(hardness=0.7) if distil else None
+    return MFACPruningCallback(schedule, distillation=distillation, **{**FAST, **options})
+
+
+def make_run(directory, variant, callbacks=(), **options):
+    pruning = make_pruning(**{**VARIANTS[variant]["options"], **options})
+    return make_trainer(directory, VARIANTS[variant]["optimizer"], [pruning, *callbacks]), pruning
+
+
+class KillAt(TrainerCallback):
+    """Ends the process as a power cut would, between two gradient accumulations of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(directory, variant, step):
+    make_run(directory, variant, [KillAt(step)])[0].train()
+
+
+def train_until_killed_while_pruning(directory, variant, sparsity):
+    """The weights have been pruned, but nothing of it reached the masks' hooks, the optimizer or the disk."""
+    prune_to = module.prune_to
+
+    def prune_and_die(model, masks, source, target, *args, **kwargs):
+        report = prune_to(model, masks, source, target, *args, **kwargs)
+        if target == sparsity:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return report
+
+    module.prune_to = prune_and_die
+    make_run(directory, variant)[0].train()
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in the same order here and in the process that is killed."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "when"),
+    [("adamw", "training"), ("mfac", "training"), ("mfac", "pruning"), ("distillation", "pruning")],
+)
+def test_killed_and_resumed_ends_with_the_same_bits(variant, when, tmp_path, one_thread):
+    whole, pruned = make_run(tmp_path / "whole", variant)
+    whole.train()
+    directory = tmp_path / "killed"
+    if when == "training":
+        step = random.Random(variant).randrange(5, 16)
+        work, argument = train_until_killed, step
+    else:
+        step, argument = 10, 0.8
+        work = train_until_killed_while_pruning
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mfac_hf.pruning.trainer.callback"])  # the imports take longer than the training
+    process = context.Process(target=work, args=(directory, variant, argument))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+    assert Path(get_last_checkpoint(directory)).name == f"checkpoint-{step // 4 * 4}"
+
+    resumed, pruning = make_run(directory, variant)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 16
+    assert differing(weights_of(whole.model), weights_of(resumed.model)) == []
+    assert pruning.masks == pruned.masks and pruning.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert len(pruning.reports) == 3
+    assert [r.sparsities for r in pruning.reports] == [r.sparsities for r in pruned.reports]
+    if VARIANTS[variant]["options"].get("distil"):
+        teachers = [weights_of(p.distillation.teacher) for p in (pruned, pruning)]
+        assert differing(*teachers) == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with checkpoints at 4, 8, 12 and 16; its teacher lies in its output directory."""
+    directory = tmp_path_factory.mktemp("finished")
+    trainer, pruning = make_run(directory, "distillation")
+    trainer.train()
+    return directory, weights_of(trainer.model), pruning.masks
+
+
+def test_resumed_into_another_output_directory(finished, tmp_path):
+    directory, weights, masks = finished
+    checkpoint = directory / "checkpoint-8"
+    trainer, _ = make_run(tmp_path, "distillation")
+    with pytest.raises(FileNotFoundError, match=r"resumes at step 8, but there is no .*resume_from=DIRECTORY"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    trainer, pruning = make_run(tmp_path, "distillation", resume_from=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert differing(weights, weights_of(trainer.model)) == [] and pruning.masks == masks
+    assert (tmp_path / "teacher.safetensors").is_file(), "the teacher comes along for the next resume"
+
+
+def test_the_training_arguments_may_name_the_checkpoint(finished, tmp_path):
+    directory, weights, _ = finished
+    checkpoint = str(directory / "checkpoint-12")
+    trainer = make_trainer(tmp_path, "adamw", [make_pruning(distil=True)], resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert differing(weights, weights_of(trainer.model)) == []
+
+
+def spoil_nothing(folder):
+    pass
+
+
+def spoil_masks(folder):
+    masks = MaskSet.load(folder)
+    name = next(iter(masks))
+    masks.update({name: torch.zeros_like(masks[name])})
+    masks.save(folder)
+
+
+def spoil_weights(folder):
+    progress = json.loads((folder / "pruning.json").read_text())
+    (folder / "pruning.json").write_text(json.dumps({**progress, "weights": "of another run"}))
+
+
+def spoil_teacher(folder):
+    progress = json.loads((folder / "pruning.json").read_text())
+    (folder / "pruning.json").write_text(json.dumps({**progress, "teacher": None}))
+
+
+def spoil_model(folder):
+    make_model(seed=5).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "error", "message"),
+    [
+        (lambda folder: (folder / "pruning.json").unlink(), {}, FileNotFoundError, "If it was cut off"),
+        (lambda folder: (folder / "masks.safetensors").unlink(), {}, FileNotFoundError, "no masks at"),
+        (spoil_masks, {}, ValueError, "should be pruned are not zero in bert.encoder"),
+        (spoil_model, {}, ValueError, "should be pruned are not zero in bert.encoder"),
+        (spoil_weights, {}, ValueError, "is not the one in .*checkpoint-8; name the checkpoint"),
+        (spoil_nothing, {"schedule": SparsitySchedule(((3, 0.3), (7, 0.6)))}, ValueError, "follows the schedule"),
+        (spoil_nothing, {"targets": ["query"]}, ValueError, "resume with the same targets"),
+        (spoil_teacher, {}, ValueError, "weights were pruned before distillation was asked for"),
+        (lambda folder: (folder.parent / "teacher.safetensors").unlink(), {}, FileNotFoundError, "no teacher at"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(spoil, options, error, message, finished, tmp_path):
+    shutil.copytree(finished[0] / "checkpoint-8", tmp_path / "checkpoint-8")
+    shutil.copy(finished[0] / "teacher.safetensors", tmp_path)
+    spoil(tmp_path / "checkpoint-8")
+    trainer, _ = make_run(tmp_path, "distillation", **options)
+    with pytest.raises(error, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))

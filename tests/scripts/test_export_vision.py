@@ -1,0 +1,43 @@
+"""A vision checkpoint becomes a directory that from_pretrained loads."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfac_hf import load_sparse
+from mfac_hf.hub.inventory import describe_weights
+from mfac_hf.models import ResNetCifar
+from tests.sparse.test_files import assert_same_state
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
+    return importlib.import_module("export_vision")
+
+
+@pytest.mark.parametrize("shortcut", ["conv", "pad"])
+def test_checkpoint_becomes_a_directory(shortcut, script, tmp_path):
+    torch.manual_seed(0)
+    model = ResNetCifar(20, 7, 1, shortcut)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[3:] = 0
+    name = "layer1.0.conv1.weight"
+    masks = {name: model.get_parameter(name) != 0}
+    torch.save({"model": model.state_dict(), "normalization": "half", "mask": masks}, tmp_path / "model.pth")
+    script.main([str(tmp_path / "model.pth"), "--model", "resnet20", "--output", str(tmp_path / "out")])
+    assert_same_state(ResNetCifar.from_pretrained(tmp_path / "out").state_dict(), model.state_dict())
+    assert_same_state(load_sparse(tmp_path / "out"), model.state_dict())
+    # what was pruned is what has a mask, not everything that could have been
+    counts = describe_weights(tmp_path / "out")
+    assert [tensor["name"] for tensor in counts["tensors"] if tensor["target"]] == [name]
+    assert counts["targets"] == {"numel": masks[name].numel(), "zeros": int((~masks[name]).sum())}
+
+
+def test_what_is_no_checkpoint_is_refused(script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path / "nothing.pth"), "--model", "resnet20", "--output", str(tmp_path / "out")])
+    assert "nothing.pth" in capsys.readouterr().err and not (tmp_path / "out").exists()

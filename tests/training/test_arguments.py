@@ -1,0 +1,153 @@
+"""Arguments that the training scripts share: flags, recipes, defaults and the optimizer made from them."""
+
+import inspect
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from mfac_hf import MFAC
+from mfac_hf.training import arguments
+from mfac_hf.training.arguments import ModelArguments, OptimizerArguments, build_optimizer, parse_args
+
+KINDS = (ModelArguments, OptimizerArguments, TrainingArguments)
+
+
+def write_recipe(path, text):
+    """Write a recipe and return its path."""
+    path.write_text(text)
+    return str(path)
+
+
+def test_recipe_gives_typed_values_and_flags_override_them(tmp_path):
+    """YAML reads 1e-3 as a string and ``no`` as a truth value; the dataclasses get what the flags would give."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        "model_name_or_path: tiny\nlearning_rate: 1e-3\noptim_name: mfac\nnum_grads: 64\ndo_train: true\n"
+        "window_device: [cpu, meta]\nsave_window: false\ncache_dir: null\nmax_steps: -1\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nlr_scheduler_type: cosine\n",
+    )
+    model_args, optimizer_args, training_args = parse_args(*KINDS, argv=[recipe, "--num_grads", "32", "--seed=3"])
+    assert model_args == ModelArguments("tiny")
+    expected = OptimizerArguments(num_grads=32, window_device=["cpu", "meta"], save_window=False)
+    assert optimizer_args == expected
+    assert training_args.learning_rate == 1e-3 and training_args.do_train is True and training_args.seed == 3
+    assert training_args.lr_scheduler_kwargs == {"num_cycles": 2} and training_args.max_steps == -1
+
+
+def test_json_recipe(tmp_path):
+    """JSON works the same way."""
+    recipe = write_recipe(tmp_path / "recipe.json", json.dumps({"model_name_or_path": "tiny", "damping": 1e-4}))
+    assert parse_args(*KINDS, argv=[recipe])[1].damping == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model_name_or_path: tiny\nnum_gards: 3\n", "keys that are no arguments: num_gards"),
+        ("- model_name_or_path\n", "holds a list; expected a mapping"),
+        ("", "holds a NoneType; expected a mapping"),
+    ],
+)
+def test_bad_recipes(text, message, tmp_path):
+    """The error names the key or the kind of content."""
+    with pytest.raises(ValueError, match=message):
+        parse_args(*KINDS, argv=[write_recipe(tmp_path / "recipe.yaml", text)])
+
+
+def test_missing_recipe_and_bad_values(tmp_path, capsys):
+    """A missing file, a value of the wrong type, an unknown flag, an abbreviated flag."""
+    with pytest.raises(FileNotFoundError, match="recipe nowhere.yaml is no file"):
+        parse_args(*KINDS, argv=["nowhere.yaml"])
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_name_or_path: tiny\nnum_grads: many\n")
+    with pytest.raises(SystemExit):
+        parse_args(*KINDS, argv=[recipe])
+    assert "--num_grads" in capsys.readouterr().err
+    for flag in ("--no_such_flag", "--num_grad"):
+        with pytest.raises(ValueError, match=flag):
+            parse_args(*KINDS, argv=["--model_name_or_path", "tiny", flag, "3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "learning_rate", "logged"),
+    [
+        (["--optim_name", "mfac"], 1e-4, True),
+        (["--optim_name", "adamw"], 5e-5, False),
+        (["--learning_rate", "5e-5"], 5e-5, False),
+        (["--learning-rate", "0.002"], 2e-3, False),
+    ],
+)
+def test_default_learning_rate_is_that_of_the_optimizer(flags, learning_rate, logged, caplog):
+    """M-FAC's own default where none was given, visibly; a given one always wins, even where it equals Trainer's."""
+    with caplog.at_level(logging.INFO, logger="mfac_hf"):
+        *_, training_args = parse_args(*KINDS, argv=["--model_name_or_path", "tiny", *flags])
+    assert training_args.learning_rate == learning_rate
+    assert ("M-FAC's default 0.0001" in caplog.text) == logged
+
+
+def test_flags_and_the_optimizer_share_their_defaults():
+    """Every flag for M-FAC has the default of the argument that it sets."""
+    signature = inspect.signature(MFAC).parameters
+    assert arguments.MFAC_LEARNING_RATE == signature["lr"].default
+    flags = vars(OptimizerArguments())
+    assert flags.pop("optim_name") == "mfac"
+    flags["window_dtype"] = getattr(torch, flags["window_dtype"])
+    assert flags == {name: signature[name].default for name in flags}
+
+
+@pytest.mark.parametrize("optim", ["mfac", "adamw"])
+def test_weight_decay_groups_are_those_of_trainer(optim, tmp_path):
+    """Same parameters in the same order, biases and layer norms without decay, frozen ones left out."""
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    bert = BertForSequenceClassification(config)
+    bert.bert.embeddings.requires_grad_(False)
+    args = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.01, learning_rate=2e-3, use_cpu=True)
+    ours = build_optimizer(bert, OptimizerArguments(optim_name=optim, num_grads=4), args)
+    theirs = Trainer(bert, args).create_optimizer()
+    assert isinstance(ours, MFAC if optim == "mfac" else torch.optim.AdamW)
+    assert len(ours.param_groups) == len(theirs.param_groups) == 2
+    for one, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert one["weight_decay"] == other["weight_decay"] and one["lr"] == 2e-3
+        assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
+
+
+def test_without_weight_decay_the_order_is_that_of_the_model(tmp_path):
+    """One group, as for a plain ``MFAC(model.parameters())``."""
+    layer = nn.Linear(3, 2)
+    (group,) = build_optimizer(layer, OptimizerArguments(), TrainingArguments(output_dir=str(tmp_path))).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in layer.parameters()]
+
+
+def test_optimizer_options_reach_mfac_and_adamw(tmp_path):
+    """Every flag arrives under its own name."""
+    args = TrainingArguments(
+        output_dir=str(tmp_path), adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5, weight_decay=0.1
+    )
+    chosen = OptimizerArguments(
+        num_grads=3,
+        damping=0.5,
+        momentum=0.25,
+        grad_decay=0.125,
+        normalize="count",
+        window_dtype="bfloat16",
+        window_device=["cpu"],
+        decoupled_weight_decay=True,
+        row_sparse=False,
+        save_window=False,
+    )
+    defaults = build_optimizer(nn.Linear(3, 2), chosen, args).defaults
+    wanted = {**vars(chosen), "window_dtype": torch.bfloat16, "window_device": "cpu"}
+    wanted.pop("optim_name")
+    assert {name: defaults[name] for name in wanted} == wanted
+    adamw = build_optimizer(nn.Linear(3, 2), OptimizerArguments(optim_name="adamw"), args)
+    assert adamw.defaults["betas"] == (0.8, 0.95) and adamw.defaults["eps"] == 1e-5
+
+
+def test_model_without_trainable_parameters(tmp_path):
+    """Named as such, instead of an empty parameter list deep inside."""
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build_optimizer(layer, OptimizerArguments(), TrainingArguments(output_dir=str(tmp_path)))

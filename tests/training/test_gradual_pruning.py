@@ -1,0 +1,97 @@
+"""Pruning flags of the training scripts: what they build, and a GLUE run with them from end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from mfac_hf import SparsitySchedule
+from mfac_hf.pruning import MaskSet, PruningOptions
+from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.gradual_pruning import GradualArguments, build_pruning_callback
+from mfac_hf.training.pruning_arguments import PruningArguments
+from tests.scripts.test_run_glue import data, model, run, script  # noqa: F401
+
+ELSEWHERE = ("model_name_or_path", "dataset_name", "max_seq_length", "doc_stride", "optim_name")
+RECIPES = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
+PRUNER = ("--prune_num_grads", "8", "--prune_block_size", "16", "--recomputations", "2")
+
+
+def parse(*flags):
+    kinds = (PruningArguments, GradualArguments, TrainingArguments)
+    return build_pruning_callback(*parse_args(*kinds, argv=["--use_cpu", "--do_train", *flags]))
+
+
+def test_flags_become_a_callback(tmp_path):
+    callback = parse(
+        *("--sparsity", "0.9", "--prune_schedule", "linear", "--initial_sparsity", "0.5"),
+        *("--prune_start", "1", "--prune_end", "5", "--prune_every", "2", "--prune_unit", "epoch"),
+        *("--prune_damping", "auto", "--prune_pattern", "block4", "--prune_targets", "query", "key"),
+        *("--prune_lr_cycle", "0.1", "--distillation_hardness", "0.5", "--teacher_name_or_path", str(tmp_path)),
+        *("--prune_gradients", "optimizer", "--prune_evaluate"),
+    )
+    assert callback.schedule == SparsitySchedule.from_list([0.5, 0.7, 0.9], start=1, every=2)
+    assert callback.options == PruningOptions(damping="auto", pattern="block4", seed=42)
+    assert callback.targets == ["query", "key"] and callback.gradients == "optimizer" and callback.evaluate
+    assert callback.lr_cycle.lowest == 0.1
+    assert (callback.distillation.hardness, callback.distillation.given) == (0.5, str(tmp_path))
+
+
+def test_defaults_are_those_of_the_library():
+    assert parse("--sparsity", "0.5", "--prune_end", "9").options == PruningOptions(seed=42)
+
+
+def test_no_callback_without_sparsity_or_training():
+    assert parse() is None
+    assert parse("--sparsity", "0.5", "--num_train_epochs", "0") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "0.5"], "--sparsity 0.5 needs --prune_end, the step at which it is reached"),
+        (["--sparsity", "1.5", "--prune_end", "9"], "sparsity 1.5 at step 9"),
+        (["--distillation_hardness", "1"], "--distillation_hardness is for pruning during training"),
+        (["--sparsity", "0.5", "--prune_end", "9", "--num_train_epochs", "0"], "--prune_end is for pruning during"),
+        (["--sparsity", "0.5", "--prune_end", "9", "--prune_damping", "small"], "--prune_damping small"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*flags)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("pruning_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_follow_the_published_settings(recipe):
+    flags = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key not in ELSEWHERE}
+    callback = parse(*(f"--{key}={value}" for key, value in flags.items()))
+    positions, sparsities = zip(*callback.schedule.points, strict=True)
+    assert positions == (2, 6, 10, 14, 18, 22, 26) and (sparsities[0], sparsities[-1]) == (0.7, 0.9)
+    assert (callback.options.num_grads, callback.options.block_size, callback.options.damping) == (1024, 50, 1e-7)
+
+
+def test_gradual_pruning_on_glue(run, tmp_path):  # noqa: F811
+    schedule = ("--prune_schedule", "linear", "--prune_end", "6", "--prune_every", "3")
+    extra = ("--distillation_hardness", "0.5", "--save_strategy", "steps", "--save_steps", "4")
+    results = run("--do_train", "--do_eval", "--sparsity", "0.8", *schedule, *PRUNER, *extra)
+    assert results["pruning"]["sparsity"] == pytest.approx(0.8, abs=1e-4) and len(results["pruning"]["reports"]) == 2
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["pruning"]
+    assert written == results["pruning"]
+    masks, weights = MaskSet.load(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    assert masks.sparsity == results["pruning"]["sparsity"]
+    assert all(not weights[name][~keep].any() for name, keep in masks.items())
+
+
+def test_one_shot_on_glue(run, tmp_path):  # noqa: F811
+    run("--do_train", output="dense")
+    flags = ("--num_train_epochs", "0", "--sparsity", "0.6", "--model_name_or_path", str(tmp_path / "dense"))
+    results = run("--do_train", "--do_eval", *PRUNER, *flags)
+    assert results["pruning"]["sparsity"] == pytest.approx(0.6, abs=1e-4) and "eval_accuracy" in results
+    dense, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out"))
+    masks = MaskSet.load(tmp_path / "out")
+    assert all(not weights[name][~keep].any() for name, keep in masks.items())
+    assert all(bool((weights[name] == value).all()) for name, value in dense.items() if name not in masks)
+    assert results["before_pruning"]["eval_loss"] != results["eval_loss"]
