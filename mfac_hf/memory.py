@@ -1,17 +1,13 @@
-"""What a gradient window costs, said before it is allocated, and what the system should know of such a buffer."""
+"""What a gradient window costs in memory, said before it is allocated."""
 
-import ctypes
-import mmap
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MemoryEstimate", "memory_estimate", "prefer_huge_pages", "require_memory"]
+from mfac_hf.machine import GIB, available_bytes
 
-GIB = 1 << 30
+__all__ = ["MemoryEstimate", "memory_estimate", "require_memory"]
 
 
 class MemoryEstimate(NamedTuple):
@@ -86,34 +82,8 @@ def _input_embeddings(model: nn.Module, parameters: dict[int, nn.Parameter]) -> 
     }
 
 
-# The memory limits of a container, where there are any.
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-
 # Below this size a table is cheaper to keep dense than to index.
 ROW_SPARSE_MIN_NUMEL = 1 << 15
-
-# Smaller buffers have few pages, or share the first and the last with others.
-HUGE_PAGES_MIN_BYTES = 16 << 20
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device, in bytes.
-
-    On a CPU the least that the system and its control group allow.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil  # here: importing the package has to stay light
-
-    available = int(psutil.virtual_memory().available)
-    limit, usage, details = (CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.exists() and usage.exists() and limit.read_text().strip() != "max":
-        # Files that were read once count as used, although the system drops them from memory when it needs the room.
-        counters = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
-        used = int(usage.read_text()) - int(counters.get("inactive_file", 0))
-        available = min(available, int(limit.read_text()) - used)
-    return max(available, 0)
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:
@@ -128,17 +98,3 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
             "freezing the embeddings, window_device='cpu' for host memory or a list of devices, more ranks with "
             "process_group"
         )
-
-
-def prefer_huge_pages(buffer: Tensor) -> None:
-    """Advise Linux to back a large buffer in host memory with huge pages; elsewhere, and for a small one, nothing.
-
-    A pass over the window jumps from row to row, onto another page each time. Its pages of 4 KiB do not fit the
-    processor's address cache; those of 2 MiB do (5 to 15 % faster passes on Zen 3). Advice only: the system may ignore
-    it, and nothing but speed depends on it.
-    """
-    if sys.platform != "linux" or buffer.device.type != "cpu" or buffer.nbytes < HUGE_PAGES_MIN_BYTES:
-        return
-    start = -(-buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (buffer.data_ptr() + buffer.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from mfac_hf import MFAC
+from mfac_hf.hub.run_records import write_results
 from mfac_hf.tasks.toy import LABEL_NAMES, toy_dataset, toy_model, toy_tokenizer
-from mfac_hf.training.results import write_results
 
 LABELS = {"mfac": "M-FAC", "adamw": "AdamW"}
 COLORS = {"mfac": "tab:red", "adamw": "tab:blue"}

@@ -42,12 +42,12 @@ from typing import Any
 import torch
 import yaml
 
+from mfac_hf.machine import describe_run
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
 from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.damping import Proposal, write_weights
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
-from mfac_hf.training.results import describe_run
 
 
 def main(argv: list[str] | None = None) -> str:

@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.hub.run_records import write_results
 from mfac_hf.hub.trainer_card import push_run
 from mfac_hf.tasks import squad
 from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
@@ -51,7 +52,6 @@ from mfac_hf.training.arguments import (
     find_checkpoint,
     parse_args,
     require_action,
-    write_results,
 )
 from mfac_hf.training.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
 from mfac_hf.training.pruning_arguments import PruningArguments, one_shot

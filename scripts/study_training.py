@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import train_vision
 
-from mfac_hf.training.results import describe_run
+from mfac_hf.machine import describe_run
 
 # The values that M-FAC does not tune here were the best of few tries on the demo's task (benchmarks/README.md).
 GRIDS: dict[str, tuple[list[str], list[float]]] = {

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mfac_hf.machine import describe_run
 from mfac_hf.training.arguments import parse_args
-from mfac_hf.training.results import describe_run
 from mfac_hf.training.vision_arguments import (
     VisionArguments,
     build_optimizer,

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mfac_hf import MFAC, memory, memory_estimate
+from mfac_hf import MFAC, machine, memory, memory_estimate
 from mfac_hf.fisher.columns import DenseColumns
-from mfac_hf.memory import available_bytes, require_memory
+from mfac_hf.machine import available_bytes
+from mfac_hf.memory import require_memory
 
 GIB = 1 << 30
 
@@ -136,7 +137,7 @@ def write_limits(folder, limit, used, **counters):
 
 def test_available_memory_respects_a_container(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     system = available_bytes(cpu)
     assert system > 1 << 20
     write_limits(tmp_path, 1000, 400)

@@ -15,13 +15,12 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 from mfac_hf.cli.errors import CommandError
+from mfac_hf.machine import GIB, cpu_name, package_version
 
 PACKAGES = ("mfac_hf", "torch", "transformers", "datasets", "accelerate", "evaluate")
-GIB = 2**30
 
 
 def add_parser(commands: Any) -> None:
@@ -85,7 +84,7 @@ def environment() -> dict[str, Any]:
     report: dict[str, Any] = {
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: package_version(name) for name in PACKAGES},
             "torch_cuda": torch.version.cuda,
         },
         "cpu": _cpu(),
@@ -102,14 +101,6 @@ def environment() -> dict[str, Any]:
     return report
 
 
-def _version(package: str) -> str | None:
-    """Look up the version of an installed distribution without importing it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu() -> dict[str, Any]:
     """Describe the processor, the threads that torch would use on it, and the machine's memory."""
     import psutil
@@ -124,17 +115,6 @@ def _cpu() -> dict[str, Any]:
         "memory_gib": round(memory.total / GIB, 1),
         "available_gib": round(memory.available / GIB, 1),
     }
-
-
-def cpu_name() -> str:
-    """Name the processor's model."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # Linux, where platform.processor() is empty or just the architecture
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _cuda_devices() -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ def add_parser(commands: Any) -> None:
 def _run_estimate(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mfac_hf.memory import available_bytes, memory_estimate
+    from mfac_hf.machine import GIB, available_bytes
+    from mfac_hf.memory import memory_estimate
 
     with mendable():
         model = int(arguments.model) if arguments.model.isdecimal() else _skeleton(arguments.model)
@@ -60,7 +61,7 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
         return
     print(memory.breakdown)
     verdict = "fits" if memory.bytes <= free else "does NOT fit"
-    print(f"{verdict}: {free / 2**30:.2f} GiB are free on {device} (the model and its training come on top)")
+    print(f"{verdict}: {free / GIB:.2f} GiB are free on {device} (the model and its training come on top)")
     if report["step_seconds"] is not None:
         print(f"about {1000 * report['step_seconds']:.0f} ms in each step on top of forward and backward, window full")
 

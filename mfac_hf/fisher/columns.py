@@ -14,7 +14,7 @@ per gradient, U distinct rows in the window.
 import torch
 from torch import Tensor
 
-from mfac_hf.memory import prefer_huge_pages
+from mfac_hf.machine import prefer_huge_pages
 from mfac_hf.ops import window
 from mfac_hf.ops.rows import places, sparse_combine, sparse_dots
 

@@ -21,9 +21,9 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from mfac_hf import __version__
-from mfac_hf.cli.env import cpu_name
 from mfac_hf.hub.inventory import describe_weights
 from mfac_hf.hub.run_records import MissingResultsError, read_run
+from mfac_hf.machine import cpu_name
 from mfac_hf.sparse.files import SPARSE_FILE, dense_files, distinct, save_sparse
 from mfac_hf.sparse.inference import SparseLinear, to_sparse_inference
 

@@ -6,13 +6,17 @@ Files are the ``results.json`` of ``scripts/run_glue.py`` and ``run_squad.py``, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MissingResultsError", "metrics_of", "pruning_facts", "read_run"]
+from mfac_hf.machine import describe_run, relative_paths
+
+__all__ = ["MissingResultsError", "metrics_of", "pruning_facts", "read_run", "write_results"]
 
 # What Trainer's evaluation reports beside metrics.
 _NO_METRICS = (
@@ -225,3 +229,49 @@ def _vision_pruning(
         "options": {key: arguments.get(key) for key in (*keys, "pattern", "scope", "reestimate_bn")},
         "steps": steps,
     }
+
+
+def write_results(
+    output_dir: str | os.PathLike[str],
+    results: Mapping[str, Any],
+    *,
+    arguments: Iterable[Any],
+    argv: Sequence[str] | None,
+    started: float,
+) -> Path:
+    """Write ``results.json``: what was measured, and what it takes to measure it again.
+
+    Beside the results: command line, effective arguments, seeds, package versions, device, wall time and peak
+    memory. Absolute paths are written relative to the working directory.
+
+    Args:
+        output_dir: Where the file goes; made if missing.
+        results: Metrics by name.
+        arguments: The dataclass instances that ``parse_args`` returned, ``TrainingArguments`` among them.
+        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+        started: ``time.perf_counter()`` at the start of the run.
+
+    Returns:
+        The path of the file.
+    """
+    from transformers import TrainingArguments  # here: reading a file need not wait for it
+
+    arguments = list(arguments)
+    training_args = next(a for a in arguments if isinstance(a, TrainingArguments))
+    record = {
+        "results": dict(results),
+        "arguments": {
+            type(a).__name__: relative_paths(
+                a.to_dict() if isinstance(a, TrainingArguments) else dataclasses.asdict(a)
+            )
+            for a in arguments
+        },
+        "seed": training_args.seed,
+        "data_seed": training_args.data_seed,
+        **describe_run(argv, training_args.device),
+        "wall_seconds": round(time.perf_counter() - started, 2),
+    }
+    path = Path(output_dir) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -94,8 +94,8 @@ def use_our_card(trainer: Trainer, options: dict[str, Any] | None = None) -> Non
 def facts_of_trainer(trainer: Trainer, **options: Any) -> dict[str, Any]:
     """What a card says of the model of ``trainer`` as it is now, as `mfac_hf.hub.facts.collect` gathers it."""
     from mfac_hf.hub.facts import collect
+    from mfac_hf.machine import describe_run
     from mfac_hf.sparse.files import SPARSE_FILE
-    from mfac_hf.training.results import describe_run
 
     args: Any = trainer.args
     model: Any = trainer.accelerator.unwrap_model(trainer.model)

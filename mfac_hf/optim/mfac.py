@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.window import MAX_NORM, check_window_options
+from mfac_hf.machine import GIB
 from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.state import WINDOW_KEYS, check_state, restore_placements
 
@@ -383,7 +384,7 @@ class MFAC(torch.optim.Optimizer):
             "gram_condition": 1.0 if window is None else window.condition(),
             "skipped_steps": float(self.skipped_steps),
             "jitter_escalations": 0.0 if window is None else float(window.jitter_escalations),
-            "window_gib": 0.0 if window is None else window.nbytes / (1 << 30),
+            "window_gib": 0.0 if window is None else window.nbytes / GIB,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac_hf.fisher import BlockedFisher
-from mfac_hf.memory import GIB, available_bytes
+from mfac_hf.machine import GIB, available_bytes
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.agreement import sum_over_ranks
 from mfac_hf.pruning.damping import SWEEP, Proposal, Target, candidates

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac_hf.fisher.full import FullFisher
-from mfac_hf.memory import GIB, available_bytes
+from mfac_hf.machine import GIB, available_bytes
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.damping import Proposal
 from mfac_hf.pruning.gradients import GradientSource

@@ -19,7 +19,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from mfac_hf.optim.mfac import MFAC
-from mfac_hf.training.results import write_results as write_results
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mfac_hf.cli.env import cpu_name
+from mfac_hf.machine import cpu_name
 from mfac_hf.ops.build import load_native
 
 

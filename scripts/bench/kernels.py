@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.common import seconds
-from mfac_hf.memory import available_bytes
+from mfac_hf.machine import available_bytes
 from mfac_hf.ops import build, cuda_toolkit
 from mfac_hf.ops.window import combine, row_dots
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from bench.common import seconds
 from mfac_hf.fisher import BlockedFisher, FullFisher
 from mfac_hf.fisher.reference import PaperBlockedInverse, PaperSwapInverse
+from mfac_hf.machine import peak_memory
 from mfac_hf.models import create_model
-from mfac_hf.training.results import peak_memory
 
 GIB = 1 << 30
 DAMPING = 1e-4

@@ -1,0 +1,165 @@
+"""The machine that a run is on: its processor, its memory, and what it takes to repeat the run.
+
+The command line imports this before torch, so torch is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import mmap
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "GIB",
+    "available_bytes",
+    "cpu_name",
+    "describe_run",
+    "package_version",
+    "peak_memory",
+    "prefer_huge_pages",
+    "relative_paths",
+]
+
+GIB = 1 << 30
+
+# The memory limits of a container, where there are any.
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+# Smaller buffers have few pages, or share the first and the last with others.
+HUGE_PAGES_MIN_BYTES = 16 << 20
+
+# Whose versions a result file records.
+RECORDED_PACKAGES = "mfac_hf torch transformers datasets accelerate evaluate numpy scipy scikit-learn".split()
+
+
+def cpu_name() -> str:
+    """Name the processor's model."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # Linux, where platform.processor() is empty or just the architecture
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device, in bytes.
+
+    On a CPU the least that the system and its control group allow.
+    """
+    if device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil  # here: importing the package has to stay light
+
+    available = int(psutil.virtual_memory().available)
+    limit, usage, details = (CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit.exists() and usage.exists() and limit.read_text().strip() != "max":
+        # Files that were read once count as used, although the system drops them from memory when it needs the room.
+        counters = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
+        used = int(usage.read_text()) - int(counters.get("inactive_file", 0))
+        available = min(available, int(limit.read_text()) - used)
+    return max(available, 0)
+
+
+def prefer_huge_pages(buffer: Tensor) -> None:
+    """Advise Linux to back a large buffer in host memory with huge pages; elsewhere, and for a small one, nothing.
+
+    A pass over the window jumps from row to row, onto another page each time. Its pages of 4 KiB do not fit the
+    processor's address cache; those of 2 MiB do (5 to 15 % faster passes on Zen 3). Advice only: the system may ignore
+    it, and nothing but speed depends on it.
+    """
+    if sys.platform != "linux" or buffer.device.type != "cpu" or buffer.nbytes < HUGE_PAGES_MIN_BYTES:
+        return
+    start = -(-buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (buffer.data_ptr() + buffer.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
+
+
+def describe_run(argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
+    """What it takes to repeat a run, and the memory that it took so far.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+        device: the device that the run computes on.
+
+    Returns:
+        Command line, package versions, device, threads and peak memory, as plain JSON types.
+    """
+    import torch
+
+    record = {
+        "command": relative_paths(_without_tokens([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in RECORDED_PACKAGES},
+        },
+        "device": _device(device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_gib": round(peak_memory() / GIB, 3),
+    }
+    if device.type == "cuda":
+        record["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    return record
+
+
+def relative_paths(value: Any) -> Any:
+    """Rewrite absolute paths inside a JSON-like value relative to the working directory."""
+    if isinstance(value, dict):
+        return {key: relative_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [relative_paths(item) for item in value]
+    if isinstance(value, str) and value.startswith("--") and "=" in value:
+        flag, path = value.split("=", 1)
+        return f"{flag}={relative_paths(path)}"
+    return os.path.relpath(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _without_tokens(command: Sequence[str]) -> list[str]:
+    """Blank the value of every ``--…token`` flag: a result file is made to be shared."""
+    blanked, secret = [], False
+    for word in command:
+        name, equals, _ = word.partition("=")
+        blanked.append("..." if secret else name + "=..." if equals and name.endswith("token") else word)
+        secret = not equals and name.startswith("--") and name.endswith("token")
+    return blanked
+
+
+def package_version(package: str) -> str | None:
+    """Look up the version of an installed distribution without importing it; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})"
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held at once."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:  # no Linux
+        # macOS counts bytes, others kilobytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Not getrusage: there a process begins with the peak of the one that started it.
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
