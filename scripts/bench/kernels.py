@@ -2,7 +2,7 @@
 
 Checks first: against float64 with memory full of NaN, odd shapes and shapes of BERT sizes, more than 2^31 numbers, 200
 repeats to the bit; on a GPU also another stream, replay of a CUDA graph, and compute-sanitizer on the kernels without
-torch (`tests/emulation/check_kernels.cu`). Then times beside torch's own products, a copy, and the Cholesky
+torch (`tests/csrc/emulation/check_kernels.cu`). Then times beside torch's own products, a copy, and the Cholesky
 factorisation of a step.
 """
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mfac_hf.ops import build, rows
+from mfac_hf.ops import build
+from mfac_hf.ops import rows as sparse_rows
 
 DTYPES = (torch.float32, torch.float64)
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}  # as in test_ops.py
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}  # as in test_window.py
 HEIGHT = 40
 
 
@@ -14,8 +15,8 @@ HEIGHT = 40
 def implementation(request):
     """(sparse_dots, sparse_combine): what callers get, native where there is a compiler, and the PyTorch fallback."""
     if request.param == "dispatched":
-        return rows.sparse_dots, rows.sparse_combine
-    return rows._sparse_dots, rows._sparse_combine
+        return sparse_rows.sparse_dots, sparse_rows.sparse_combine
+    return sparse_rows._sparse_dots, sparse_rows._sparse_combine
 
 
 def draw(m, width, dtype, seed=0):
@@ -44,7 +45,7 @@ def as_dense(rows, values):
 def test_products_match_float64(implementation, dtype, other, width):
     sparse_dots, sparse_combine = implementation
     rows, values, rows_u, x, weights = draw(6, width, dtype)
-    place, dense = rows.places(rows_u, HEIGHT), as_dense(rows, values)
+    place, dense = sparse_rows.places(rows_u, HEIGHT), as_dense(rows, values)
     rounding = ROUNDING[torch.promote_types(dtype, other)]
 
     found = sparse_dots(rows, values, place, x.to(other))
@@ -63,10 +64,10 @@ def test_products_match_float64(implementation, dtype, other, width):
 def test_nothing_in_common(implementation):
     sparse_dots, sparse_combine = implementation
     rows, values = torch.tensor([[0, 3], [HEIGHT, HEIGHT]]), torch.ones(2, 2, 4)
-    place = rows.places(torch.tensor([7]), HEIGHT)
+    place = sparse_rows.places(torch.tensor([7]), HEIGHT)
     assert sparse_dots(rows, values, place, torch.ones(1, 4)).tolist() == [0, 0]
     assert sparse_combine(rows, values, place, torch.ones(2), 1).tolist() == [[0] * 4]
-    nowhere = rows.places(torch.zeros(0, dtype=torch.int64), HEIGHT)
+    nowhere = sparse_rows.places(torch.zeros(0, dtype=torch.int64), HEIGHT)
     assert sparse_dots(rows, values, nowhere, torch.ones(0, 4)).tolist() == [0, 0]
     assert sparse_combine(rows, values, nowhere, torch.ones(2), 0).shape == (0, 4)
 
@@ -75,7 +76,7 @@ def test_nothing_in_common(implementation):
 def test_threads_and_repeats_give_the_same_bits(implementation, dtype):
     sparse_dots, sparse_combine = implementation
     rows, values, rows_u, x, weights = draw(200, 48, dtype)
-    place = rows.places(rows_u, HEIGHT)
+    place = sparse_rows.places(rows_u, HEIGHT)
     threads = torch.get_num_threads()
     found = []
     try:
@@ -127,7 +128,7 @@ def test_native_kernels_name_what_is_wrong(arguments, message):
 @pytest.mark.parametrize("other", DTYPES)
 def test_operators_are_registered_soundly(dtype, other):
     rows, values, rows_u, x, weights = draw(4, 17, dtype)
-    place = rows.places(rows_u, HEIGHT)
+    place = sparse_rows.places(rows_u, HEIGHT)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.mfac.sparse_dots.default, (rows, values, place, x.to(other)), test_utils=tests)
     arguments = (rows, values, place, weights.to(other), len(rows_u))
