@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mfac_hf.defaults import TOUCHED_EMBEDDING_ROWS
 from mfac_hf.machine import GIB, available_bytes
 
 __all__ = ["MemoryEstimate", "memory_estimate", "require_memory"]
@@ -27,7 +28,7 @@ def memory_estimate(
     num_grads: int,
     window_dtype: torch.dtype = torch.float32,
     *,
-    embedding_rows: int | None = 512,
+    embedding_rows: int | None = TOUCHED_EMBEDDING_ROWS,
 ) -> MemoryEstimate:
     """Memory of the window that `MFAC` would allocate, m * d numbers for dense parameters.
 

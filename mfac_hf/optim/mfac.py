@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
 from mfac_hf.fisher.window import MAX_NORM, check_window_options
 from mfac_hf.machine import GIB
 from mfac_hf.optim.parameter_window import ParameterWindow
@@ -88,10 +89,10 @@ class MFAC(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-4,
+        lr: float = MFAC_LEARNING_RATE,
         *,
-        num_grads: int = 1024,
-        damping: float = 1e-6,
+        num_grads: int = MFAC_NUM_GRADS,
+        damping: float = MFAC_DAMPING,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
