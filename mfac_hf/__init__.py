@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mfac_hf.hub.push import push_to_hub
+    from mfac_hf.hub.trainer_card import attach_card
     from mfac_hf.memory import MemoryEstimate, memory_estimate
     from mfac_hf.optim.mfac import MFAC
     from mfac_hf.pruning.oneshot import prune_one_shot
@@ -20,6 +21,7 @@ _MODULES = {
     "MFACPruningCallback": "mfac_hf.pruning.trainer.callback",
     "MemoryEstimate": "mfac_hf.memory",
     "SparsitySchedule": "mfac_hf.pruning.schedule",
+    "attach_card": "mfac_hf.hub.trainer_card",
     "load_sparse": "mfac_hf.sparse.files",
     "memory_estimate": "mfac_hf.memory",
     "prune_one_shot": "mfac_hf.pruning.oneshot",
@@ -34,6 +36,7 @@ __all__ = [
     "MemoryEstimate",
     "SparsitySchedule",
     "__version__",
+    "attach_card",
     "load_sparse",
     "memory_estimate",
     "prune_one_shot",

@@ -1,17 +1,18 @@
-"""Callback that puts the state of M-FAC's gradient window into Trainer's logs, and our card on the Hub."""
+"""Callback that adds the state of M-FAC's gradient window to Trainer's logs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mfac_hf.hub.trainer_card import CardCallback
+from mfac_hf.hub.trainer_card import attach_card
 from mfac_hf.optim.mfac import MFAC
+from mfac_hf.optim.unwrap import unwrap_optimizer
 
 
-class MFACLoggingCallback(CardCallback):
+class MFACLoggingCallback(TrainerCallback):
     """Add ``mfac/<name>`` to each training log for every entry of ``MFAC.window_stats()``.
 
     These are the window's fill (0 to 1), the condition number of its damped Gram matrix (an estimate), the steps
@@ -22,16 +23,17 @@ class MFACLoggingCallback(CardCallback):
     Trainer stores a log in ``state.log_history`` first and then calls the callbacks in order, its reporters
     (TensorBoard and others) before those of ``Trainer(callbacks=[...])``. Given that way, the values land in the
     history and the progress bar's printed logs; :meth:`attach` goes in front, so that reporters see them too.
-
-    With ``push_to_hub=True`` the model arrives with our card, which names the optimizer that ran
-    (`mfac_hf.hub.trainer_card.CardCallback`).
     """
 
     @classmethod
     def attach(cls, trainer: Trainer) -> MFACLoggingCallback:
-        """Make a callback and put it in front of the reporters of ``trainer``."""
+        """Make a callback, put it in front of the reporters of ``trainer``, and attach our card to ``trainer``.
+
+        The card names the optimizer that ran; Trainer's own names that of TrainingArguments (`mfac_hf.attach_card`).
+        """
         callback = cls()
         trainer.callback_handler.callbacks.insert(0, callback)
+        attach_card(trainer)
         return callback
 
     def on_log(
@@ -44,8 +46,7 @@ class MFACLoggingCallback(CardCallback):
         **kwargs: Any,
     ) -> None:
         """Add the window's statistics to ``logs`` and to the entry that Trainer has just stored."""
-        # accelerate wraps the optimizer once training has begun
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         if logs is None or "loss" not in logs or not isinstance(optimizer, MFAC):
             return
         stats = {f"mfac/{name}": value for name, value in optimizer.window_stats().items()}

@@ -36,8 +36,8 @@ from transformers import (
 )
 
 from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
-from mfac_hf.hub.trainer_card import push_run
 from mfac_hf.tasks import glue
 from mfac_hf.training.arguments import (
     ModelArguments,

@@ -40,8 +40,8 @@ from transformers import (
 )
 
 from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
-from mfac_hf.hub.trainer_card import push_run
 from mfac_hf.tasks import squad
 from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold

@@ -83,3 +83,23 @@ def test_probe_sees_side_effects():
     assert set(seen["changed"]) == set(effects)
     assert "subprocess.Popen" in seen["events"]
     assert "rich" in seen["loaded"]
+
+
+STEP = """
+import sys
+import torch
+from mfac_hf import MFAC
+
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizer = MFAC([parameter], num_grads=2)
+parameter.square().sum().backward()
+optimizer.step()
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"transformers", "huggingface_hub", "accelerate"}))
+print([name for name in sys.modules if name.startswith(("mfac_hf.hub", "mfac_hf.callbacks"))])
+"""
+
+
+def test_an_optimizer_step_knows_no_hugging_face():
+    result = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["[]", "[]"]

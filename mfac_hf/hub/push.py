@@ -1,4 +1,4 @@
-"""Pushing models to the Hub: weights, small file and honest card in one commit, or nothing.
+"""Push a model to the Hub in one commit: weights, small file and card, or nothing.
 
 push_to_hub("outputs/sst2-90", "user/sst2-90", card="outputs/sst2-90/card.json")
 """
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
@@ -29,7 +29,13 @@ from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import collect
 from mfac_hf.sparse.files import SPARSE_FILE, dense_files, find_weights, save_sparse
 
-__all__ = ["PushError", "push_to_hub"]
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+__all__ = ["PushError", "push_run", "push_to_hub"]
+
+Source: TypeAlias = nn.Module | str | os.PathLike[str]
+Card: TypeAlias = ModelCard | Mapping[str, Any] | str | os.PathLike[str]
 
 # What else belongs to a model; training state, predictions and pickles stay at home.
 COMPANIONS = (
@@ -54,16 +60,42 @@ class PushError(RuntimeError):
     """The Hub could not be reached, or refused; the message says whether anything arrived."""
 
 
+@overload
 def push_to_hub(
-    model_or_directory: nn.Module | str | os.PathLike[str],
+    model_or_directory_or_trainer: Source,
     repo_id: str,
     *,
-    card: ModelCard | Mapping[str, Any] | str | os.PathLike[str],
+    card: Card,
     api: HfApi | None = None,
     private: bool | None = None,
     revision: str | None = None,
     sparse_only: bool = False,
-) -> CommitInfo:
+) -> CommitInfo: ...
+
+
+@overload
+def push_to_hub(
+    model_or_directory_or_trainer: Trainer,
+    repo_id: str,
+    *,
+    card: Card | None = None,
+    api: HfApi | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    sparse_only: bool = False,
+) -> CommitInfo | None: ...
+
+
+def push_to_hub(
+    model_or_directory_or_trainer: Source | Trainer,
+    repo_id: str,
+    *,
+    card: Card | None = None,
+    api: HfApi | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    sparse_only: bool = False,
+) -> CommitInfo | None:
     """Push a model in one commit: either everything arrives or the repository stays as it was.
 
     The repository gets the ordinary ``model.safetensors`` (or its shards) for ``from_pretrained``, beside it
@@ -71,21 +103,24 @@ def push_to_hub(
     earlier push that are not part of this one are deleted in the same commit.
 
     Args:
-        model_or_directory: a model of transformers or with ``PyTorchModelHubMixin``, or any other module; or a
-            directory that ``save_pretrained`` wrote. Nothing in the directory is changed.
+        model_or_directory_or_trainer: a model of transformers or with ``PyTorchModelHubMixin``, or any other module;
+            or a directory that ``save_pretrained`` wrote, in which nothing is changed; or a Trainer, whose model and
+            tokenizer are pushed, and which pushes our card from then on (`mfac_hf.attach_card`).
         repo_id: ``user/name``; made if there is none.
         card: a card; or what it is to be made from: the facts that `mfac_hf.hub.facts.collect` gathered, their file,
-            or the ``results.json`` of a run.
-        api: a client with another endpoint or token than the default one.
+            or the ``results.json`` of a run. With a Trainer it defaults to what the Trainer knows.
+        api: a client with another endpoint or token than the default one (with a Trainer, its ``hub_token``).
         private: whether a new repository is private. True is refused for one that exists and is public.
         revision: branch to commit to, made if missing.
         sparse_only: leave the ordinary weights out; the card then shows how to load the small file.
 
     Returns:
-        The commit.
+        The commit; None on other ranks of a Trainer than the first, which do nothing.
 
     Raises:
-        ValueError: ``repo_id`` is no valid name, or the card and the weights do not fit.
+        TypeError: the first argument is none of these, or ``card`` is missing.
+        ValueError: ``repo_id`` is no valid name, or the card and the weights do not fit, or the weights of a Trainer
+            are spread over ranks.
         MissingResultsError: results that the card needs are missing.
         FileNotFoundError: the directory holds no model.
         PushError: no network, no or a wrong token, or the Hub refused. Local files are as they were.
@@ -94,9 +129,15 @@ def push_to_hub(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id {repo_id!r} is no valid name: {error}") from error
+    source = model_or_directory_or_trainer
+    if not isinstance(source, nn.Module | str | os.PathLike):
+        return _push_trainer(source, repo_id, card, api, private, revision, sparse_only)
+    if card is None:
+        raise TypeError("card is missing: give a card, the facts that it is made from, or a results.json")
     api = api or HfApi()
-    with tempfile.TemporaryDirectory() as folder, _files(model_or_directory, Path(folder), sparse_only) as files:
-        text = str(_card(card, model_or_directory, repo_id, sparse_only))
+    with tempfile.TemporaryDirectory() as folder:
+        files = _files(source, Path(folder), sparse_only)
+        text = str(_card(card, source, repo_id, sparse_only))
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations.append(CommitOperationAdd("README.md", text.encode()))
         with _explained(repo_id):
@@ -109,12 +150,67 @@ def push_to_hub(
             )
 
 
-def _card(
-    card: ModelCard | Mapping[str, Any] | str | os.PathLike[str],
-    model: nn.Module | str | os.PathLike[str],
+def _push_trainer(
+    trainer: Any,
     repo_id: str,
+    card: Card | None,
+    api: HfApi | None,
+    private: bool | None,
+    revision: str | None,
     sparse_only: bool,
-) -> ModelCard:
+) -> CommitInfo | None:
+    """Attach our card to a trainer, and push its model and tokenizer; what is None comes from its arguments."""
+    from transformers import Trainer  # here: pushing a directory need not wait for it
+
+    from mfac_hf.hub.trainer_card import attach_card, facts_of_trainer
+
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"cannot push a {type(trainer).__name__}; expected a model, a directory or a Trainer")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "under FSDP or DeepSpeed the weights may be spread over ranks: call trainer.save_model(directory), then "
+            "push the directory"
+        )
+    attach_card(trainer)
+    if not trainer.is_world_process_zero():
+        return None
+    args: Any = trainer.args
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    if card is None:
+        card = facts_of_trainer(trainer, name=repo_id.rpartition("/")[2])
+    with tempfile.TemporaryDirectory() as folder:
+        save_sparse(model, folder)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
+        return push_to_hub(
+            folder,
+            repo_id,
+            card=_card(card, model, repo_id, sparse_only),
+            api=api or HfApi(token=args.hub_token),
+            private=args.hub_private_repo if private is None else private,
+            revision=args.hub_revision if revision is None else revision,
+            sparse_only=sparse_only,
+        )
+
+
+def push_run(trainer: Trainer) -> None:
+    """Push the output directory of a script's run, with the card that its ``results.json`` gives, in one commit.
+
+    Does nothing without ``--push_to_hub``, or on other ranks than the first.
+
+    Raises:
+        PushError: the Hub could not be reached, or refused.
+    """
+    args: Any = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    repo_id = str(trainer.hub_model_id)
+    results = Path(args.output_dir) / "results.json"
+    facts = collect([results], model=args.output_dir, name=repo_id.rpartition("/")[2], strict=False)
+    push_to_hub(args.output_dir, repo_id, card=facts, api=HfApi(token=args.hub_token), revision=args.hub_revision)
+
+
+def _card(card: Card, model: Source, repo_id: str, sparse_only: bool) -> ModelCard:
     """The card, built where facts or results are given."""
     if isinstance(card, ModelCard):
         return card
@@ -125,9 +221,8 @@ def _card(
     return build_card(facts, repo_id, sparse_only=sparse_only)
 
 
-@contextmanager
-def _files(model: nn.Module | str | os.PathLike[str], folder: Path, sparse_only: bool) -> Iterator[dict[str, Path]]:
-    """Files to upload by their names in the repository."""
+def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
+    """Files to upload, by their names in the repository; those that have to be written first go to ``folder``."""
     directory = folder if isinstance(model, nn.Module) else Path(model)
     if isinstance(model, nn.Module):
         sparse = save_sparse(model, folder, sparse_only=sparse_only)
@@ -146,7 +241,7 @@ def _files(model: nn.Module | str | os.PathLike[str], folder: Path, sparse_only:
     if len(weights) > 2 or (weights and weights[0].name != "model.safetensors" and weights[0] != sparse):
         weights.append(directory / "model.safetensors.index.json")
     companions = [directory / name for name in COMPANIONS]
-    yield {path.name: path for path in (*weights, *companions) if path.is_file()}
+    return {path.name: path for path in (*weights, *companions) if path.is_file()}
 
 
 def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:

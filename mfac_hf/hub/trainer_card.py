@@ -1,101 +1,94 @@
-"""Our model card in place of Trainer's, which names the optimizer of TrainingArguments even where another one ran.
-
-Trainer hands itself to no callback and no optimizer, and `Trainer.push_to_hub` writes its card after the last event
-that callbacks see. So `CardCallback` replaces ``create_model_card`` of the one Trainer that pushes, and of no other,
-and `mfac_hf.MFAC` gives this callback to the Trainer that takes its first step.
-"""
+"""Our model card in place of Trainer's, which names the optimizer of TrainingArguments even where another one ran."""
 
 from __future__ import annotations
 
-import inspect
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mfac_hf.hub.run_records import TRAINING_SETTINGS, metrics_of, pruning_facts
+from mfac_hf.optim.unwrap import unwrap_optimizer
 
-__all__ = ["CardCallback", "facts_of_trainer", "push_run", "use_our_card"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["attach_card", "facts_of_trainer"]
 
 
-class CardCallback(TrainerCallback):
-    """See that the Trainer that has this callback pushes our card, whenever and however it pushes.
+def attach_card(trainer: Trainer, **card_options: Any) -> None:
+    """Let ``trainer`` write our card wherever it would write its own, and with each checkpoint that it pushes.
 
-    What a Trainer does not know (dense results to compare with, caveats, a licence) can be given in ``card_options``,
-    which go to `mfac_hf.hub.facts.collect`. Trainer also pushes before it has evaluated: the card then says so.
+    This replaces ``create_model_card`` of the object; other trainers stay as they are. A trainer that pushes before
+    it has evaluated writes a card that says so. Call it again to add options.
+
+    Args:
+        trainer: the trainer that gets our card.
+        **card_options: what a trainer does not know (``dense`` results to compare with, ``caveats``, ``license``,
+            ``name``, ``model_class``), for `mfac_hf.hub.facts.collect`.
+    """
+    writer = _writer_of(trainer)
+    if writer is None:
+        writer = _CardWriter(trainer)
+        trainer.add_callback(writer)
+        trainer.create_model_card = writer.write  # type: ignore[method-assign, assignment]
+    writer.options |= card_options
+
+
+class _CardWriter(TrainerCallback):
+    """Write the card of one trainer.
+
+    Args:
+        trainer: the trainer; a callback is handed everything but this.
     """
 
-    card_options: dict[str, Any] = {}
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.options: dict[str, Any] = {}
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write our card now, and again where Trainer would write its own."""
-        trainer = self._pushing_trainer()
-        use_our_card(trainer, self.card_options)
-        trainer.create_model_card()
+        """Write the card: Trainer pushes checkpoints without writing one."""
+        self.write()
 
-    def _pushing_trainer(self) -> Trainer:
-        """The Trainer whose method called the event."""
-        for trainer in _calling_trainers():
-            if self in trainer.callback_handler.callbacks:
-                return trainer
-        raise RuntimeError("no Trainer with this callback is pushing: on_push_begin is for Trainer to call")
-
-    @classmethod
-    def join(cls) -> None:
-        """Add such a callback to the Trainer that calls, if one does, has none yet, and no card of its own kind."""
-        trainer = next(_calling_trainers(), None)
-        if trainer is None or type(trainer).create_model_card is not Trainer.create_model_card:
-            return
-        if not any(isinstance(callback, CardCallback) for callback in trainer.callback_handler.callbacks):
-            trainer.add_callback(cls())
-
-
-def _calling_trainers() -> Iterator[Trainer]:
-    """The Trainers whose methods are running, innermost first: found on the stack, as they name themselves nowhere."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            yield caller
-        frame = frame.f_back
-
-
-def use_our_card(trainer: Trainer, options: dict[str, Any] | None = None) -> None:
-    """Let ``trainer.create_model_card`` write our card from now on.
-
-    Args:
-        trainer: the one to change; others stay as they are.
-        options: arguments for `mfac_hf.hub.facts.collect`.
-    """
-
-    def create_model_card(
-        language: Any = None, license: Any = None, tags: Any = None, model_name: str | None = None, **ignored: Any
+    def write(
+        self,
+        language: Any = None,
+        license: Any = None,
+        tags: Any = None,
+        model_name: str | None = None,
+        **ignored: Any,
     ) -> None:
-        from mfac_hf.hub.card import build_card  # here and below: a callback that never pushes need not wait for these
+        """Write the card, in place of ``Trainer.create_model_card``, whose arguments these are."""
+        from mfac_hf.hub.card import build_card  # here: a trainer that never pushes need not wait for it
+        from mfac_hf.sparse.files import SPARSE_FILE
 
+        trainer = self.trainer
         if not trainer.is_world_process_zero():
             return
         chosen = {"name": model_name or Path(trainer.hub_model_id or str(trainer.args.output_dir)).name}
         chosen |= {"license": license} if license else {}
-        card = build_card(facts_of_trainer(trainer, **{**chosen, **(options or {})}), trainer.hub_model_id)
-        card.save(Path(str(trainer.args.output_dir)) / "README.md")
+        facts = facts_of_trainer(trainer, **chosen)
+        facts["files"].pop(SPARSE_FILE, None)  # Trainer pushes the ordinary file only
+        build_card(facts, trainer.hub_model_id).save(Path(str(trainer.args.output_dir)) / "README.md")
 
-    trainer.create_model_card = create_model_card  # type: ignore[method-assign, assignment]
+
+def _writer_of(trainer: Trainer) -> _CardWriter | None:
+    """The writer that `attach_card` gave to ``trainer``."""
+    return next((c for c in trainer.callback_handler.callbacks if isinstance(c, _CardWriter)), None)
 
 
-def facts_of_trainer(trainer: Trainer, **options: Any) -> dict[str, Any]:
-    """What a card says of the model of ``trainer`` as it is now, as `mfac_hf.hub.facts.collect` gathers it."""
+def facts_of_trainer(trainer: Trainer, **defaults: Any) -> dict[str, Any]:
+    """Gather what a card says of the model of ``trainer`` as it is now.
+
+    Args:
+        trainer: the trainer.
+        **defaults: arguments of `mfac_hf.hub.facts.collect`; those given to `attach_card` come before them.
+
+    Returns:
+        What `mfac_hf.hub.facts.collect` returns.
+    """
     from mfac_hf.hub.facts import collect
     from mfac_hf.machine import describe_run
-    from mfac_hf.sparse.files import SPARSE_FILE
 
     args: Any = trainer.args
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -119,29 +112,9 @@ def facts_of_trainer(trainer: Trainer, **options: Any) -> dict[str, Any]:
         "wall_seconds": None,
         **describe_run(None, args.device),
     }
-    facts = collect([run], model=model, strict=False, latency=False, **options)
-    facts["files"].pop(SPARSE_FILE, None)  # Trainer pushes the ordinary file only
-    return facts
-
-
-def push_run(trainer: Trainer) -> None:
-    """Push the output directory of a script's run, with the card that its ``results.json`` gives, in one commit.
-
-    Does nothing without ``--push_to_hub``, or on other ranks than the first.
-
-    Raises:
-        PushError: the Hub could not be reached, or refused.
-    """
-    from mfac_hf.hub.facts import collect
-    from mfac_hf.hub.push import push_to_hub
-
-    args: Any = trainer.args
-    if not args.push_to_hub or not trainer.is_world_process_zero():
-        return
-    repo_id = str(trainer.hub_model_id)
-    results = Path(args.output_dir) / "results.json"
-    facts = collect([results], model=args.output_dir, name=repo_id.rpartition("/")[2], strict=False)
-    push_to_hub(args.output_dir, repo_id, card=facts, api=HfApi(token=args.hub_token), revision=args.hub_revision)
+    writer = _writer_of(trainer)
+    options = {**defaults, **(writer.options if writer else {})}
+    return collect([run], model=model, strict=False, latency=False, **options)
 
 
 def _last_evaluation(state: TrainerState, load_best: bool) -> dict[str, float]:
@@ -159,7 +132,7 @@ def _last_evaluation(state: TrainerState, load_best: bool) -> dict[str, float]:
 
 def _optimizer(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Class and settings of the optimizer that ran."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    optimizer = unwrap_optimizer(optimizer)
     if optimizer is None:
         return {"name": "none: the model was not trained in this run"}
     name = type(optimizer).__name__

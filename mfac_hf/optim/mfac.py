@@ -137,7 +137,6 @@ class MFAC(torch.optim.Optimizer):
         self._window: ParameterWindow | None = None
         self._rank_loads: list[int] = []  # numbers that each rank keeps for one gradient
         self.skipped_steps = 0
-        self._met_trainer = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their columns join the window when their first gradients arrive.
@@ -264,7 +263,6 @@ class MFAC(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss.
         """
         loss = None
-        self._meet_trainer()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -292,14 +290,6 @@ class MFAC(torch.optim.Optimizer):
         self._apply(gradients, self._window.directions(gradients))
         self._publish()
         return loss
-
-    def _meet_trainer(self) -> None:
-        """At the first step, see that a Trainer which takes it pushes a card that names this optimizer."""
-        if not self._met_trainer and "transformers.trainer" in sys.modules:
-            from mfac_hf.hub.trainer_card import CardCallback
-
-            CardCallback.join()
-        self._met_trainer = True
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         """Gradient of each parameter that has one, coupled weight decay included."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac_hf.optim.mfac import MFAC
+from mfac_hf.optim.unwrap import unwrap_optimizer
 from mfac_hf.pruning.mask_file import read_masks, write_masks
 
 __all__ = ["MaskSet", "masks_from_sparse_model", "shortened"]
@@ -227,7 +228,7 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: the masks belong to another model.
         """
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         trained = {p for group in optimizer.param_groups for p in group["params"]}
         masks: dict[Tensor, Tensor] = {p: keep for p, keep in self.parameter_masks(model).items() if p in trained}
         if isinstance(optimizer, MFAC):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mfac_hf.optim.mfac import MFAC
+from mfac_hf.optim.unwrap import unwrap_optimizer
 from mfac_hf.pruning.gradients import Consumer, GradientSource
 
 __all__ = ["WindowGradients"]
@@ -29,7 +30,7 @@ class WindowGradients:
     """
 
     def __init__(self, optimizer: Any, losses: GradientSource | None) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         if not isinstance(optimizer, MFAC):
             raise ValueError(
                 f"gradients='optimizer' needs MFAC as the optimizer, not {type(optimizer).__name__}; use 'data'"

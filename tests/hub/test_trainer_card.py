@@ -1,4 +1,4 @@
-"""A Trainer that pushes with our optimizer or callback leaves our card on the Hub."""
+"""A Trainer to which our card is attached leaves it on the Hub, however it pushes; another one leaves its own."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import transformers.utils.hub
 from huggingface_hub import HfApi, ModelCard, constants
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
 
-from mfac_hf import MFAC, SparsitySchedule
+from mfac_hf import MFAC, SparsitySchedule, attach_card, load_sparse, push_to_hub
 from mfac_hf.callbacks import MFACLoggingCallback
-from mfac_hf.hub.trainer_card import CardCallback, _last_evaluation
+from mfac_hf.hub.trainer_card import _last_evaluation
 from mfac_hf.pruning import MFACPruningCallback
 from tests.helpers.hub_server import TOKEN, running_hub
-from tests.sparse.test_files import CONFIG, bert, prune  # noqa: F401
+from tests.sparse.test_files import CONFIG, assert_same_state, bert, prune  # noqa: F401
 from tests.tasks.test_glue import make_tokenizer, write_glue
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,16 +59,14 @@ def card_on(hub, branch="main"):
     return ModelCard(hub.repositories["user/run"].branches[branch]["README.md"].decode())
 
 
-@pytest.mark.parametrize("add", ["nothing", "add_callback", "attach"])
-def test_trainer_pushes_our_card(add, hub, bert, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("attach", [[attach_card], [MFACLoggingCallback.attach], [attach_card, attach_card]])
+def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):  # noqa: F811
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
-    if add == "attach":
-        MFACLoggingCallback.attach(trainer)
-    elif add == "add_callback":
-        trainer.add_callback(MFACLoggingCallback())
+    for one in attach:
+        one(trainer)
     before = len(trainer.callback_handler.callbacks)
     trainer.train()
-    assert len(trainer.callback_handler.callbacks) == before + (add == "nothing")
+    assert len(trainer.callback_handler.callbacks) == before
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.push_to_hub(license="mit")
     text = str(card_on(hub))
@@ -80,12 +78,23 @@ def test_trainer_pushes_our_card(add, hub, bert, tmp_path):  # noqa: F811
     assert "model.safetensors" in hub.repositories["user/run"].branches["main"]
 
 
+@pytest.mark.parametrize("callback", [None, MFACLoggingCallback])
+def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path):  # noqa: F811
+    """Neither the optimizer nor a callback that was merely added changes what a trainer writes."""
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
+    if callback is not None:
+        trainer.add_callback(callback())
+    trainer.train()
+    trainer.push_to_hub()
+    assert "generated_from_trainer" in str(card_on(hub)) and "M-FAC" not in str(card_on(hub))
+
+
 def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**CONFIG))
     trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), lr=1e-3, num_grads=8))
     schedule = SparsitySchedule.from_list([0.5, 0.75], every=1, unit="step")
-    trainer.add_callback(MFACPruningCallback(schedule, num_grads=4, block_size=16, recomputations=1))
+    MFACPruningCallback(schedule, num_grads=4, block_size=16, recomputations=1).attach(trainer)
     trainer.train()
     trainer.evaluate()
     trainer.push_to_hub()
@@ -98,7 +107,7 @@ def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):  # noqa: F811
     """Trainer also pushes at each save and from save_model, when there may be nothing to say yet."""
     options = dict(hub_strategy="every_save", save_strategy="steps", save_steps=2)
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), **options)
-    trainer.add_callback(CardCallback())
+    attach_card(trainer)
     trainer.train()
     trainer.save_model()
     assert "had not been evaluated" in str(card_on(hub)) and "| optimizer | M-FAC |" in str(card_on(hub))
@@ -108,17 +117,60 @@ def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):  # noqa: F811
 
 
 def test_options_and_sparse_models(hub, bert, tmp_path):  # noqa: F811
-    callback = CardCallback()
     dense = {"seed": 1, "metrics": {"accuracy": 0.9}, "task": None, "split": "evaluation", "dataset": None}
     dense |= {"command": ["train.py"], "versions": {"torch": "2"}, "device": "cpu", "optimizer": {"name": "SGD"}}
-    callback.card_options = {"caveats": ["Random data."], "dense": [dense]}
     trainer = make_trainer(bert, tmp_path, torch.optim.SGD(bert.parameters(), lr=0.0))
-    trainer.add_callback(callback)
+    attach_card(trainer, caveats=["Random data."], dense=[dense])
+    attach_card(trainer)  # adds nothing, and takes nothing away
     trainer.evaluate()
     trainer.push_to_hub()
     text = str(card_on(hub))
     assert "- Random data." in text and "| dense | accuracy | 90.00 |" in text and "## Sparsity" in text
-    assert CardCallback.card_options == {}
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_pushed_checkpoints_bring_the_card(strategy, hub, bert, tmp_path):  # noqa: F811
+    """Trainer writes no card of its own when it pushes a checkpoint."""
+    trainer = make_trainer(bert, tmp_path, hub_strategy=strategy, save_strategy="steps", save_steps=2)
+    attach_card(trainer)
+    trainer.train()  # ends when the pushes have
+    assert hub.repositories["user/run"].commits and "End of training" not in hub.repositories["user/run"].commits
+    assert "| optimizer | AdamW |" in str(card_on(hub)) and "generated_from_trainer" not in str(card_on(hub))
+
+
+def test_push_to_hub_takes_a_trainer(hub, bert, tmp_path):  # noqa: F811
+    """Its model arrives with the small file, the card is that of the trainer, and later pushes keep to it."""
+    trainer = make_trainer(bert, tmp_path, torch.optim.SGD(bert.parameters(), lr=0.0))
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    push_to_hub(trainer, "user/other", api=api, revision="v1")
+    files = hub.repositories["user/other"].branches["v1"]
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "sparse.safetensors"}
+    text = files["README.md"].decode()
+    assert f"| sparse | accuracy | {100 * accuracy:.2f} |" in text and "| optimizer | SGD |" in text
+    assert 'load_sparse("user/other", ' in text and "# other" in text
+    (tmp_path / "sparse.safetensors").write_bytes(files["sparse.safetensors"])
+    assert_same_state(load_sparse(tmp_path), bert.state_dict())
+    push_to_hub(trainer, "user/other", card=ModelCard("---\nlicense: mit\n---\n# Mine\n"), api=api)
+    assert "# Mine" in hub.repositories["user/other"].branches["main"]["README.md"].decode()
+    trainer.push_to_hub()
+    assert "| optimizer | SGD |" in str(card_on(hub))
+
+
+def test_push_to_hub_refuses_what_is_no_model(hub, bert, tmp_path):  # noqa: F811
+    trainer = make_trainer(bert, tmp_path)
+    with pytest.raises(ValueError, match="repo_id 'a/b/c' is no valid name"):
+        push_to_hub(trainer, "a/b/c")
+    with pytest.raises(TypeError, match="cannot push a dict; expected a model, a directory or a Trainer"):
+        push_to_hub({}, "user/x")
+    with pytest.raises(TypeError, match="card is missing"):
+        push_to_hub(bert, "user/x")
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="spread over ranks"):
+        push_to_hub(trainer, "user/x")
+    trainer.is_fsdp_enabled = False
+    trainer.push_to_hub()
+    assert "generated_from_trainer" in str(card_on(hub)), "refused, and nothing attached"
 
 
 def test_other_trainers_keep_their_card(hub, bert, tmp_path):  # noqa: F811
@@ -128,8 +180,8 @@ def test_other_trainers_keep_their_card(hub, bert, tmp_path):  # noqa: F811
     other = make_trainer(bert, tmp_path)
     other.push_to_hub()
     assert "generated_from_trainer" in str(card_on(hub))
-    with pytest.raises(RuntimeError, match="no Trainer with this callback is pushing"):
-        CardCallback().on_push_begin(other.args, other.state, other.control)
+    ours.push_to_hub()
+    assert "generated_from_trainer" not in str(card_on(hub))
 
 
 def test_a_trainer_with_a_card_of_its_own_keeps_it(bert, tmp_path):  # noqa: F811
@@ -142,7 +194,7 @@ def test_a_trainer_with_a_card_of_its_own_keeps_it(bert, tmp_path):  # noqa: F81
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), push_to_hub=False)
     trainer.__class__ = OwnCard
     trainer.train()
-    assert not any(isinstance(callback, CardCallback) for callback in trainer.callback_handler.callbacks)
+    assert trainer.create_model_card.__func__ is OwnCard.create_model_card
 
 
 def test_last_evaluation_is_that_of_the_weights():

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from mfac_hf.hub.trainer_card import CardCallback
+from mfac_hf.hub.trainer_card import attach_card
 from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.oneshot import check_targets, prune_to
@@ -39,7 +39,7 @@ __all__ = ["MFACPruningCallback"]
 logger = logging.getLogger(__name__)
 
 
-class MFACPruningCallback(CardCallback):
+class MFACPruningCallback(TrainerCallback):
     """Prune a model step by step while Trainer trains it.
 
     ``trainer.add_callback(MFACPruningCallback(SparsitySchedule.cubic(final=0.9, start=100, end=900, every=100)))`` is
@@ -117,9 +117,11 @@ class MFACPruningCallback(CardCallback):
     def attach(self, trainer: Trainer) -> MFACPruningCallback:
         """Add this callback in front of the reporters of ``trainer``, so that TensorBoard and others see its logs.
 
-        With ``trainer.add_callback`` it comes last: its logs are then in ``state.log_history`` alone.
+        With ``trainer.add_callback`` it comes last: its logs are then in ``state.log_history`` alone. A trainer that
+        pushes to the Hub gets our card as well (`mfac_hf.attach_card`).
         """
         trainer.callback_handler.callbacks.insert(0, self)
+        attach_card(trainer)
         return self
 
     def on_train_begin(
