@@ -31,3 +31,11 @@ def shared_data() -> Path:
             "like the Hub repositories, or put one at ../shared/data beside the checkout"
         )
     return folder
+
+
+@pytest.fixture
+def bert():
+    """A tiny random classifier with sparse encoder layers."""
+    from tests.helpers.models import sparse_bert  # here: most tests need not wait for transformers
+
+    return sparse_bert()

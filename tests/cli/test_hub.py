@@ -9,12 +9,11 @@ from huggingface_hub import ModelCard, constants
 from mfac_hf import cli, memory_estimate, save_sparse
 from mfac_hf.hub.card import build_card
 from tests.helpers.hub_server import TOKEN, running_hub
-from tests.hub.test_card import run
-from tests.sparse.test_files import bert  # noqa: F401
+from tests.helpers.results import run
 
 
 @pytest.fixture
-def outputs(bert, tmp_path):  # noqa: F811
+def outputs(bert, tmp_path):
     """A sparse model with its results, two more seeds, dense results and caveats."""
     folder = tmp_path / "sst2-90"
     bert.save_pretrained(folder)
@@ -120,7 +119,7 @@ def test_push_and_inspect(outputs, hub, capsys, tmp_path, monkeypatch):
     assert "holds no safetensors weights" in refused(capsys, "inspect", "user/sst2-90")
 
 
-def test_inspect_prints_a_table_and_draws_a_picture(outputs, bert, capsys, tmp_path):  # noqa: F811
+def test_inspect_prints_a_table_and_draws_a_picture(outputs, bert, capsys, tmp_path):
     save_sparse(bert, tmp_path / "small", sparse_only=True)
     picture = tmp_path / "layers.png"
     assert cli.main(["inspect", str(tmp_path / "small"), "--picture", str(picture)]) == 0
@@ -131,7 +130,7 @@ def test_inspect_prints_a_table_and_draws_a_picture(outputs, bert, capsys, tmp_p
     assert "--picture" in refused(capsys, "inspect", tmp_path / "small", "--picture", tmp_path / "layers.text")
 
 
-def test_estimate_of_a_configuration_and_of_a_number(outputs, bert, capsys):  # noqa: F811
+def test_estimate_of_a_configuration_and_of_a_number(outputs, bert, capsys):
     (outputs / "sst2-90" / "model.safetensors").unlink()  # the configuration is enough
     flags = ["--num_grads", "16", "--dtype", "bfloat16", "--json", "--no_time"]
     assert cli.main(["estimate", str(outputs / "sst2-90"), *flags]) == 0

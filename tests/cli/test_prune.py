@@ -5,30 +5,17 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoModelForSequenceClassification, BertModel
 
 from mfac_hf.cli import main
 from mfac_hf.pruning import MaskSet, find_targets
-from tests.tasks.test_glue import make_tokenizer, write_glue
-
-CONFIG = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
+from tests.helpers.glue_data import save_classifier, write_glue
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Directory of a classifier with its tokenizer."""
-    directory = tmp_path_factory.mktemp("model")
-    tokenizer = make_tokenizer(directory)
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **CONFIG)).save_pretrained(directory)
-    return str(directory)
+    return save_classifier(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

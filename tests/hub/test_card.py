@@ -13,19 +13,12 @@ from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import collect
 from mfac_hf.hub.inventory import describe_weights
 from mfac_hf.hub.run_records import MissingResultsError
-from tests.hub.test_run_records import log, results
-from tests.sparse.test_files import CONFIG, bert, prune  # noqa: F401
-
-
-def run(seed, accuracy, pruning=None, **changes):
-    """The results of one seed."""
-    record = results(seed=seed, **changes)
-    record["results"] = {**record["results"], "eval_accuracy": accuracy, "pruning": pruning}
-    return record
+from tests.helpers.models import CONFIG, prune
+from tests.helpers.results import log, run
 
 
 @pytest.fixture
-def facts(bert, tmp_path):  # noqa: F811
+def facts(bert, tmp_path):
     """Facts of a sparse model with two seeds, and its dense counterpart with three."""
     bert.save_pretrained(tmp_path / "sparse-90")
     reports = [{"options": {"num_grads": 64, "block_size": 128}, "sparsity": 0.9, "num_grads": 1024, "steps": []}]
@@ -51,7 +44,7 @@ def test_metadata_is_parsed_back_to_the_digit(facts, tmp_path):
     assert {"sparse", "m-fac", "arxiv:2107.03356"} <= set(data.tags)
 
 
-def test_text_holds_all_facts(facts, bert):  # noqa: F811
+def test_text_holds_all_facts(facts, bert):
     text = str(build_card(facts, "user/sparse-90"))
     encoder = [m.weight for m in bert.bert.encoder.modules() if isinstance(m, nn.Linear)]
     sparsity = sum(int((w == 0).sum()) for w in encoder) / sum(w.numel() for w in encoder)
@@ -78,7 +71,7 @@ def test_text_holds_all_facts(facts, bert):  # noqa: F811
     assert "adamw" not in text.lower()
 
 
-def test_snippets_run(facts, bert, tmp_path, monkeypatch):  # noqa: F811
+def test_snippets_run(facts, bert, tmp_path, monkeypatch):
     """The code of the card, on the directory that it is about."""
     save_sparse(bert, tmp_path / "sparse-90")
     for sparse_only in (False, True):
@@ -125,7 +118,7 @@ def test_vision_model():
     assert "m-fac" not in other.data.tags and "Citation" not in str(other)
 
 
-def test_missing_results_are_refused(facts, bert, tmp_path):  # noqa: F811
+def test_missing_results_are_refused(facts, bert, tmp_path):
     bert.save_pretrained(tmp_path / "model")
     with pytest.raises(MissingResultsError, match="no result file"):
         collect([], model=tmp_path / "model")
@@ -138,7 +131,7 @@ def test_missing_results_are_refused(facts, bert, tmp_path):  # noqa: F811
             build_card({**facts, key: None})
 
 
-def test_results_of_something_else_are_refused(bert, tmp_path):  # noqa: F811
+def test_results_of_something_else_are_refused(bert, tmp_path):
     bert.save_pretrained(tmp_path)
 
     def refused(message, runs, dense=()):
@@ -160,7 +153,7 @@ def test_results_of_something_else_are_refused(bert, tmp_path):  # noqa: F811
     refused("different metrics", [run(1, 0.8)], [other])
 
 
-def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):  # noqa: F811
+def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):
     save_sparse(bert, tmp_path / "sparse", sparse_only=True)
     bert.save_pretrained(tmp_path / "dense")
     counts = describe_weights(bert)

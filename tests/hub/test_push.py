@@ -14,7 +14,8 @@ from mfac_hf import load_sparse, push_to_hub, save_sparse
 from mfac_hf.hub.push import PushError
 from mfac_hf.models import ResNetCifar
 from tests.helpers.hub_server import TOKEN, Repository, running_hub
-from tests.sparse.test_files import CONFIG, assert_same_state, bert, prune  # noqa: F401
+from tests.helpers.models import CONFIG, prune
+from tests.helpers.sparse_files import assert_same_state
 
 CARD = ModelCard("---\nlicense: mit\n---\n# A model\n")
 
@@ -59,7 +60,7 @@ def download(hub, name, tmp_path, repo="user/sparse", **options):
 
 
 @pytest.mark.parametrize("large", [(), (".safetensors",)], ids=["regular", "lfs"])
-def test_pushed_model_comes_back_bit_for_bit(bert, hub, api, large, tmp_path):  # noqa: F811
+def test_pushed_model_comes_back_bit_for_bit(bert, hub, api, large, tmp_path):
     hub.lfs_suffixes = large
     commit = push_to_hub(bert, "user/sparse", card=CARD, api=api)
     assert commit.oid == hub.repositories["user/sparse"].sha("main")
@@ -72,7 +73,7 @@ def test_pushed_model_comes_back_bit_for_bit(bert, hub, api, large, tmp_path):  
     assert str(ModelCard.load(tmp_path / "README.md")) == str(CARD)
 
 
-def test_load_sparse_downloads_only_the_small_file(bert, hub, api, tmp_path):  # noqa: F811
+def test_load_sparse_downloads_only_the_small_file(bert, hub, api, tmp_path):
     push_to_hub(bert, "user/sparse", card=CARD, api=api, revision="v1")
     options = {"endpoint": hub.url, "token": TOKEN, "cache_dir": tmp_path, "revision": "v1"}
     hub.requests.clear()
@@ -86,7 +87,7 @@ def test_load_sparse_downloads_only_the_small_file(bert, hub, api, tmp_path):  #
         load_sparse("user/sparse", **{**options, "revision": "main"})
 
 
-def test_sparse_only_leaves_the_dense_file_out_and_removes_an_old_one(bert, hub, api, tmp_path):  # noqa: F811
+def test_sparse_only_leaves_the_dense_file_out_and_removes_an_old_one(bert, hub, api, tmp_path):
     bert.save_pretrained(tmp_path, max_shard_size="20KB")
     push_to_hub(tmp_path, "user/sparse", card=CARD, api=api)
     shards = [name for name in files(hub) if name.startswith("model-")]
@@ -106,7 +107,7 @@ def test_sparse_only_leaves_the_dense_file_out_and_removes_an_old_one(bert, hub,
     assert "user/third" not in hub.repositories
 
 
-def test_training_state_stays_at_home(bert, hub, api, tmp_path):  # noqa: F811
+def test_training_state_stays_at_home(bert, hub, api, tmp_path):
     bert.save_pretrained(tmp_path)
     for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", "predictions.json", "vocab.txt"):
         (tmp_path / name).write_text("{}")
@@ -140,7 +141,7 @@ def test_vision_model_comes_back(hub, api, tmp_path):
     assert_same_state(load_sparse(tmp_path), model.state_dict())
 
 
-def test_private_repositories(bert, hub, api, tmp_path):  # noqa: F811
+def test_private_repositories(bert, hub, api, tmp_path):
     push_to_hub(bert, "user/secret", card=CARD, api=api, private=True)
     assert hub.repositories["user/secret"].private
     with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):
@@ -154,7 +155,7 @@ def test_private_repositories(bert, hub, api, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("refused, large", [("/commit/", ()), ("/lfs/", (".safetensors",)), ("/preupload/", ())])
-def test_failed_upload_leaves_the_repository_and_the_files_unchanged(bert, hub, api, refused, large, tmp_path):  # noqa: F811
+def test_failed_upload_leaves_the_repository_and_the_files_unchanged(bert, hub, api, refused, large, tmp_path):
     push_to_hub(bert, "user/sparse", card=CARD, api=api)
     before = dict(files(hub))
     with torch.no_grad():
@@ -171,7 +172,7 @@ def test_failed_upload_leaves_the_repository_and_the_files_unchanged(bert, hub, 
     assert files(hub)["model.safetensors"] == local["model.safetensors"]
 
 
-def test_wrong_token_and_no_token(bert, hub, monkeypatch):  # noqa: F811
+def test_wrong_token_and_no_token(bert, hub, monkeypatch):
     with pytest.raises(PushError, match="401.*the token is wrong or expired: run `hf auth login`"):
         push_to_hub(bert, "user/sparse", card=CARD, api=HfApi(endpoint=hub.url, token="hf_wrong"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
@@ -181,7 +182,7 @@ def test_wrong_token_and_no_token(bert, hub, monkeypatch):  # noqa: F811
     assert hub.repositories == {}
 
 
-def test_no_network(bert, tmp_path, monkeypatch):  # noqa: F811
+def test_no_network(bert, tmp_path, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -196,7 +197,7 @@ def test_no_network(bert, tmp_path, monkeypatch):  # noqa: F811
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == local
 
 
-def test_bad_input_is_refused_before_any_request(bert, hub, api, tmp_path):  # noqa: F811
+def test_bad_input_is_refused_before_any_request(bert, hub, api, tmp_path):
     for name in ("a/b/c", "spaces here", "user/-x", "user/x.git"):
         with pytest.raises(ValueError, match=f"repo_id '{name}' is no valid name"):
             push_to_hub(bert, name, card=CARD, api=api)

@@ -16,9 +16,10 @@ from mfac_hf import MFAC, SparsitySchedule, attach_card, load_sparse, push_to_hu
 from mfac_hf.callbacks import MFACLoggingCallback
 from mfac_hf.hub.trainer_card import _last_evaluation
 from mfac_hf.pruning import MFACPruningCallback
+from tests.helpers.glue_data import make_tokenizer, write_glue
 from tests.helpers.hub_server import TOKEN, running_hub
-from tests.sparse.test_files import CONFIG, assert_same_state, bert, prune  # noqa: F401
-from tests.tasks.test_glue import make_tokenizer, write_glue
+from tests.helpers.models import CONFIG, prune
+from tests.helpers.sparse_files import assert_same_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +61,7 @@ def card_on(hub, branch="main"):
 
 
 @pytest.mark.parametrize("attach", [[attach_card], [MFACLoggingCallback.attach], [attach_card, attach_card]])
-def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):  # noqa: F811
+def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
     for one in attach:
         one(trainer)
@@ -79,7 +80,7 @@ def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("callback", [None, MFACLoggingCallback])
-def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path):  # noqa: F811
+def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path):
     """Neither the optimizer nor a callback that was merely added changes what a trainer writes."""
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
     if callback is not None:
@@ -103,7 +104,7 @@ def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
     assert "The dense model was not measured beside it." in text and "| optimizer | M-FAC |" in text
 
 
-def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):  # noqa: F811
+def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):
     """Trainer also pushes at each save and from save_model, when there may be nothing to say yet."""
     options = dict(hub_strategy="every_save", save_strategy="steps", save_steps=2)
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), **options)
@@ -116,7 +117,7 @@ def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):  # noqa: F811
     assert "had not been evaluated" not in str(card_on(hub))
 
 
-def test_options_and_sparse_models(hub, bert, tmp_path):  # noqa: F811
+def test_options_and_sparse_models(hub, bert, tmp_path):
     dense = {"seed": 1, "metrics": {"accuracy": 0.9}, "task": None, "split": "evaluation", "dataset": None}
     dense |= {"command": ["train.py"], "versions": {"torch": "2"}, "device": "cpu", "optimizer": {"name": "SGD"}}
     trainer = make_trainer(bert, tmp_path, torch.optim.SGD(bert.parameters(), lr=0.0))
@@ -129,7 +130,7 @@ def test_options_and_sparse_models(hub, bert, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_pushed_checkpoints_bring_the_card(strategy, hub, bert, tmp_path):  # noqa: F811
+def test_pushed_checkpoints_bring_the_card(strategy, hub, bert, tmp_path):
     """Trainer writes no card of its own when it pushes a checkpoint."""
     trainer = make_trainer(bert, tmp_path, hub_strategy=strategy, save_strategy="steps", save_steps=2)
     attach_card(trainer)
@@ -138,7 +139,7 @@ def test_pushed_checkpoints_bring_the_card(strategy, hub, bert, tmp_path):  # no
     assert "| optimizer | AdamW |" in str(card_on(hub)) and "generated_from_trainer" not in str(card_on(hub))
 
 
-def test_push_to_hub_takes_a_trainer(hub, bert, tmp_path):  # noqa: F811
+def test_push_to_hub_takes_a_trainer(hub, bert, tmp_path):
     """Its model arrives with the small file, the card is that of the trainer, and later pushes keep to it."""
     trainer = make_trainer(bert, tmp_path, torch.optim.SGD(bert.parameters(), lr=0.0))
     accuracy = trainer.evaluate()["eval_accuracy"]
@@ -157,7 +158,7 @@ def test_push_to_hub_takes_a_trainer(hub, bert, tmp_path):  # noqa: F811
     assert "| optimizer | SGD |" in str(card_on(hub))
 
 
-def test_push_to_hub_refuses_what_is_no_model(hub, bert, tmp_path):  # noqa: F811
+def test_push_to_hub_refuses_what_is_no_model(hub, bert, tmp_path):
     trainer = make_trainer(bert, tmp_path)
     with pytest.raises(ValueError, match="repo_id 'a/b/c' is no valid name"):
         push_to_hub(trainer, "a/b/c")
@@ -173,7 +174,7 @@ def test_push_to_hub_refuses_what_is_no_model(hub, bert, tmp_path):  # noqa: F81
     assert "generated_from_trainer" in str(card_on(hub)), "refused, and nothing attached"
 
 
-def test_other_trainers_keep_their_card(hub, bert, tmp_path):  # noqa: F811
+def test_other_trainers_keep_their_card(hub, bert, tmp_path):
     ours = make_trainer(bert, tmp_path)
     MFACLoggingCallback.attach(ours)
     ours.push_to_hub()
@@ -184,7 +185,7 @@ def test_other_trainers_keep_their_card(hub, bert, tmp_path):  # noqa: F811
     assert "generated_from_trainer" not in str(card_on(hub))
 
 
-def test_a_trainer_with_a_card_of_its_own_keeps_it(bert, tmp_path):  # noqa: F811
+def test_a_trainer_with_a_card_of_its_own_keeps_it(bert, tmp_path):
     """As those of libraries that build on Trainer: the optimizer alone does not replace what they wrote."""
 
     class OwnCard(Trainer):

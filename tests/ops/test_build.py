@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfac_hf.ops import build, window
+from mfac_hf.ops import build
+from tests.helpers.operators import use_operators
 
 # Answers --version, logs its arguments, and writes the word "whole" where -o says. LOG and ACTION are filled in.
 COMPILER = """#!/bin/sh
@@ -78,16 +79,6 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.delenv("MFAC_NATIVE", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     return machine
-
-
-def use_operators() -> None:
-    """Both operators, against float64."""
-    generator = torch.Generator().manual_seed(0)
-    grads, x = torch.randn(3, 50, generator=generator), torch.randn(50, generator=generator)
-    weights = torch.randn(3, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(window.row_dots(grads, x), grads.double() @ x.double(), rtol=0, atol=1e-5)
-    expected = (2 * x.double() + grads.double().T @ weights).float()
-    torch.testing.assert_close(window.combine(grads, weights, x, 2.0), expected, rtol=0, atol=1e-5)
 
 
 def test_first_use_builds_and_every_later_one_loads(machine):
@@ -433,7 +424,7 @@ import json, pathlib, sys, warnings
 sys.path.insert(0, sys.argv[1])
 import torch
 from mfac_hf.ops import build
-from tests.ops.test_build import use_operators
+from tests.helpers.operators import use_operators
 build.CSRC = pathlib.Path(sys.argv[2])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

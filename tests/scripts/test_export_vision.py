@@ -9,7 +9,7 @@ import torch
 from mfac_hf import load_sparse
 from mfac_hf.hub.inventory import describe_weights
 from mfac_hf.models import ResNetCifar
-from tests.sparse.test_files import assert_same_state
+from tests.helpers.sparse_files import assert_same_state
 
 
 @pytest.fixture

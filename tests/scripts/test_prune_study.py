@@ -7,13 +7,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.test_prune import data as data
-from tests.cli.test_prune import model as model
+from tests.helpers.glue_data import save_classifier, write_glue
 
 PATH = Path(__file__).parents[2] / "scripts" / "prune_study.py"
 spec = importlib.util.spec_from_file_location("prune_study", PATH)
 study_script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study_script)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Directory of a classifier with its tokenizer."""
+    return save_classifier(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_glue(tmp_path_factory.mktemp("glue"), "sst2")
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
+from mfac_hf.pruning import MaskSet
 from mfac_hf.tasks import glue
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments, parse_args
-from tests.tasks.test_glue import ROWS, WORDS, make_tokenizer, write_glue
+from tests.helpers.glue_data import ROWS, WORDS, make_tokenizer, write_glue
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+PRUNER = ("--prune_num_grads", "8", "--prune_block_size", "16", "--recomputations", "2")
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +234,27 @@ def test_shipped_recipes_parse(recipe, script):
     _, data_args, optimizer_args, training_args = parse_args(*kinds, argv=[str(recipe), "--task_name", "cola"])
     assert data_args.dataset_name == "nyu-mll/glue" and training_args.do_train
     assert recipe.stem.split("_")[1] == optimizer_args.optim_name
+
+
+def test_gradual_pruning_on_glue(run, tmp_path):
+    schedule = ("--prune_schedule", "linear", "--prune_end", "6", "--prune_every", "3")
+    extra = ("--distillation_hardness", "0.5", "--save_strategy", "steps", "--save_steps", "4")
+    results = run("--do_train", "--do_eval", "--sparsity", "0.8", *schedule, *PRUNER, *extra)
+    assert results["pruning"]["sparsity"] == pytest.approx(0.8, abs=1e-4) and len(results["pruning"]["reports"]) == 2
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["pruning"]
+    assert written == results["pruning"]
+    masks, weights = MaskSet.load(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    assert masks.sparsity == results["pruning"]["sparsity"]
+    assert all(not weights[name][~keep].any() for name, keep in masks.items())
+
+
+def test_one_shot_on_glue(run, tmp_path):
+    run("--do_train", output="dense")
+    flags = ("--num_train_epochs", "0", "--sparsity", "0.6", "--model_name_or_path", str(tmp_path / "dense"))
+    results = run("--do_train", "--do_eval", *PRUNER, *flags)
+    assert results["pruning"]["sparsity"] == pytest.approx(0.6, abs=1e-4) and "eval_accuracy" in results
+    dense, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out"))
+    masks = MaskSet.load(tmp_path / "out")
+    assert all(not weights[name][~keep].any() for name, keep in masks.items())
+    assert all(bool((weights[name] == value).all()) for name, value in dense.items() if name not in masks)
+    assert results["before_pruning"]["eval_loss"] != results["eval_loss"]

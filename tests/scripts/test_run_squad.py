@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForQuestionAnswering, Trainer, Training
 from mfac_hf.tasks.squad import load_squad
 from mfac_hf.tasks.squad_metric import SquadMetric, best_null_threshold
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments, parse_args
-from tests.tasks.test_squad import WORDS, make_examples, make_row, make_tokenizer, write_squad
+from tests.helpers.squad_data import WORDS, make_examples, make_row, make_tokenizer, write_squad
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ARTICLES, PER_ARTICLE = 8, 4

@@ -11,7 +11,7 @@ from torch import nn
 
 from mfac_hf.models import ResNetCifar, read_checkpoint
 from tests.helpers.ranks import run_on_ranks
-from tests.training.test_vision_run import digits_run, small_model
+from tests.helpers.vision_runs import digits_run, small_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

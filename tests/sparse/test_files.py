@@ -19,39 +19,8 @@ from transformers import (
 from mfac_hf import load_sparse, save_sparse
 from mfac_hf.sparse.files import SPARSE_FILE, DamagedFileError, find_weights
 from mfac_hf.sparse.format import SparseFile
-from tests.sparse.test_format import rewrite, same_bits
-
-CONFIG = dict(
-    vocab_size=60,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    max_position_embeddings=16,
-)
-
-
-def prune(model, sparsity=0.9, seed=0):
-    """Zero random weights of the encoder's matrices."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "encoder" in name and parameter.ndim == 2:
-                parameter[torch.rand(parameter.shape, generator=generator) < sparsity] = 0
-    return model
-
-
-@pytest.fixture
-def bert():
-    """A tiny random classifier with sparse encoder layers."""
-    torch.manual_seed(0)
-    return prune(BertForSequenceClassification(BertConfig(**CONFIG))).eval()
-
-
-def assert_same_state(state, expected):
-    """Compare two state dicts bit by bit."""
-    assert state.keys() == expected.keys()
-    assert all(same_bits(state[name], tensor) for name, tensor in expected.items())
+from tests.helpers.models import CONFIG, prune
+from tests.helpers.sparse_files import assert_same_state, rewrite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,6 +1,5 @@
 """The sparse file format: exact to the bit, smallest encoding, and every damage refused."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from mfac_hf.sparse import format as sparse_format
 from mfac_hf.sparse.format import DamagedFileError, SparseFile, encode, write_sparse
+from tests.helpers.sparse_files import rewrite, same_bits
 
 DTYPES = [
     torch.float64,
@@ -37,12 +37,6 @@ def sparse_tensor(shape, density, dtype, seed=0):
     if dtype.is_floating_point and values.numel():
         values.view(-1)[0] = limits.min  # the sign bit alone: a negative zero
     return values.view(dtype)
-
-
-def same_bits(a, b):
-    """Whether two tensors agree in dtype, shape and every bit."""
-    as_bits = sparse_format.BITS[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(as_bits), b.view(as_bits))
 
 
 def write(path, **tensors):
@@ -178,21 +172,6 @@ def test_truncated_file_is_refused(small):
             load_all(path)
     with pytest.raises(FileNotFoundError, match="is no file"):
         SparseFile(path.with_name("nothing"))
-
-
-def rewrite(path, change_parts=lambda parts: None, change_header=lambda header: None):
-    """Change a file and put its checksums right again, as another program with a mistake would."""
-    with safe_open(path, framework="pt") as file:
-        parts = {key: file.get_tensor(key).clone() for key in file.keys()}
-        header = json.loads(file.metadata()["mfac_sparse"])
-    del header["sha256"]
-    change_parts(parts)
-    change_header(header)
-    for name, entry in header["tensors"].items():
-        order = sparse_format.PARTS.get(entry["encoding"], ())
-        entry["sha256"] = sparse_format._digest(parts[f"{name}/{part}"] for part in order)
-    header["sha256"] = sparse_format._header_digest(header)
-    save_file(parts, path, metadata={"mfac_sparse": json.dumps(header)})
 
 
 def test_unknown_files_and_later_versions_are_refused(small):

@@ -10,7 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from mfac_hf import to_sparse_inference
 from mfac_hf.sparse.inference import SparseLinear
-from tests.sparse.test_files import CONFIG, assert_same_state, prune
+from tests.helpers.models import CONFIG, prune
+from tests.helpers.sparse_files import assert_same_state
 
 
 def linear(inputs=48, outputs=24, sparsity=0.8, bias=True, dtype=torch.float32):

@@ -6,7 +6,7 @@ from transformers import EvalPrediction
 
 from mfac_hf.tasks.squad import squad_features
 from mfac_hf.tasks.squad_answers import SquadEvaluation, extract_answers
-from tests.tasks.test_squad import SMALL, WORDS, make_examples, make_row, make_tokenizer
+from tests.helpers.squad_data import SMALL, WORDS, make_examples, make_row, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 
 from mfac_hf.pruning import prune_one_shot
 from mfac_hf.training.fine_tuned import load_fine_tuned
-from tests.tasks.test_glue import ROWS, write_glue
-from tests.tasks.test_glue import make_tokenizer as make_glue_tokenizer
-from tests.tasks.test_squad import make_examples, make_row, write_squad
-from tests.tasks.test_squad import make_tokenizer as make_squad_tokenizer
+from tests.helpers.glue_data import ROWS, write_glue
+from tests.helpers.glue_data import make_tokenizer as make_glue_tokenizer
+from tests.helpers.squad_data import make_examples, make_row, write_squad
+from tests.helpers.squad_data import make_tokenizer as make_squad_tokenizer
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 

@@ -1,23 +1,19 @@
-"""Pruning flags of the training scripts: what they build, and a GLUE run with them from end to end."""
+"""Pruning flags of the training scripts: what they build."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from mfac_hf import SparsitySchedule
-from mfac_hf.pruning import MaskSet, PruningOptions
+from mfac_hf.pruning import PruningOptions
 from mfac_hf.training.arguments import parse_args
 from mfac_hf.training.gradual_pruning import GradualArguments, build_pruning_callback
 from mfac_hf.training.pruning_arguments import PruningArguments
-from tests.scripts.test_run_glue import data, model, run, script  # noqa: F401
 
 ELSEWHERE = ("model_name_or_path", "dataset_name", "max_seq_length", "doc_stride", "optim_name")
 RECIPES = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
-PRUNER = ("--prune_num_grads", "8", "--prune_block_size", "16", "--recomputations", "2")
 
 
 def parse(*flags):
@@ -71,27 +67,3 @@ def test_recipes_follow_the_published_settings(recipe):
     positions, sparsities = zip(*callback.schedule.points, strict=True)
     assert positions == (2, 6, 10, 14, 18, 22, 26) and (sparsities[0], sparsities[-1]) == (0.7, 0.9)
     assert (callback.options.num_grads, callback.options.block_size, callback.options.damping) == (1024, 50, 1e-7)
-
-
-def test_gradual_pruning_on_glue(run, tmp_path):  # noqa: F811
-    schedule = ("--prune_schedule", "linear", "--prune_end", "6", "--prune_every", "3")
-    extra = ("--distillation_hardness", "0.5", "--save_strategy", "steps", "--save_steps", "4")
-    results = run("--do_train", "--do_eval", "--sparsity", "0.8", *schedule, *PRUNER, *extra)
-    assert results["pruning"]["sparsity"] == pytest.approx(0.8, abs=1e-4) and len(results["pruning"]["reports"]) == 2
-    written = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["pruning"]
-    assert written == results["pruning"]
-    masks, weights = MaskSet.load(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
-    assert masks.sparsity == results["pruning"]["sparsity"]
-    assert all(not weights[name][~keep].any() for name, keep in masks.items())
-
-
-def test_one_shot_on_glue(run, tmp_path):  # noqa: F811
-    run("--do_train", output="dense")
-    flags = ("--num_train_epochs", "0", "--sparsity", "0.6", "--model_name_or_path", str(tmp_path / "dense"))
-    results = run("--do_train", "--do_eval", *PRUNER, *flags)
-    assert results["pruning"]["sparsity"] == pytest.approx(0.6, abs=1e-4) and "eval_accuracy" in results
-    dense, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out"))
-    masks = MaskSet.load(tmp_path / "out")
-    assert all(not weights[name][~keep].any() for name, keep in masks.items())
-    assert all(bool((weights[name] == value).all()) for name, value in dense.items() if name not in masks)
-    assert results["before_pruning"]["eval_loss"] != results["eval_loss"]
