@@ -39,6 +39,7 @@ from mfac_hf.callbacks import MFACLoggingCallback
 from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
 from mfac_hf.tasks import glue
+from mfac_hf.tasks.hub_names import GLUE
 from mfac_hf.training.arguments import (
     ModelArguments,
     OptimizerArguments,
@@ -57,7 +58,7 @@ class GlueArguments:
 
     task_name: str = field(metadata={"help": f"GLUE task: {', '.join(glue.TASKS)}."})
     dataset_name: str = field(
-        default="nyu-mll/glue", metadata={"help": "Name on the Hub, or a local directory in the same layout."}
+        default=GLUE, metadata={"help": "Name on the Hub, or a local directory in the same layout."}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are truncated to so many tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N examples only."})

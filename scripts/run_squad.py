@@ -43,6 +43,7 @@ from mfac_hf.callbacks import MFACLoggingCallback
 from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
 from mfac_hf.tasks import squad
+from mfac_hf.tasks.hub_names import SQUAD
 from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
 from mfac_hf.training.arguments import (
@@ -64,7 +65,7 @@ class SquadArguments:
     """Which data, how much of it, and how answers are found."""
 
     dataset_name: str = field(
-        default="rajpurkar/squad", metadata={"help": "Name on the Hub, or a local directory in the same layout."}
+        default=SQUAD["squad"], metadata={"help": "Name on the Hub, or a local directory in the same layout."}
     )
     train_dataset_name: str | None = field(
         default=None, metadata={"help": "Where the training split comes from, if not from --dataset_name."}

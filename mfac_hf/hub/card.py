@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mfac_hf.hub.run_records import UNTRAINED, MissingResultsError
+from mfac_hf.tasks.hub_names import GLUE, SQUAD
 
 __all__ = ["build_card"]
 
@@ -50,7 +51,7 @@ def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_o
         library_name=facts["model"]["library"],
         pipeline_tag=facts["model"]["task"],
         license=facts.get("license"),
-        language="en" if str(dataset).startswith(("nyu-mll/glue", "rajpurkar/squad")) else None,
+        language="en" if str(dataset).startswith((GLUE, *SQUAD.values())) else None,
         datasets=dataset if dataset and "/" in dataset else None,
         base_model=facts.get("base_model"),
         metrics=sorted({_metric_id(name) for name in run["metrics"]}),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mfac_hf.machine import describe_run, relative_paths
+from mfac_hf.tasks.hub_names import GLUE, SQUAD, VISION
 
 __all__ = ["MissingResultsError", "metrics_of", "pruning_facts", "read_run", "write_results"]
 
@@ -28,8 +29,12 @@ TRAINING_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16"),
 )
 _DATA = ("max_seq_length", "doc_stride", "max_train_samples", "max_eval_samples")
-_SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
-_VISION = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+# Flags of gradual pruning, `mfac_hf.training.gradual_pruning.GradualArguments`.
+SCHEDULE_SETTINGS = (
+    *("prune_schedule", "initial_sparsity", "prune_start", "prune_end", "prune_every", "prune_unit"),
+    *("prune_gradients", "prune_lr_cycle", "prune_evaluate"),
+    *("distillation_hardness", "distillation_temperature", "teacher_name_or_path"),
+)
 _COMMON = ("command", "versions", "device", "threads", "wall_seconds", "peak_memory_gib")
 _NEEDED = ("metrics", "seed", "command", "versions", "device", "optimizer")
 UNTRAINED = "none (pruned without training)"
@@ -96,27 +101,27 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
 
 def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
     """The ``results.json`` of a run with Trainer."""
-    results, arguments = record.get("results", {}), record.get("arguments", {})
-    training = arguments.get("TrainingArguments", {})
-    data = {**arguments.get("GlueArguments", {}), **arguments.get("SquadArguments", {})}
+    results = record.get("results", {})
+    # Flags are told by name alone: no two of a script's dataclasses may share one.
+    flags = {name: value for group in record.get("arguments", {}).values() for name, value in group.items()}
     task, splits = results.get("task"), results.get("evaluated_on", [])
-    dataset = {"id": _SQUAD.get(str(task), "nyu-mll/glue"), "source": data.get("dataset_name")}
-    if task not in _SQUAD:
-        dataset["config"] = data.get("task_name")
+    dataset = {"id": SQUAD.get(str(task), GLUE), "source": flags.get("dataset_name")}
+    if task not in SQUAD:
+        dataset["config"] = flags.get("task_name")
     return {
         "task": task,
         "split": ", ".join([splits] if isinstance(splits, str) else splits),
         "metrics": metrics_of(results),
-        "dataset": dataset if data else record.get("dataset"),
-        "base_model": arguments.get("ModelArguments", {}).get("model_name_or_path") or record.get("base_model"),
-        "optimizer": record.get("optimizer") or _optimizer(arguments.get("OptimizerArguments", {}), training),
+        "dataset": dataset if "dataset_name" in flags else record.get("dataset"),
+        "base_model": flags.get("model_name_or_path") or record.get("base_model"),
+        "optimizer": record.get("optimizer") or _optimizer(flags),
         "training": {
-            key: training[key]
+            key: flags[key]
             for key in TRAINING_SETTINGS
-            if training.get(key) not in (None, False, -1) and training.get("num_train_epochs") != 0
+            if flags.get(key) not in (None, False, -1) and flags.get("num_train_epochs") != 0
         }
-        | {key: data[key] for key in _DATA if data.get(key) is not None},
-        "pruning": pruning_facts((results.get("pruning") or {}).get("reports", []), arguments.get("GradualArguments")),
+        | {key: flags[key] for key in _DATA if flags.get(key) is not None},
+        "pruning": pruning_facts((results.get("pruning") or {}).get("reports", []), flags),
         "dense_metrics": metrics_of(results.get("before_pruning") or {}) or None,
         "seed": record.get("seed"),
     }
@@ -129,14 +134,14 @@ def pruning_facts(
 
     Args:
         reports: one for each step.
-        flags: of gradual pruning (schedule, learning rates, distillation), where the steps were part of a training.
+        flags: of the run; those of gradual pruning count where the steps were part of a training.
     """
     if not reports:
         return None
     hidden = ("loss_samples", "memory_budget", "damping") if reports[-1]["options"].get("damping") == "auto" else ()
-    schedule = {key: value for key, value in (flags or {}).items() if value not in (None, False)}
-    if schedule.get("prune_end") is None:  # pruned in one go: the defaults of these flags had no part in it
-        schedule = {}
+    schedule: dict[str, Any] = {}
+    if flags and flags.get("prune_end") is not None:  # else pruned in one go: these flags had no part in it
+        schedule = {key: flags[key] for key in SCHEDULE_SETTINGS if flags.get(key) not in (None, False)}
     options = {key: value for key, value in reports[-1]["options"].items() if key not in hidden and value is not None}
     options = {**schedule, **options}
     shown = ("position", "sparsity", "num_grads", "loss_before", "loss_after", "seconds")
@@ -150,16 +155,16 @@ def pruning_facts(
     return {"options": options, "steps": steps}
 
 
-def _optimizer(chosen: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any] | None:
+def _optimizer(flags: Mapping[str, Any]) -> dict[str, Any] | None:
     """The optimizer that ran: ``optim`` of TrainingArguments names another one."""
-    if "optim_name" not in chosen:
+    if "optim_name" not in flags:
         return None
-    if training.get("num_train_epochs") == 0:
+    if flags.get("num_train_epochs") == 0:
         return {"name": UNTRAINED}
-    if chosen["optim_name"] == "adamw":
-        return {"name": "AdamW", **{key: training.get(key) for key in ("adam_beta1", "adam_beta2", "adam_epsilon")}}
+    if flags["optim_name"] == "adamw":
+        return {"name": "AdamW", **{key: flags.get(key) for key in ("adam_beta1", "adam_beta2", "adam_epsilon")}}
     shown = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "window_dtype", "decoupled_weight_decay")
-    return {"name": "M-FAC", **{key: chosen[key] for key in shown if key in chosen}}
+    return {"name": "M-FAC", **{key: flags[key] for key in shown if key in flags}}
 
 
 def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> dict[str, Any]:
@@ -197,7 +202,7 @@ def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> d
 def _vision_dataset(source: str) -> dict[str, Any]:
     """A folder called like a known data set is taken for a copy of it; of any other the last part is its name."""
     name = Path(source).name
-    return {"id": _VISION.get(name, name), "source": source}
+    return {"id": VISION.get(name, name), "source": source}
 
 
 def _vision_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mfac_hf.tasks.hub_names import VISION
+
 __all__ = ["FolderImages", "Images", "Split", "VisionData", "load_vision", "whole_batch"]
 
-_SHORT_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 _LABEL_COLUMNS = ("label", "fine_label")
 _TEST_SPLITS = ("test", "validation", "val")
 _FOLDER_SIZE = 224  # pixels of a crop from an image folder
@@ -164,7 +165,7 @@ def load_vision(source: str = "digits", *, seed: int = 0) -> VisionData:
     folder = Path(source)
     if folder.is_dir() and any(path.is_dir() for path in folder.glob("train/*")):
         return _image_folder(folder, seed)
-    return _from_datasets(_SHORT_NAMES.get(source, source))
+    return _from_datasets(VISION.get(source, source))
 
 
 def _digits() -> VisionData:

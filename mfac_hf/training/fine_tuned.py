@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from mfac_hf.tasks import glue, squad
+from mfac_hf.tasks.hub_names import GLUE, SQUAD
 from mfac_hf.tasks.squad_answers import SquadEvaluation
 
 __all__ = ["TASKS", "FineTuned", "load_fine_tuned"]
 
-_SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
-TASKS = (*glue.TASKS, *_SQUAD)
+TASKS = (*glue.TASKS, *SQUAD)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def load_fine_tuned(
     for name, count in {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} is {count}; expected at least 1")
-    is_squad = task in _SQUAD
+    is_squad = task in SQUAD
     kind = AutoModelForQuestionAnswering if is_squad else AutoModelForSequenceClassification
     model, loading = kind.from_pretrained(model_name, cache_dir=cache_dir, output_loading_info=True)
     if loading["missing_keys"]:
@@ -150,7 +150,7 @@ def _glue(
     cache_dir: str | None,
 ) -> tuple[Dataset, Dataset, str, Any]:
     task = glue.get_task(name)
-    data = glue.load_glue(dataset_name or "nyu-mll/glue", task, cache_dir=cache_dir)
+    data = glue.load_glue(dataset_name or GLUE, task, cache_dir=cache_dir)
     # of MNLI's two, the matched one
     wanted = ["train"] + ([] if holdout_fraction is not None else [task.validation_splits[0]])
     if missing := [split for split in wanted if split not in data]:
@@ -178,7 +178,7 @@ def _squad(
 ) -> tuple[Dataset, Dataset, str, Any]:
     def load(split: str) -> Dataset:
         return squad.load_squad(
-            dataset_name or _SQUAD[name], split, version_2_with_negative=name == "squad_v2", cache_dir=cache_dir
+            dataset_name or SQUAD[name], split, version_2_with_negative=name == "squad_v2", cache_dir=cache_dir
         )
 
     if holdout_fraction is not None:

@@ -1,11 +1,23 @@
 """Result files are read into one form, and what they lack is named."""
 
+import dataclasses
 import json
+import time
 
 import pytest
+from transformers import TrainingArguments
 
-from mfac_hf.hub.run_records import MissingResultsError, metrics_of, pruning_facts, read_run
+from mfac_hf.hub.run_records import (
+    SCHEDULE_SETTINGS,
+    MissingResultsError,
+    metrics_of,
+    pruning_facts,
+    read_run,
+    write_results,
+)
 from mfac_hf.pruning.options import PruningOptions, PruningReport
+from mfac_hf.training.arguments import ModelArguments, OptimizerArguments
+from mfac_hf.training.gradual_pruning import GradualArguments
 from tests.helpers.results import log, results
 
 
@@ -19,6 +31,33 @@ def test_results_of_a_script(tmp_path):
     assert run["training"] == {"learning_rate": 3e-3, "max_seq_length": 128}
     assert run["base_model"] == "google/bert_uncased_L-2_H-128_A-2"
     assert read_run(run) == run
+
+
+@dataclasses.dataclass
+class OtherTask:
+    """What a script of somebody else may call its flags."""
+
+    dataset_name: str = "data/glue"
+    task_name: str = "cola"
+    max_seq_length: int = 64
+
+
+def test_what_is_written_is_read(tmp_path):
+    """The reader knows flags by their names, and not in which dataclass of a script they stand."""
+    arguments = [ModelArguments("user/model"), OtherTask(), OptimizerArguments(num_grads=8), GradualArguments()]
+    arguments += [TrainingArguments(str(tmp_path), learning_rate=0.25, seed=7, use_cpu=True)]
+    measured = {"task": "cola", "eval_matthews_correlation": 0.5, "evaluated_on": ["validation"]}
+    path = write_results(tmp_path, measured, arguments=arguments, argv=["--x"], started=time.perf_counter())
+    run = read_run(path)
+    assert run["metrics"] == {"matthews_correlation": 0.5} and run["seed"] == 7 and run["command"][1:] == ["--x"]
+    assert run["dataset"] == {"id": "nyu-mll/glue", "config": "cola", "source": "data/glue"}
+    assert run["base_model"] == "user/model" and run["pruning"] is None
+    assert run["optimizer"]["name"] == "M-FAC" and run["optimizer"]["num_grads"] == 8
+    assert run["training"]["learning_rate"] == 0.25 and run["training"]["max_seq_length"] == 64
+
+
+def test_a_card_tells_every_flag_of_gradual_pruning():
+    assert list(SCHEDULE_SETTINGS) == [field.name for field in dataclasses.fields(GradualArguments)]
 
 
 def test_adamw_is_called_adamw():
