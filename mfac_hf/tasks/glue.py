@@ -1,4 +1,4 @@
-"""The nine GLUE tasks: data, features, metrics and the benchmark server's prediction files.
+"""The nine GLUE tasks: data to features.
 
 Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", 2018,
 arXiv:1804.07461. Column names, label names and label order are those of ``nyu-mll/glue`` on the Hub.
@@ -7,23 +7,22 @@ arXiv:1804.07461. Column names, label names and label order are those of ``nyu-m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+__all__ = ["TASKS", "GlueTask", "get_task", "hold_out", "load_glue", "tokenize"]
+
+MAX_SEQ_LENGTH = 128
 STSB_RANGE = (0.0, 5.0)
-# fixed, and apart from the training seed: every run of a sweep is judged on the same held-out examples
+# Fixed, and apart from the training seed: every run of a sweep is judged on the same held-out examples.
 HOLDOUT_SEED = 20180420
-# from here on nearly all of SST-2's training phrases are whole sentences or most of one
+# From here on nearly all of SST-2's training phrases are whole sentences or most of one.
 SENTENCE_WORDS = 15
 
 
@@ -32,14 +31,14 @@ class GlueTask:
     """One task: what to read, what to predict, and how that is judged.
 
     Attributes:
-        name: Name of the configuration on the Hub.
-        text_columns: One column for single sentences, two for pairs.
-        label_names: Class names in the order of their ids; empty for regression.
-        metrics: Names of the metrics; the first selects models.
-        server_files: Test split -> file name that the GLUE server expects.
-        server_names: Whether the server expects class names instead of ids.
-        validation_splits: Suffix of the metric's name -> split; one unnamed split except for MNLI.
-        phrases: Whether training texts are phrases of one another, as those of SST-2 are.
+        name: name of the configuration on the Hub.
+        text_columns: one column for single sentences, two for pairs.
+        label_names: class names in the order of their ids; empty for regression.
+        metrics: names of the metrics; the first selects models.
+        server_files: by test split, the file name that the GLUE server expects.
+        server_names: whether the server expects class names instead of ids.
+        validation_splits: one, except for MNLI.
+        phrase_column: column whose training texts are phrases of one another, as those of SST-2 are.
     """
 
     name: str
@@ -49,11 +48,11 @@ class GlueTask:
     server_files: Mapping[str, str]
     server_names: bool = False
     validation_splits: tuple[str, ...] = ("validation",)
-    phrases: bool = False
+    phrase_column: str | None = None
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model: one for regression, else one per class."""
+        """Outputs of the model: one for regression, else one for each class."""
         return len(self.label_names) or 1
 
     @property
@@ -77,7 +76,14 @@ TASKS: dict[str, GlueTask] = {
     task.name: task
     for task in (
         GlueTask("cola", _SINGLE, ("unacceptable", "acceptable"), _MATTHEWS, {"test": "CoLA.tsv"}),
-        GlueTask("sst2", _SINGLE, ("negative", "positive"), ("accuracy",), {"test": "SST-2.tsv"}, phrases=True),
+        GlueTask(
+            "sst2",
+            _SINGLE,
+            ("negative", "positive"),
+            ("accuracy",),
+            {"test": "SST-2.tsv"},
+            phrase_column="sentence",
+        ),
         GlueTask("mrpc", _PAIR, ("not_equivalent", "equivalent"), _F1, {"test": "MRPC.tsv"}),
         GlueTask("stsb", _PAIR, (), ("pearson", "spearmanr"), {"test": "STS-B.tsv"}),
         GlueTask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), _F1, {"test": "QQP.tsv"}),
@@ -94,7 +100,7 @@ TASKS: dict[str, GlueTask] = {
             "qnli", ("question", "sentence"), _ENTAILMENT, ("accuracy",), {"test": "QNLI.tsv"}, server_names=True
         ),
         GlueTask("rte", _PAIR, _ENTAILMENT, ("accuracy",), {"test": "RTE.tsv"}, server_names=True),
-        # the two classes stand the other way round than in RTE and QNLI
+        # The two classes stand the other way round than in RTE and QNLI.
         GlueTask("wnli", _PAIR, ("not_entailment", "entailment"), ("accuracy",), {"test": "WNLI.tsv"}),
     )
 }
@@ -104,7 +110,7 @@ def get_task(name: str) -> GlueTask:
     """Return the task of that name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: there is none.
     """
     if name not in TASKS:
         raise ValueError(f"unknown GLUE task {name!r}; expected one of {', '.join(TASKS)}")
@@ -117,16 +123,16 @@ def load_glue(
     """Load the splits of one task and check their columns and labels.
 
     Args:
-        dataset_name: Name on the Hub (``nyu-mll/glue``), or a local directory laid out like that repository.
-        task: The task, or its name.
-        cache_dir: Where ``datasets`` keeps its Arrow files.
+        dataset_name: name on the Hub (``nyu-mll/glue``), or a local directory laid out like that repository.
+        task: the task, or its name.
+        cache_dir: where ``datasets`` keeps its Arrow files.
 
     Returns:
         The splits that the source has. Test splits keep -1 where the label is hidden.
 
     Raises:
-        ValueError: The source has no such task, a column is missing, class names stand in another order, or a
-            label is out of range.
+        ValueError: the source has no such task, a column is missing, class names stand in another order, or a label
+            is out of range.
     """
     task = get_task(task) if isinstance(task, str) else task
     name = os.fspath(dataset_name)
@@ -162,7 +168,7 @@ def _check_split(task: GlueTask, split: str, examples: Dataset) -> None:
         expected = "numbers" if task.is_regression else f"integers from 0 to {task.num_labels - 1}"
         raise ValueError(f"{where}: labels such as {labels[0]!r} ({labels.dtype}); expected {expected}")
     low, high = STSB_RANGE if task.is_regression else (0, task.num_labels - 1)
-    # written so that NaN counts as wrong
+    # Written so that NaN counts as wrong.
     wrong = ~((labels >= low) & (labels <= high))
     if is_test:
         wrong &= labels != -1
@@ -175,7 +181,7 @@ def _check_split(task: GlueTask, split: str, examples: Dataset) -> None:
         )
 
 
-def hold_out(train: Dataset, fraction: float, phrases: str | None = None) -> tuple[Dataset, Dataset]:
+def hold_out(train: Dataset, fraction: float, phrase_column: str | None = None) -> tuple[Dataset, Dataset]:
     """Split the training examples into those to train on and those to tune on.
 
     The cut depends on the data and the fraction alone, not on the training seed, so all runs of a sweep are judged
@@ -183,28 +189,29 @@ def hold_out(train: Dataset, fraction: float, phrases: str | None = None) -> tup
 
     The training split of SST-2 holds sentences and most of their phrases, its validation split only whole sentences.
     Held out at random, phrases of training sentences would be judged: a model that remembers looked 8 points better
-    there than on the validation split. So with ``phrases``, long examples are held out, and those that share text with
-    them leave the training part.
+    there than on the validation split. So with ``phrase_column``, long examples are held out, and those that share
+    text with them leave the training part.
 
     Args:
-        train: The training split.
-        fraction: Part to hold out, between 0 and 1.
-        phrases: Column of texts that may contain one another, if they may.
+        train: the training split.
+        fraction: part to hold out, between 0 and 1.
+        phrase_column: column of texts that may contain one another; None if they may not.
 
     Returns:
-        The examples to train on and the held-out ones, disjoint. Without ``phrases`` they are ``train`` together.
+        The examples to train on and the held-out ones, disjoint. Without ``phrase_column`` they are ``train``
+        together.
 
     Raises:
         ValueError: ``fraction`` is not inside (0, 1), or leaves one of the parts empty.
     """
     held_out = round(len(train) * fraction) if 0 < fraction < 1 else 0
-    if phrases is None and 0 < held_out < len(train):
+    if phrase_column is None and 0 < held_out < len(train):
         parts = train.train_test_split(test_size=held_out, seed=HOLDOUT_SEED)
         return parts["train"], parts["test"]
     kept: list[int] = []
     chosen: list[int] = []
-    if phrases is not None and held_out:
-        texts = [text.strip() for text in train[phrases]]
+    if phrase_column is not None and held_out:
+        texts = [text.strip() for text in train[phrase_column]]
         long = [i for i, text in enumerate(texts) if len(text.split()) >= SENTENCE_WORDS]
         chosen = np.random.default_rng(HOLDOUT_SEED).permutation(long)[:held_out].tolist()
         sentences = [texts[i] for i in chosen]
@@ -212,7 +219,11 @@ def hold_out(train: Dataset, fraction: float, phrases: str | None = None) -> tup
         overlaps = {i for i in long if any(sentence in texts[i] for sentence in sentences)}
         kept = [i for i, text in enumerate(texts) if i not in overlaps and text not in joined]
     if not kept or not chosen:
-        of = "" if phrases is None else f" (whole sentences, of at least {SENTENCE_WORDS} words, are held out here)"
+        of = (
+            ""
+            if phrase_column is None
+            else f" (whole sentences, of at least {SENTENCE_WORDS} words, are held out here)"
+        )
         raise ValueError(
             f"holdout_fraction {fraction} of {len(train)} training examples leaves a part empty; "
             f"expected a fraction between 0 and 1 that leaves at least one example on each side{of}"
@@ -221,7 +232,7 @@ def hold_out(train: Dataset, fraction: float, phrases: str | None = None) -> tup
 
 
 def tokenize(
-    examples: Dataset, task: GlueTask, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 128
+    examples: Dataset, task: GlueTask, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = MAX_SEQ_LENGTH
 ) -> Dataset:
     """Turn texts into token ids, truncated to ``max_seq_length`` and not padded; the label stays.
 
@@ -235,113 +246,3 @@ def tokenize(
 
     unused = [column for column in examples.column_names if column != "label"]
     return examples.map(encode, batched=True, remove_columns=unused, desc=f"tokenizing {task.name}")
-
-
-class GlueMetric(evaluate.Metric):
-    """The metrics of one GLUE task behind ``evaluate``'s interface, without a download.
-
-    ``GlueMetric("mrpc").compute(predictions=[0, 1], references=[0, 1])`` gives ``{"f1": 1.0, "accuracy": 1.0}``.
-    Predictions are class ids, or scores for STS-B. F1 is that of class 1. A correlation (Matthews, Pearson,
-    Spearman) with a constant is undefined; it counts as 0, the convention for Matthews.
-
-    Raises:
-        ValueError: Unknown task, or (in ``compute``) predictions that are not finite.
-    """
-
-    def __init__(self, task: str, **kwargs: Any) -> None:
-        """Make the metric of a task; ``kwargs`` go to ``evaluate.Metric``."""
-        self.task = get_task(task)
-        super().__init__(config_name=task, keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        kind = datasets.Value("float64" if self.task.is_regression else "int64")
-        return evaluate.MetricInfo(
-            description=f"GLUE {self.task.name}: {', '.join(self.task.metrics)}.",
-            citation="Wang et al. 2018, arXiv:1804.07461",
-            inputs_description="Predicted and true class ids, or scores for stsb.",
-            features=datasets.Features({"predictions": kind, "references": kind}),
-        )
-
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-        predicted, true = np.asarray(predictions), np.asarray(references)
-        _require_finite(predicted)
-        return {name: float(_METRICS[name](true, predicted)) for name in self.task.metrics}
-
-
-def _correlation(statistic: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Extend a correlation to constants, with which it is 0."""
-
-    def value(true: np.ndarray, predicted: np.ndarray) -> float:
-        return 0.0 if np.ptp(true) == 0 or np.ptp(predicted) == 0 else statistic(true, predicted)
-
-    return value
-
-
-_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy_score,
-    "f1": lambda true, predicted: f1_score(true, predicted, zero_division=0.0),
-    "matthews_correlation": _correlation(matthews_corrcoef),
-    "pearson": _correlation(lambda true, predicted: pearsonr(true, predicted).statistic),
-    "spearmanr": _correlation(lambda true, predicted: spearmanr(true, predicted).statistic),
-}
-
-
-def _require_finite(outputs: np.ndarray) -> None:
-    if not np.isfinite(outputs).all():
-        raise ValueError(
-            f"{int((~np.isfinite(outputs)).sum())} of {outputs.size} model outputs are not finite: training diverged; "
-            "try a lower learning rate or more damping"
-        )
-
-
-def predictions_from_outputs(outputs: Any, task: GlueTask) -> np.ndarray:
-    """Class ids (argmax of the logits), or scores for regression.
-
-    Args:
-        outputs: What Trainer collected: logits of shape (examples, num_labels), or a tuple that starts with them.
-        task: The task.
-
-    Returns:
-        Shape (examples,), integer or floating point.
-
-    Raises:
-        ValueError: An output is NaN or infinite.
-    """
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
-    _require_finite(logits)
-    return logits.reshape(-1) if task.is_regression else logits.argmax(axis=-1)
-
-
-def make_compute_metrics(task: GlueTask) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return the task's ``compute_metrics`` for Trainer."""
-    metric = GlueMetric(task.name)
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predicted = predictions_from_outputs(prediction.predictions, task)
-        scores = metric.compute(predictions=predicted, references=prediction.label_ids)
-        assert scores is not None  # only a secondary process of a distributed metric gets None
-        return scores
-
-    return compute_metrics
-
-
-def write_predictions(output_dir: str | os.PathLike[str], task: GlueTask, split: str, predictions: np.ndarray) -> Path:
-    """Write predictions of a test split as the tab-separated file that the GLUE server takes.
-
-    A header ``index``, ``prediction`` and one line per example in the split's order: class names for MNLI, QNLI and
-    RTE, class ids for the others, scores clipped to 0..5 with three decimals for STS-B.
-
-    Raises:
-        ValueError: The server takes no predictions of that split.
-    """
-    if split not in task.server_files:
-        raise ValueError(f"no prediction file for split {split!r} of {task.name}: expected {list(task.server_files)}")
-    if task.is_regression:
-        values = [f"{score:.3f}" for score in np.clip(predictions, *STSB_RANGE)]
-    else:
-        values = [task.label_names[i] if task.server_names else str(i) for i in predictions.tolist()]
-    path = Path(output_dir) / task.server_files[split]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(values))]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path

@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+# Those of the published script of Devlin et al. 2019, in tokens.
+MAX_SEQ_LENGTH, DOC_STRIDE, MAX_QUERY_LENGTH = 384, 128, 64
 COLUMNS = ("id", "context", "question", "answers")
 NULL_POSITION = 0
 """Token that stands for "no answer here": ``[CLS]``, which is first in every feature."""
 HOLDOUT_SEED = 1
-"""Of the choice of articles to hold out; apart from the training seed, so that every run holds out the same."""
+"""Seed of the articles to hold out; apart from the training seed, so that every run holds out the same ones."""
 
 
 def load_squad(
@@ -33,13 +35,13 @@ def load_squad(
     """Load a split of a data set with SQuAD's columns.
 
     Args:
-        name: Name on the Hub, such as ``rajpurkar/squad``, or a local directory laid out like that repository.
+        name: name on the Hub, such as ``rajpurkar/squad``, or a local directory laid out like that repository.
         split: ``train`` or ``validation``.
-        version_2_with_negative: Whether questions without an answer are expected.
-        cache_dir: Where `datasets` keeps what it prepared.
+        version_2_with_negative: whether questions without an answer are expected.
+        cache_dir: where `datasets` keeps what it prepared.
 
     Raises:
-        ValueError: The split or a column is missing, an id occurs twice, or a question has no answer although
+        ValueError: the split or a column is missing, an id occurs twice, or a question has no answer although
             ``version_2_with_negative`` is False.
     """
     splits = load_dataset(name, cache_dir=cache_dir)
@@ -68,15 +70,15 @@ def hold_out_articles(examples: Dataset, fraction: float, *, seed: int = HOLDOUT
     """Split by article title, so that no context and no topic is on both sides.
 
     Args:
-        examples: Rows with the column ``title``.
-        fraction: Share of the articles to hold out, between 0 and 1; rounded, at least one on each side.
-        seed: Of the choice, which depends on the set of titles alone.
+        examples: rows with the column ``title``.
+        fraction: share of the articles to hold out, between 0 and 1; rounded, at least one on each side.
+        seed: of the choice, which depends on the set of titles alone.
 
     Returns:
         The rows to train on and the rows held out, both in their old order.
 
     Raises:
-        ValueError: No titles, fewer than two articles, or a fraction outside (0, 1).
+        ValueError: no titles, fewer than two articles, or a fraction outside (0, 1).
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction of articles to hold out must lie between 0 and 1, got {fraction}")
@@ -98,9 +100,9 @@ def squad_features(
     examples: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_seq_length: int = 384,
-    doc_stride: int = 128,
-    max_query_length: int = 64,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    doc_stride: int = DOC_STRIDE,
+    max_query_length: int = MAX_QUERY_LENGTH,
 ) -> Dataset:
     """Cut questions and contexts into the model's inputs, one or more for each example.
 
@@ -109,11 +111,11 @@ def squad_features(
     logs the evaluation loss, which for several accepted answers is that of the first.
 
     Args:
-        examples: Rows of `load_squad`.
-        tokenizer: A fast tokenizer that pads on the right and begins with ``[CLS]``.
-        max_seq_length: Tokens of a window, question and special tokens included.
-        doc_stride: Tokens that consecutive windows of a context share.
-        max_query_length: Tokens of a question that are kept; the rest is cut off, which a warning says.
+        examples: rows of `load_squad`.
+        tokenizer: a fast tokenizer that pads on the right and begins with ``[CLS]``.
+        max_seq_length: tokens of a window, question and special tokens included.
+        doc_stride: tokens that consecutive windows of a context share.
+        max_query_length: tokens of a question that are kept; the rest is cut off, which a warning says.
 
     Returns:
         The tokenizer's columns, ``start_positions`` and ``end_positions`` (inclusive) and, for `extract_answers`,
@@ -121,7 +123,7 @@ def squad_features(
         ``token_ends`` (characters of each context token in the context, end exclusive).
 
     Raises:
-        ValueError: An unsuitable tokenizer, lengths that leave no room for a context, an answer that is not where
+        ValueError: an unsuitable tokenizer, lengths that leave no room for a context, an answer that is not where
             ``answer_start`` says, or a context without a token.
     """
     _check_lengths(tokenizer, max_seq_length, doc_stride, max_query_length)
@@ -140,30 +142,39 @@ def squad_features(
             return_offsets_mapping=True,
         )
         rows = encoded.pop("overflow_to_sample_mapping")
-        windows = encoded.pop("offset_mapping")
-        added: dict[str, list[Any]] = {
-            "start_positions": [],
-            "end_positions": [],
-            "example_id": [batch["id"][row] for row in rows],
-            "context_position": [],
-            "token_starts": [],
-            "token_ends": [],
-        }
-        for window, (row, offsets) in enumerate(zip(rows, windows, strict=True)):
-            parts = encoded.sequence_ids(window)
-            if 1 not in parts:
-                raise ValueError(f"the context of question {batch['id'][row]!r} has no token: filter such rows")
-            position = parts.index(1)
-            characters = np.array(offsets[position : position + parts.count(1)], dtype=np.int32)
-            start, end = _label(characters, answers[row])
-            added["start_positions"].append(NULL_POSITION if start is None else position + start)
-            added["end_positions"].append(NULL_POSITION if end is None else position + end)
-            added["context_position"].append(position)
-            added["token_starts"].append(characters[:, 0])
-            added["token_ends"].append(characters[:, 1])
-        return {**encoded, **added}
+        windows = [
+            _window(batch["id"][row], encoded.sequence_ids(number), offsets, answers[row])
+            for number, (row, offsets) in enumerate(zip(rows, encoded.pop("offset_mapping"), strict=True))
+        ]
+        return {**encoded, **{name: [window[name] for window in windows] for name in windows[0]}}
 
     return examples.map(encode, batched=True, remove_columns=examples.column_names, desc="cutting into features")
+
+
+def _window(
+    name: str, parts: list[int | None], offsets: list[tuple[int, int]], answer: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What a feature has beside the tokenizer's columns.
+
+    Args:
+        name: id of the question.
+        parts: for each token 1 where it is of the context.
+        offsets: for each token its characters.
+        answer: its characters in the context; None if there is none.
+    """
+    if 1 not in parts:
+        raise ValueError(f"the context of question {name!r} has no token: filter such rows")
+    position = parts.index(1)
+    characters_T2 = np.array(offsets[position : position + parts.count(1)], dtype=np.int32)
+    start, end = _label(characters_T2, answer)
+    return {
+        "start_positions": NULL_POSITION if start is None else position + start,
+        "end_positions": NULL_POSITION if end is None else position + end,
+        "example_id": name,
+        "context_position": position,
+        "token_starts": characters_T2[:, 0],
+        "token_ends": characters_T2[:, 1],
+    }
 
 
 def _check_lengths(
@@ -215,7 +226,7 @@ def _answer_characters(name: str, context: str, answers: Mapping[str, Sequence[A
             )
     if not texts:
         return None
-    # blanks around an answer belong to no token
+    # Blanks around an answer belong to no token.
     start = starts[0] + len(texts[0]) - len(texts[0].lstrip())
     return start, start + len(texts[0].strip())
 

@@ -6,6 +6,7 @@ answer", whose score is that of the ``[CLS]`` token (Devlin et al. 2019, arXiv:1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +21,41 @@ from mfac_hf.tasks.squad_metric import SquadMetric
 
 
 @dataclass(frozen=True)
+class AnswerOptions:
+    """How answers are chosen.
+
+    Attributes:
+        n_best_size: spans to keep of each question.
+        max_answer_length: tokens of the longest answer.
+        version_2_with_negative: whether "no answer" competes.
+        null_score_diff_threshold: how far its score must exceed that of the best span.
+
+    Raises:
+        ValueError: a limit is below 1.
+    """
+
+    n_best_size: int = 20
+    max_answer_length: int = 30
+    version_2_with_negative: bool = False
+    null_score_diff_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_best_size < 1 or self.max_answer_length < 1:
+            raise ValueError(
+                f"n_best_size {self.n_best_size} and max_answer_length {self.max_answer_length} must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class SquadPredictions:
     """Answers by question id.
 
     Attributes:
-        texts: The answer; empty for "no answer".
-        nbest: The best spans of the question, best first: ``text``, ``start`` (character in the context),
+        texts: the answer; empty for "no answer".
+        nbest: the best spans of the question, best first: ``text``, ``start`` (character in the context),
             ``score`` (sum of the logits) and ``probability`` (softmax over the list). In version 2 the null answer
             is among them, with an empty text and ``start`` None.
-        null_score_diffs: Score of no answer minus that of the best span; empty in version 1.
+        null_score_diffs: score of no answer minus that of the best span; empty in version 1.
     """
 
     texts: dict[str, str]
@@ -49,11 +76,7 @@ def extract_answers(
     features: Dataset,
     start_logits: np.ndarray,
     end_logits: np.ndarray,
-    *,
-    n_best_size: int = 20,
-    max_answer_length: int = 30,
-    version_2_with_negative: bool = False,
-    null_score_diff_threshold: float = 0.0,
+    options: AnswerOptions | None = None,
 ) -> SquadPredictions:
     """Find the spans of the context with the highest sum of start and end logit.
 
@@ -63,22 +86,47 @@ def extract_answers(
     answer is empty where the null score exceeds the best span's by more than ``null_score_diff_threshold``.
 
     Args:
-        examples: The questions, with ``id`` and ``context``.
-        features: Their `squad_features`.
-        start_logits: Shape (features, tokens), in the order of the features; wider than a feature is fine.
-        end_logits: The same.
-        n_best_size: Spans to keep of each question.
-        max_answer_length: Tokens.
-        version_2_with_negative: Whether "no answer" competes.
-        null_score_diff_threshold: How much better the null score must be.
+        examples: the questions, with ``id`` and ``context``.
+        features: their `squad_features`.
+        start_logits: shape (features, tokens), in the order of the features; wider than a feature is fine.
+        end_logits: the same.
+        options: how answers are chosen; None for the defaults.
 
     Raises:
-        ValueError: The logits do not fit the features or are not finite, features and examples have different ids,
-            or a limit is below 1.
+        ValueError: the logits do not fit the features or are not finite, or features and examples have different ids.
     """
-    if n_best_size < 1 or max_answer_length < 1:
-        raise ValueError(f"n_best_size {n_best_size} and max_answer_length {max_answer_length} must be at least 1")
+    options = options or AnswerOptions()
     contexts = dict(zip(examples["id"], examples["context"], strict=True))
+    spans, nulls = _score_spans(contexts, features, start_logits, end_logits, options)
+    result = SquadPredictions({}, {}, {})
+    for name, seen in spans.items():
+        rows = sorted(((score, span) for span, score in seen.items()), key=lambda row: (-row[0], row[1]))
+        entries = [
+            {"text": contexts[name][start:end], "start": start, "score": score}
+            for score, (start, end) in rows[: options.n_best_size]
+        ]
+        result.texts[name] = entries[0]["text"]
+        if options.version_2_with_negative:
+            difference_to_null = nulls[name] - entries[0]["score"]
+            result.null_score_diffs[name] = difference_to_null
+            if difference_to_null > options.null_score_diff_threshold:
+                result.texts[name] = ""
+            entries.append({"text": "", "start": None, "score": nulls[name]})
+            entries.sort(key=lambda entry: -entry["score"])
+        for entry, probability in zip(entries, softmax([entry["score"] for entry in entries]).tolist(), strict=True):
+            entry["probability"] = probability
+        result.nbest[name] = entries
+    return result
+
+
+def _score_spans(
+    contexts: Mapping[str, str],
+    features: Dataset,
+    start_logits: np.ndarray,
+    end_logits: np.ndarray,
+    options: AnswerOptions,
+) -> tuple[dict[str, dict[tuple[int, int], float]], dict[str, float]]:
+    """By question, the best spans (characters) of each of its windows with their scores, and the null score."""
     names = list(features["example_id"])
     if difference := contexts.keys() ^ set(names):
         raise ValueError(
@@ -88,7 +136,8 @@ def extract_answers(
     columns = features.with_format("numpy", columns=["context_position", "token_starts", "token_ends"])[:]
     windows = list(zip(*(columns[key] for key in ("context_position", "token_starts", "token_ends")), strict=True))
     _check_logits(start_logits, end_logits, [position + len(starts) for position, starts, _ in windows])
-    firsts, lasts = _spans_by_end(max((len(starts) for _, starts, _ in windows), default=0), max_answer_length)
+    longest = max((len(starts) for _, starts, _ in windows), default=0)
+    firsts, lasts = _spans_by_end(longest, options.max_answer_length)
 
     spans: dict[str, dict[tuple[int, int], float]] = {name: {} for name in contexts}
     nulls = dict.fromkeys(contexts, np.inf)
@@ -96,33 +145,15 @@ def extract_answers(
         start_T = start_logits[row, position : position + len(starts_T)]
         end_T = end_logits[row, position : position + len(starts_T)]
         count = int(np.searchsorted(lasts, len(starts_T)))
-        scores = start_T[firsts[:count]] + end_T[lasts[:count]]
-        best = np.argpartition(scores, -n_best_size)[-n_best_size:] if count > n_best_size else np.arange(count)
+        scores, best = start_T[firsts[:count]] + end_T[lasts[:count]], np.arange(count)
+        if count > options.n_best_size:
+            best = np.argpartition(scores, -options.n_best_size)[-options.n_best_size :]
         seen = spans[name]
         for first, last, score in zip(firsts[best], lasts[best], scores[best].tolist(), strict=True):
             span = (int(starts_T[first]), int(ends_T[last]))
             seen[span] = max(seen.get(span, -np.inf), score)
         nulls[name] = min(nulls[name], float(start_logits[row, NULL_POSITION] + end_logits[row, NULL_POSITION]))
-
-    result = SquadPredictions({}, {}, {})
-    for name, seen in spans.items():
-        rows = sorted(((score, span) for span, score in seen.items()), key=lambda row: (-row[0], row[1]))
-        entries = [
-            {"text": contexts[name][start:end], "start": start, "score": score}
-            for score, (start, end) in rows[:n_best_size]
-        ]
-        result.texts[name] = entries[0]["text"]
-        if version_2_with_negative:
-            difference_to_null = nulls[name] - entries[0]["score"]
-            result.null_score_diffs[name] = difference_to_null
-            if difference_to_null > null_score_diff_threshold:
-                result.texts[name] = ""
-            entries.append({"text": "", "start": None, "score": nulls[name]})
-            entries.sort(key=lambda entry: -entry["score"])
-        for entry, probability in zip(entries, softmax([entry["score"] for entry in entries]).tolist(), strict=True):
-            entry["probability"] = probability
-        result.nbest[name] = entries
-    return result
+    return spans, nulls
 
 
 def _check_logits(start_logits: np.ndarray, end_logits: np.ndarray, lengths: list[int]) -> None:
@@ -152,16 +183,15 @@ class SquadEvaluation:
     labels prove that Trainer kept their order.
 
     Args:
-        examples: The questions.
-        features: Their `squad_features`, which Trainer evaluates.
-        options: Keyword arguments of `extract_answers`.
+        examples: the questions.
+        features: their `squad_features`, which Trainer evaluates.
+        options: how answers are chosen; None for the defaults.
     """
 
-    def __init__(self, examples: Dataset, features: Dataset, **options: Any) -> None:
-        """Keep the data; nothing is computed yet."""
+    def __init__(self, examples: Dataset, features: Dataset, options: AnswerOptions | None = None) -> None:
         self.examples = examples
         self.features = features
-        self.options = options
+        self.options = options or AnswerOptions()
         self.references = [
             {"id": name, "answers": answers} for name, answers in zip(examples["id"], examples["answers"], strict=True)
         ]
@@ -171,7 +201,7 @@ class SquadEvaluation:
         """Find the answers in what Trainer collected from the features.
 
         Raises:
-            ValueError: The output does not belong to the features, or see `extract_answers`.
+            ValueError: the output does not belong to the features, or see `extract_answers`.
         """
         labels = np.asarray(output.label_ids)
         expected = np.array([self.features["start_positions"][:], self.features["end_positions"][:]])
@@ -181,7 +211,7 @@ class SquadEvaluation:
                 "features in their order: evaluate these features, without --train_sampling_strategy group_by_length"
             )
         start_logits, end_logits = list(output.predictions)[:2]
-        return extract_answers(self.examples, self.features, start_logits, end_logits, **self.options)
+        return extract_answers(self.examples, self.features, start_logits, end_logits, self.options)
 
     def __call__(self, output: EvalPrediction | PredictionOutput) -> dict[str, float]:
         """Score the answers: the values of `SquadMetric`."""

@@ -115,15 +115,15 @@ def best_null_threshold(
     result is an upper bound that has seen the answers: choose on held-out training data, and report it apart.
 
     Args:
-        spans: By id, the best non-empty answer.
-        null_score_diffs: By id, the score of no answer minus that of the best answer.
-        references: Dicts with `id` and `answers`, as for `SquadMetric`.
+        spans: by id, the best non-empty answer.
+        null_score_diffs: by id, the score of no answer minus that of the best answer.
+        references: dicts with `id` and `answers`, as for `SquadMetric`.
 
     Returns:
         `best_exact_match`, `best_f1` (percent), and for each its `..._threshold`, the least that reaches it.
 
     Raises:
-        ValueError: The ids differ, there are no references, or a difference is not a number.
+        ValueError: the ids differ, there are no references, or a difference is not a number.
     """
     gold = {row["id"]: list(row["answers"]["text"]) for row in references}
     _require_unique("references", gold, references)
@@ -140,10 +140,10 @@ def best_null_threshold(
 
     order = np.argsort(diffs, kind="stable")
     diffs = diffs[order]
-    # row k: scores when the k questions of least difference are answered
+    # Row k: the scores when the k questions of least difference are answered.
     totals = silent.sum(0) + np.vstack([np.zeros(2), np.cumsum((answered - silent)[order], axis=0)])
     thresholds = np.concatenate([[np.nextafter(diffs[0], -np.inf)], diffs])
-    # questions of equal difference are answered all or not at all
+    # Questions of equal difference are answered all or not at all.
     reachable = np.concatenate([[True], diffs[1:] > diffs[:-1], [True]])
     totals, thresholds = totals[reachable], thresholds[reachable]
 

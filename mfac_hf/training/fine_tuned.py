@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -19,8 +21,9 @@ from transformers import (
 )
 
 from mfac_hf.tasks import glue, squad
+from mfac_hf.tasks.glue_metric import make_compute_metrics
 from mfac_hf.tasks.hub_names import GLUE, SQUAD
-from mfac_hf.tasks.squad_answers import SquadEvaluation
+from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation
 
 __all__ = ["TASKS", "FineTuned", "load_fine_tuned"]
 
@@ -56,6 +59,38 @@ class FineTuned:
         return self.trainer.evaluate()
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """Which data of a task: the arguments of `load_fine_tuned` by the same names."""
+
+    dataset_name: str | None
+    max_seq_length: int | None
+    max_train_samples: int | None
+    max_eval_samples: int | None
+    holdout_fraction: float | None
+    cache_dir: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; expected at least 1")
+
+    def limit(self, train: Dataset, evaluation: Dataset) -> tuple[Dataset, Dataset]:
+        """As many of the examples as are wanted."""
+        return _draw(train, self.max_train_samples), _draw(evaluation, self.max_eval_samples)
+
+
+@dataclass(frozen=True)
+class _TaskData:
+    """Features to take gradients of, features to evaluate on, and how that is judged."""
+
+    train: Dataset
+    evaluation: Dataset
+    metric: str
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+
+
 def load_fine_tuned(
     model_name: str,
     task: str,
@@ -74,118 +109,99 @@ def load_fine_tuned(
     Args:
         model_name: name on the Hub, or a directory; its task head has to be trained.
         task: a GLUE task, ``"squad"`` or ``"squad_v2"``.
-        dataset_name: name on the Hub, or a directory in the same layout; default the official data set.
-        max_seq_length: tokens of an input; default 128 for GLUE and 384 for SQuAD, where windows share a third of it
+        dataset_name: name on the Hub, or a directory in the same layout; default: the official data set.
+        max_seq_length: tokens of an input; default: 128 for GLUE and 384 for SQuAD, where windows share a third of it
             and questions take at most a sixth.
         max_train_samples: so many examples of the training split, drawn at random but always the same; None for all.
         max_eval_samples: so many of the evaluation examples, likewise.
         holdout_fraction: evaluate on this fraction of the training split, which then gives no gradients, and leave the
             validation split alone: for choosing options.
-        eval_batch_size: examples of a forward pass in evaluations.
-        use_cpu: also where there is a GPU.
-        cache_dir: for downloads.
+        eval_batch_size: examples in a forward pass of an evaluation.
+        use_cpu: stay on the CPU, also where there is a GPU.
+        cache_dir: directory for downloads.
 
     Raises:
         ValueError: an unknown task, a model that is not fine-tuned for it, or a limit out of range.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
-    for name, count in {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}; expected at least 1")
-    is_squad = task in SQUAD
-    kind = AutoModelForQuestionAnswering if is_squad else AutoModelForSequenceClassification
+    selection = _Selection(
+        dataset_name, max_seq_length, max_train_samples, max_eval_samples, holdout_fraction, cache_dir
+    )
+    model = _load_model(model_name, task, cache_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_name, cache_dir=cache_dir)
+    data = (_squad if task in SQUAD else _glue)(task, tokenizer, selection)
+    scratch = tempfile.TemporaryDirectory()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=scratch.name,
+            per_device_eval_batch_size=eval_batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=use_cpu,
+        ),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        compute_metrics=data.compute_metrics,
+    )
+    where = "validation" if holdout_fraction is None else "held-out training examples"
+    return FineTuned(model, tokenizer, trainer, f"eval_{data.metric}", where, scratch)
+
+
+def _load_model(model_name: str, task: str, cache_dir: str | None) -> PreTrainedModel:
+    """The model, whose head has to be trained and to suit the task."""
+    kind = AutoModelForQuestionAnswering if task in SQUAD else AutoModelForSequenceClassification
     model, loading = kind.from_pretrained(model_name, cache_dir=cache_dir, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(
             f"{model_name} is not fine-tuned for {task}: it has no {', '.join(sorted(loading['missing_keys']))}. "
             "Fine-tune it first (scripts/run_glue.py, scripts/run_squad.py)"
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_name, cache_dir=cache_dir)
-    limits = max_train_samples, max_eval_samples
-    if is_squad:
-        train, evaluation, metric, compute = _squad(
-            task, dataset_name, tokenizer, max_seq_length or 384, limits, holdout_fraction, cache_dir
-        )
-    else:
-        expected = glue.get_task(task).num_labels
-        if model.config.num_labels != expected:
-            raise ValueError(f"{model_name} has {model.config.num_labels} outputs; {task} needs {expected}")
-        train, evaluation, metric, compute = _glue(
-            task, dataset_name, tokenizer, max_seq_length or 128, limits, holdout_fraction, cache_dir
-        )
-    scratch = tempfile.TemporaryDirectory()
-    arguments = TrainingArguments(
-        output_dir=scratch.name,
-        per_device_eval_batch_size=eval_batch_size,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=use_cpu,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        compute_metrics=compute,
-    )
-    where = "validation" if holdout_fraction is None else "held-out training examples"
-    return FineTuned(model, tokenizer, trainer, f"eval_{metric}", where, scratch)
+    if task in glue.TASKS and model.config.num_labels != (expected := glue.get_task(task).num_labels):
+        raise ValueError(f"{model_name} has {model.config.num_labels} outputs; {task} needs {expected}")
+    return model
 
 
-def _limit(examples: Dataset, count: int | None) -> Dataset:
+def _draw(examples: Dataset, count: int | None) -> Dataset:
+    """So many examples, drawn at random but always the same."""
     if count is None or count >= len(examples):
         return examples
     return examples.shuffle(seed=glue.HOLDOUT_SEED).select(range(count))
 
 
-def _glue(
-    name: str,
-    dataset_name: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    limits: tuple[int | None, int | None],
-    holdout_fraction: float | None,
-    cache_dir: str | None,
-) -> tuple[Dataset, Dataset, str, Any]:
+def _glue(name: str, tokenizer: PreTrainedTokenizerBase, selection: _Selection) -> _TaskData:
     task = glue.get_task(name)
-    data = glue.load_glue(dataset_name or GLUE, task, cache_dir=cache_dir)
-    # of MNLI's two, the matched one
-    wanted = ["train"] + ([] if holdout_fraction is not None else [task.validation_splits[0]])
-    if missing := [split for split in wanted if split not in data]:
-        raise ValueError(f"the data of {name} lack the split {missing[0]!r}; there are {', '.join(map(str, data))}")
-    if holdout_fraction is not None:
-        phrases = task.text_columns[0] if task.phrases else None
-        train, evaluation = glue.hold_out(data["train"], holdout_fraction, phrases)
+    data = glue.load_glue(selection.dataset_name or GLUE, task, cache_dir=selection.cache_dir)
+    validation = task.validation_splits[0]  # of MNLI's two the matched one
+    for split in ("train",) if selection.holdout_fraction is not None else ("train", validation):
+        if split not in data:
+            raise ValueError(f"the data of {name} lack the split {split!r}; there are {', '.join(map(str, data))}")
+    if selection.holdout_fraction is not None:
+        train, evaluation = glue.hold_out(data["train"], selection.holdout_fraction, task.phrase_column)
     else:
-        train, evaluation = (data[split] for split in wanted)
+        train, evaluation = data["train"], data[validation]
     train, evaluation = (
-        glue.tokenize(_limit(part, limit), task, tokenizer, max_seq_length)
-        for part, limit in zip((train, evaluation), limits, strict=True)
+        glue.tokenize(part, task, tokenizer, selection.max_seq_length or glue.MAX_SEQ_LENGTH)
+        for part in selection.limit(train, evaluation)
     )
-    return train, evaluation, task.selection_metric, glue.make_compute_metrics(task)
+    return _TaskData(train, evaluation, task.selection_metric, make_compute_metrics(task))
 
 
-def _squad(
-    name: str,
-    dataset_name: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    limits: tuple[int | None, int | None],
-    holdout_fraction: float | None,
-    cache_dir: str | None,
-) -> tuple[Dataset, Dataset, str, Any]:
+def _squad(name: str, tokenizer: PreTrainedTokenizerBase, selection: _Selection) -> _TaskData:
+    version_2 = name == "squad_v2"
+    max_seq_length = selection.max_seq_length or squad.MAX_SEQ_LENGTH
+
     def load(split: str) -> Dataset:
-        return squad.load_squad(
-            dataset_name or SQUAD[name], split, version_2_with_negative=name == "squad_v2", cache_dir=cache_dir
-        )
+        source = selection.dataset_name or SQUAD[name]
+        return squad.load_squad(source, split, version_2_with_negative=version_2, cache_dir=selection.cache_dir)
 
-    if holdout_fraction is not None:
-        train, evaluation = squad.hold_out_articles(load("train"), holdout_fraction)
+    if selection.holdout_fraction is not None:
+        train, evaluation = squad.hold_out_articles(load("train"), selection.holdout_fraction)
     else:
         train, evaluation = load("train"), load("validation")
-    evaluation = _limit(evaluation, limits[1])
+    train, evaluation = selection.limit(train, evaluation)
     train_features, eval_features = (
         squad.squad_features(
             part,
@@ -194,7 +210,7 @@ def _squad(
             doc_stride=max_seq_length // 3,
             max_query_length=max_seq_length // 6,
         )
-        for part in (_limit(train, limits[0]), evaluation)
+        for part in (train, evaluation)
     )
-    scoring = SquadEvaluation(evaluation, eval_features, version_2_with_negative=name == "squad_v2")
-    return train_features, eval_features, "f1", scoring
+    scoring = SquadEvaluation(evaluation, eval_features, AnswerOptions(version_2_with_negative=version_2))
+    return _TaskData(train_features, eval_features, "f1", scoring)

@@ -5,8 +5,13 @@ import pytest
 from transformers import EvalPrediction
 
 from mfac_hf.tasks.squad import squad_features
+<<<<<<< HEAD
 from mfac_hf.tasks.squad_answers import SquadEvaluation, extract_answers
 from tests.helpers.squad_data import SMALL, WORDS, make_examples, make_row, make_tokenizer
+=======
+from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation, extract_answers
+from tests.tasks.test_squad import SMALL, WORDS, make_examples, make_row, make_tokenizer
+>>>>>>> 1a3dd96 (GLUE's metrics have a file of their own; options of answers are a dataclass; no task function over 60 lines)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +66,8 @@ def test_answers_are_the_best_spans_of_all_windows(seed, n_best_size, max_answer
     # the question would win if it were allowed to
     for row, position in enumerate(features["context_position"]):
         start_logits[row, 1:position] = end_logits[row, 1:position] = 50
-    found = extract_answers(
-        examples, features, start_logits, end_logits, n_best_size=n_best_size, max_answer_length=max_answer_length
-    )
+    options = AnswerOptions(n_best_size=n_best_size, max_answer_length=max_answer_length)
+    found = extract_answers(examples, features, start_logits, end_logits, options)
     contexts = dict(zip(examples["id"], examples["context"], strict=True))
     assert found.texts.keys() == found.nbest.keys() == contexts.keys() and found.null_score_diffs == {}
     for name, entries in found.nbest.items():
@@ -89,7 +93,7 @@ def test_logits_at_the_labels_give_back_the_gold_answers(version_2, case):
     for part, column in zip(logits, ("start_positions", "end_positions"), strict=True):
         part[np.arange(len(features)), features[column][:]] = 10
     labels = (np.array(features["start_positions"][:]), np.array(features["end_positions"][:]))
-    scores = SquadEvaluation(examples, features, version_2_with_negative=version_2)(
+    scores = SquadEvaluation(examples, features, AnswerOptions(version_2_with_negative=version_2))(
         EvalPrediction(tuple(logits), labels)
     )
     assert scores["exact_match"] == scores["f1"] == 100 and scores["total"] == len(examples)
@@ -102,9 +106,8 @@ def test_null_wins_in_version_2_when_it_is_better_than_the_threshold(case):
     start_logits, end_logits = make_logits(features, 1)
 
     def answers(threshold, **options):
-        return extract_answers(
-            examples, features, start_logits, end_logits, null_score_diff_threshold=threshold, **options
-        )
+        chosen = AnswerOptions(null_score_diff_threshold=threshold, **options)
+        return extract_answers(examples, features, start_logits, end_logits, chosen)
 
     plain, found = answers(0.0), answers(0.0, version_2_with_negative=True)
     assert set(plain.texts.values()).isdisjoint({""}) and found.best_spans == plain.texts
@@ -130,7 +133,7 @@ def test_logits_that_do_not_fit(case):
     start_logits, end_logits = make_logits(features)
 
     def answers(examples=examples, features=features, start=start_logits, end=end_logits, **options):
-        return extract_answers(examples, features, start, end, **options)
+        return extract_answers(examples, features, start, end, AnswerOptions(**options))
 
     with pytest.raises(ValueError, match=f"start_logits have shape .* expected {len(features)} features of >= 23"):
         answers(start=start_logits[:-1])
@@ -155,7 +158,7 @@ def test_logits_that_do_not_fit(case):
 def test_evaluation_refuses_reordered_features(case):
     """Labels that come back in another order mean logits of other questions."""
     examples, features = case
-    evaluation = SquadEvaluation(examples, features, version_2_with_negative=True)
+    evaluation = SquadEvaluation(examples, features, AnswerOptions(version_2_with_negative=True))
     logits = tuple(make_logits(features))
     labels = np.array([features["start_positions"][:], features["end_positions"][:]])
     evaluation(EvalPrediction(logits, tuple(labels)))
