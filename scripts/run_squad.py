@@ -1,13 +1,12 @@
-"""python scripts/run_squad.py --model_name_or_path MODEL --do_train --do_eval --output_dir outputs/squad.
+"""Fine-tune on SQuAD: ``python scripts/run_squad.py --model_name_or_path MODEL --do_train --do_eval``.
 
-Fine-tune a BERT (or any model with a span head) on SQuAD v1.1 or v2.0 through an unmodified Trainer, with M-FAC or
-AdamW:
+A BERT (or any model with a span head) learns SQuAD v1.1 or v2.0 through an unmodified Trainer, with M-FAC or AdamW:
 
     python scripts/run_squad.py --model_name_or_path google/bert_uncased_L-2_H-128_A-2 --dataset_name rajpurkar/squad \
         --do_train --do_eval --optim_name mfac --num_grads 1024 --output_dir outputs/squad-mfac
     python scripts/run_squad.py scripts/recipes/squad_v2_mfac.yaml --seed 1 --output_dir outputs/squad_v2-mfac-1
 
-Model and data are Hub names or local directories, through the same flags. All flags of TrainingArguments work. A
+The same flags take models and data from the Hub or from local directories. All flags of TrainingArguments work. A
 recipe (YAML or JSON) holds flags; flags after it win. ``--holdout_fraction 0.1`` tunes on a fixed tenth of the
 training articles and leaves the validation split alone. ``--resume_from_checkpoint last`` continues a run that was
 cut off.
@@ -21,67 +20,52 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
-from mfac_hf.callbacks import MFACLoggingCallback
-from mfac_hf.hub.push import push_run
-from mfac_hf.hub.run_records import write_results
 from mfac_hf.tasks import squad
 from mfac_hf.tasks.hub_names import SQUAD
-from mfac_hf.tasks.squad_answers import SquadEvaluation, SquadPredictions
+from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
-from mfac_hf.training.arguments import (
-    ModelArguments,
-    OptimizerArguments,
-    build_optimizer,
-    find_checkpoint,
-    parse_args,
-    require_action,
-)
-from mfac_hf.training.gradual_pruning import GradualArguments, build_pruning_callback, pruning_results
-from mfac_hf.training.pruning_arguments import PruningArguments, one_shot
+from mfac_hf.training.trainer_run import TrainerRun
 
 SELECTION_METRIC = "eval_f1"
 
 
 @dataclass
 class SquadArguments:
-    """Which data, how much of it, and how answers are found."""
+    """Which data, how much of them, and how answers are chosen."""
 
     dataset_name: str = field(
         default=SQUAD["squad"], metadata={"help": "Name on the Hub, or a local directory in the same layout."}
     )
     train_dataset_name: str | None = field(
-        default=None, metadata={"help": "Where the training split comes from, if not from --dataset_name."}
+        default=None, metadata={"help": "Name or directory of the training split; default: --dataset_name."}
     )
     version_2_with_negative: bool = field(
         default=False, metadata={"help": "Some questions have no answer (SQuAD v2), and the model may say so."}
     )
     max_seq_length: int = field(
-        default=384, metadata={"help": "Tokens of a window: question, part of the context, special tokens."}
+        default=squad.MAX_SEQ_LENGTH,
+        metadata={"help": "Tokens of a window: question, part of the context, special tokens."},
     )
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that consecutive windows of a context share."})
-    max_query_length: int = field(default=64, metadata={"help": "Longer questions are truncated to so many tokens."})
-    n_best_size: int = field(default=20, metadata={"help": "Answers to keep of each question."})
-    max_answer_length: int = field(default=30, metadata={"help": "Longest answer in tokens."})
+    doc_stride: int = field(
+        default=squad.DOC_STRIDE, metadata={"help": "Tokens that consecutive windows of a context share."}
+    )
+    max_query_length: int = field(
+        default=squad.MAX_QUERY_LENGTH, metadata={"help": "Tokens of the longest question; longer ones are truncated."}
+    )
+    n_best_size: int = field(default=AnswerOptions.n_best_size, metadata={"help": "Answers to keep of each question."})
+    max_answer_length: int = field(
+        default=AnswerOptions.max_answer_length, metadata={"help": "Tokens of the longest answer."}
+    )
     null_score_diff_threshold: float = field(
-        default=0.0,
+        default=AnswerOptions.null_score_diff_threshold,
         metadata={"help": "v2: no answer where its score exceeds that of the best answer by more than this."},
     )
     max_train_samples: int | None = field(
@@ -93,8 +77,8 @@ class SquadArguments:
     holdout_fraction: float | None = field(
         default=None,
         metadata={
-            "help": "For tuning: train without this fraction of the training articles and evaluate on them, in place "
-            "of the validation split. Which articles these are depends on nothing but their titles and the fraction."
+            "help": "For tuning: hold out this fraction of the training articles and evaluate on them, in place of "
+            "the validation split. Their titles and the fraction alone decide which articles these are."
         },
     )
 
@@ -105,7 +89,7 @@ def choose_splits(
     """Load the questions to train on and those to evaluate.
 
     Raises:
-        ValueError: The data are unsuitable (`squad.load_squad`), or a limit or the hold-out fraction is out of range.
+        ValueError: the data are unsuitable (`squad.load_squad`), or a limit or the hold-out fraction is out of range.
     """
 
     def load(name: str, split: str) -> Dataset:
@@ -118,7 +102,7 @@ def choose_splits(
             raise ValueError(f"{flag} {count}: expected at least 1")
         if count is None or count >= len(examples):
             return examples
-        # the files are sorted by article: their first N questions would be about two or three things
+        # The files are sorted by article: their first N questions would be about two or three things.
         return examples.shuffle(seed=squad.HOLDOUT_SEED).select(range(count))
 
     evaluate = training_args.do_eval or training_args.do_predict
@@ -136,21 +120,6 @@ def choose_splits(
     return train if training_args.do_train else None, evaluation if evaluate else None
 
 
-def load_model(model_args: ModelArguments, max_seq_length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model, with a span head, and its tokenizer.
-
-    Raises:
-        ValueError: The model has fewer positions than ``max_seq_length``.
-    """
-    # a checkpoint may come from a task with another number of outputs; a span has two
-    config = AutoConfig.from_pretrained(**model_args.model_source, num_labels=2)
-    positions = getattr(config, "max_position_embeddings", max_seq_length)
-    if not 0 < max_seq_length <= positions:
-        raise ValueError(f"--max_seq_length {max_seq_length}: expected 1 to {positions}, the positions of the model")
-    model = AutoModelForQuestionAnswering.from_pretrained(**model_args.model_source, config=config)
-    return model, AutoTokenizer.from_pretrained(**model_args.tokenizer_source)
-
-
 def write_predictions(output_dir: str, predictions: SquadPredictions) -> None:
     """Write the answers by question id, and beside them the n best and, for v2, the null score differences."""
     files = {"predictions.json": predictions.texts, "nbest_predictions.json": predictions.nbest}
@@ -166,31 +135,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what the flags ask for.
 
     Args:
-        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
 
     Returns:
         The metrics: Trainer's ``train_*`` and ``eval_*`` values, the name and value of the metric that selects models
         and, for v2 with ``--do_predict``, under ``threshold_search`` what the best threshold would have given.
     """
-    started = time.perf_counter()
-    kinds = (ModelArguments, SquadArguments, OptimizerArguments, PruningArguments, GradualArguments, TrainingArguments)
-    arguments = parse_args(*kinds, argv=argv)
-    model_args, data_args, optimizer_args, pruning_args, gradual_args, training_args = arguments
-    require_action(training_args)
-    prune_only = pruning_args.is_one_shot(training_args)
-    trains = training_args.do_train and not prune_only
-    pruning = build_pruning_callback(pruning_args, gradual_args, training_args)
-    checkpoint = find_checkpoint(training_args)
-    train, evaluation = choose_splits(data_args, training_args, model_args.cache_dir)
+    run = TrainerRun(SquadArguments, argv)
+    data_args, training_args = run.data_args, run.training_args
+    train, evaluation = choose_splits(data_args, training_args, run.model_args.cache_dir)
     if evaluation is not None and training_args.train_sampling_strategy == "group_by_length":
         raise ValueError(
             "--train_sampling_strategy group_by_length also reorders the evaluation, so that logits no longer meet "
             "their questions: leave it out, or train without --do_eval and --do_predict"
         )
-
-    # before the model: its span head is drawn at random
-    set_seed(training_args.seed)
-    model, tokenizer = load_model(model_args, data_args.max_seq_length)
+    # A checkpoint may come from a task with another number of outputs; a span has two.
+    model, tokenizer = run.load_model(AutoModelForQuestionAnswering, data_args.max_seq_length, num_labels=2)
 
     def features(examples: Dataset) -> Dataset:
         with training_args.main_process_first(desc="cutting into features"):
@@ -202,66 +162,52 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 max_query_length=data_args.max_query_length,
             )
 
-    eval_features = features(evaluation) if evaluation is not None else None
     scoring = None
-    if evaluation is not None and eval_features is not None:
+    if evaluation is not None:
         scoring = SquadEvaluation(
             evaluation,
-            eval_features,
-            n_best_size=data_args.n_best_size,
-            max_answer_length=data_args.max_answer_length,
-            version_2_with_negative=data_args.version_2_with_negative,
-            null_score_diff_threshold=data_args.null_score_diff_threshold,
+            features(evaluation),
+            AnswerOptions(
+                n_best_size=data_args.n_best_size,
+                max_answer_length=data_args.max_answer_length,
+                version_2_with_negative=data_args.version_2_with_negative,
+                null_score_diff_threshold=data_args.null_score_diff_threshold,
+            ),
         )
-    if training_args.load_best_model_at_end and training_args.metric_for_best_model == "loss":
-        # TrainingArguments puts "loss" where nothing was given; "eval_loss" still asks for it
-        training_args.metric_for_best_model, training_args.greater_is_better = SELECTION_METRIC, True
-
+    run.select_best_by(SELECTION_METRIC)
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=features(train) if train is not None else None,
-        eval_dataset=eval_features,
+        eval_dataset=scoring.features if scoring is not None else None,
         processing_class=tokenizer,
         compute_metrics=scoring,
-        optimizers=(build_optimizer(model, optimizer_args, training_args) if trains else None, None),
+        optimizers=(run.build_optimizer(model), None),
     )
-    MFACLoggingCallback.attach(trainer)
-
-    results: dict[str, Any] = {"task": "squad_v2" if data_args.version_2_with_negative else "squad"}
-    if prune_only:
-        results |= one_shot(trainer, pruning_args)
-    if trains:
-        if pruning is not None:
-            pruning.attach(trainer)
-        results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        trainer.save_state()
-        if pruning is not None:
-            results |= pruning_results(pruning, training_args)
-    if scoring is not None and eval_features is not None:
-        if training_args.do_predict:
-            # one pass over the questions serves --do_eval too
-            output = trainer.predict(eval_features, metric_key_prefix="eval")
-            results |= output.metrics or {}
-            predictions = scoring.answers(output)
-            if trainer.is_world_process_zero():
-                write_predictions(training_args.output_dir, predictions)
-            if data_args.version_2_with_negative:
-                results["threshold_search"] = best_null_threshold(
-                    predictions.best_spans, predictions.null_score_diffs, scoring.references
-                )
-        else:
-            results |= trainer.evaluate()
-        results |= {
-            "evaluated_on": "validation" if data_args.holdout_fraction is None else "held_out",
-            "selection_metric": SELECTION_METRIC,
-            "selection_value": results[SELECTION_METRIC],
-        }
-    if trainer.is_world_process_zero():
-        write_results(training_args.output_dir, results, arguments=arguments, argv=argv, started=started)
-        push_run(trainer)
+    results = {"task": "squad_v2" if data_args.version_2_with_negative else "squad", **run.train(trainer)}
+    if scoring is not None:
+        results |= evaluate(trainer, scoring)
+        results["evaluated_on"] = "validation" if data_args.holdout_fraction is None else "held_out"
+    run.finish(trainer, results)
     return results
+
+
+def evaluate(trainer: Trainer, scoring: SquadEvaluation) -> dict[str, Any]:
+    """Evaluate the trainer's model and, with ``--do_predict``, write its answers and search the best threshold."""
+    if trainer.args.do_predict:
+        # One pass over the questions serves --do_eval too.
+        output = trainer.predict(scoring.features, metric_key_prefix="eval")
+        results: dict[str, Any] = {**(output.metrics or {})}
+        predictions = scoring.answers(output)
+        if trainer.is_world_process_zero():
+            write_predictions(trainer.args.output_dir, predictions)
+        if scoring.options.version_2_with_negative:
+            results["threshold_search"] = best_null_threshold(
+                predictions.best_spans, predictions.null_score_diffs, scoring.references
+            )
+    else:
+        results = trainer.evaluate()
+    return results | {"selection_metric": SELECTION_METRIC, "selection_value": results[SELECTION_METRIC]}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TRAINING_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16"),
 )
 _DATA = ("max_seq_length", "doc_stride", "max_train_samples", "max_eval_samples")
-# Flags of gradual pruning, `mfac_hf.training.gradual_pruning.GradualArguments`.
+# Flags of gradual pruning, `mfac_hf.training.pruning_arguments.GradualArguments`.
 SCHEDULE_SETTINGS = (
     *("prune_schedule", "initial_sparsity", "prune_start", "prune_end", "prune_every", "prune_unit"),
     *("prune_gradients", "prune_lr_cycle", "prune_evaluate"),

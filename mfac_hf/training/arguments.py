@@ -18,11 +18,10 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
 from mfac_hf.optim.mfac import MFAC
 
 logger = logging.getLogger(__name__)
-
-MFAC_LEARNING_RATE = 1e-4
 
 
 @dataclass
@@ -64,8 +63,10 @@ class OptimizerArguments:
             f"Without --learning_rate, mfac runs at {MFAC_LEARNING_RATE:g} and adamw at 5e-5."
         },
     )
-    num_grads: int = field(default=1024, metadata={"help": "mfac: gradients in the window."})
-    damping: float = field(default=1e-6, metadata={"help": "mfac: multiple of the identity added to the Fisher."})
+    num_grads: int = field(default=MFAC_NUM_GRADS, metadata={"help": "mfac: gradients in the window."})
+    damping: float = field(
+        default=MFAC_DAMPING, metadata={"help": "mfac: multiple of the identity added to the Fisher."}
+    )
     momentum: float = field(default=0.0, metadata={"help": "mfac: decay of the exponential average of directions."})
     grad_decay: float = field(
         default=0.0, metadata={"help": "mfac: decay of the exponential average of gradients that is preconditioned."}

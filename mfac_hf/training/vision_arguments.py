@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from mfac_hf.defaults import MFAC_NUM_GRADS
 from mfac_hf.models import MODEL_NAMES, Checkpoint, ResNetCifar, create_model, read_checkpoint
 from mfac_hf.optim.mfac import MFAC
 from mfac_hf.pruning.masks import MaskSet
@@ -69,7 +70,7 @@ class VisionArguments:
     weightdecay: float = flag(0.0, "Coupled weight decay.")
     drop_at: list[int] | None = flag(None, "Epochs at which the learning rate drops.")
     drop_by: float = flag(0.1, "Factor by which it drops.")
-    ngrads: int = flag(1024, "mfac: gradients in the optimizer's window.")
+    ngrads: int = flag(MFAC_NUM_GRADS, "mfac: gradients in the optimizer's window.")
     damping: float = flag(1e-5, "mfac: multiple of the identity that is added to the Fisher.")
     grad_decay: float = flag(0.0, "mfac: decay of the average of gradients that is preconditioned; 0: the paper.")
     normalize: Literal["num_grads", "count"] = flag(

@@ -17,7 +17,7 @@ from mfac_hf.hub.run_records import (
 )
 from mfac_hf.pruning.options import PruningOptions, PruningReport
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments
-from mfac_hf.training.gradual_pruning import GradualArguments
+from mfac_hf.training.pruning_arguments import GradualArguments
 from tests.helpers.results import log, results
 
 

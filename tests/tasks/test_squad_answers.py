@@ -5,13 +5,8 @@ import pytest
 from transformers import EvalPrediction
 
 from mfac_hf.tasks.squad import squad_features
-<<<<<<< HEAD
-from mfac_hf.tasks.squad_answers import SquadEvaluation, extract_answers
-from tests.helpers.squad_data import SMALL, WORDS, make_examples, make_row, make_tokenizer
-=======
 from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation, extract_answers
-from tests.tasks.test_squad import SMALL, WORDS, make_examples, make_row, make_tokenizer
->>>>>>> 1a3dd96 (GLUE's metrics have a file of their own; options of answers are a dataclass; no task function over 60 lines)
+from tests.helpers.squad_data import SMALL, WORDS, make_examples, make_row, make_tokenizer
 
 
 @pytest.fixture(scope="module")

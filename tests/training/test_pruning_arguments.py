@@ -1,14 +1,17 @@
-"""Pruning flags of the scripts."""
+"""Pruning flags of the training scripts: the options and the callback that they build."""
 
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
+from mfac_hf import SparsitySchedule
 from mfac_hf.pruning import PruningOptions
 from mfac_hf.training.arguments import parse_args
-from mfac_hf.training.pruning_arguments import PruningArguments
+from mfac_hf.training.pruning_arguments import GradualArguments, PruningArguments, build_pruning_callback
 
+ELSEWHERE = ("model_name_or_path", "dataset_name", "max_seq_length", "doc_stride", "optim_name")
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 
 
@@ -64,3 +67,56 @@ def test_the_shipped_recipe_is_one_shot(tmp_path):
     )
     assert arguments.is_one_shot(training_args)
     assert arguments.options(seed=0).damping == "auto"
+
+
+def callback_of(*flags):
+    kinds = (PruningArguments, GradualArguments, TrainingArguments)
+    return build_pruning_callback(*parse_args(*kinds, argv=["--use_cpu", "--do_train", *flags]))
+
+
+def test_flags_become_a_callback(tmp_path):
+    callback = callback_of(
+        *("--sparsity", "0.9", "--prune_schedule", "linear", "--initial_sparsity", "0.5"),
+        *("--prune_start", "1", "--prune_end", "5", "--prune_every", "2", "--prune_unit", "epoch"),
+        *("--prune_damping", "auto", "--prune_pattern", "block4", "--prune_targets", "query", "key"),
+        *("--prune_lr_cycle", "0.1", "--distillation_hardness", "0.5", "--teacher_name_or_path", str(tmp_path)),
+        *("--prune_gradients", "optimizer", "--prune_evaluate"),
+    )
+    assert callback.schedule == SparsitySchedule.from_list([0.5, 0.7, 0.9], start=1, every=2)
+    assert callback.options == PruningOptions(damping="auto", pattern="block4", seed=42)
+    assert callback.targets == ["query", "key"] and callback.gradients == "optimizer" and callback.evaluate
+    assert callback.lr_cycle.lowest == 0.1
+    assert (callback.distillation.hardness, callback.distillation.given) == (0.5, str(tmp_path))
+
+
+def test_defaults_of_the_callback_are_those_of_the_library():
+    assert callback_of("--sparsity", "0.5", "--prune_end", "9").options == PruningOptions(seed=42)
+
+
+def test_no_callback_without_sparsity_or_training():
+    assert callback_of() is None
+    assert callback_of("--sparsity", "0.5", "--num_train_epochs", "0") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "0.5"], "--sparsity 0.5 needs --prune_end, the step at which it is reached"),
+        (["--sparsity", "1.5", "--prune_end", "9"], "sparsity 1.5 at step 9"),
+        (["--distillation_hardness", "1"], "--distillation_hardness is for pruning during training"),
+        (["--sparsity", "0.5", "--prune_end", "9", "--num_train_epochs", "0"], "--prune_end is for pruning during"),
+        (["--sparsity", "0.5", "--prune_end", "9", "--prune_damping", "small"], "--prune_damping small"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(ValueError, match=message):
+        callback_of(*flags)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("pruning_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_follow_the_published_settings(recipe):
+    flags = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key not in ELSEWHERE}
+    callback = callback_of(*(f"--{key}={value}" for key, value in flags.items()))
+    positions, sparsities = zip(*callback.schedule.points, strict=True)
+    assert positions == (2, 6, 10, 14, 18, 22, 26) and (sparsities[0], sparsities[-1]) == (0.7, 0.9)
+    assert (callback.options.num_grads, callback.options.block_size, callback.options.damping) == (1024, 50, 1e-7)
