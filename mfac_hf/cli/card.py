@@ -71,23 +71,23 @@ def _run_card(arguments: argparse.Namespace) -> None:
 
 def collect_facts(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Gather the facts that the flags point to."""
-    from mfac_hf.hub.facts import collect
+    from mfac_hf.hub.facts import CardOptions, collect
+    from mfac_hf.hub.latency import with_latency
 
     results = arguments.results
     if results is None:
         results = [model / "results.json"]
         if not results[0].is_file():
             raise CommandError(f"--results is missing, and {results[0]} is no file")
-    return collect(
-        results,
-        model=model,
-        dense=arguments.dense,
+    options = CardOptions(
         name=arguments.name,
         model_class=arguments.model_class,
+        dense=arguments.dense,
         caveats=[text for path in arguments.caveats for text in _read_caveats(path)],
         license=arguments.license,
-        latency=not arguments.no_latency,
     )
+    facts = collect(results, model=model, options=options)
+    return facts if arguments.no_latency else with_latency(facts, model)
 
 
 def _read_caveats(path: Path) -> list[str]:

@@ -1,10 +1,11 @@
-"""What the weights of a model are: sizes and zeros, tensor by tensor, read from a model or from its files."""
+"""Sizes and zeros of a model's weights, tensor by tensor and file by file."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mfac_hf.pruning.mask_file import MASKS_NAME, read_masks
-from mfac_hf.sparse.files import SPARSE_FILE, find_weights, read_tensors
+from mfac_hf.sparse.files import SPARSE_FILE, dense_files, distinct, find_weights, read_tensors, save_sparse
 from mfac_hf.sparse.format import SparseFile
 
-__all__ = ["describe_weights", "find_model_directory"]
+__all__ = ["describe_weights", "file_sizes", "find_model_directory"]
 
 # Buffers that are no weights: statistics of normalisation layers and position tables.
 _STATISTICS = re.compile(r"(running_mean|running_var|num_batches_tracked|position_ids|token_type_ids)$")
@@ -95,6 +96,27 @@ def _targets(model: nn.Module | str | os.PathLike[str]) -> set[str] | None:
         return set(find_targets(network))
     except ValueError:  # a model without a linear layer or convolution
         return None
+
+
+def file_sizes(model: nn.Module | str | os.PathLike[str], sparse: bool) -> dict[str, int]:
+    """Return the bytes of each weight file by name.
+
+    Args:
+        model: a model, whose files are those that it would be saved in; or a directory that holds one.
+        sparse: whether to count the sparse file too, as it would be written now.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, nn.Module):
+            tensors = distinct(model.state_dict())[0].values()
+            sizes = {"model.safetensors": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
+        else:
+            try:
+                sizes = {path.name: path.stat().st_size for path in dense_files(model)}
+            except FileNotFoundError:
+                return {SPARSE_FILE: (Path(model) / SPARSE_FILE).stat().st_size}
+        if sparse:
+            sizes[SPARSE_FILE] = save_sparse(model, folder, sparse_only=True).stat().st_size
+    return sizes
 
 
 def find_model_directory(source: str | os.PathLike[str], **hub: Any) -> Path:

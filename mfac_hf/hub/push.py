@@ -26,7 +26,8 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from mfac_hf.hub.card import build_card
-from mfac_hf.hub.facts import collect
+from mfac_hf.hub.facts import CardOptions, collect
+from mfac_hf.hub.latency import with_latency
 from mfac_hf.sparse.files import SPARSE_FILE, dense_files, find_weights, save_sparse
 
 if TYPE_CHECKING:
@@ -206,7 +207,8 @@ def push_run(trainer: Trainer) -> None:
         return
     repo_id = str(trainer.hub_model_id)
     results = Path(args.output_dir) / "results.json"
-    facts = collect([results], model=args.output_dir, name=repo_id.rpartition("/")[2], strict=False)
+    options = CardOptions(name=repo_id.rpartition("/")[2])
+    facts = with_latency(collect([results], model=args.output_dir, options=options, strict=False), args.output_dir)
     push_to_hub(args.output_dir, repo_id, card=facts, api=HfApi(token=args.hub_token), revision=args.hub_revision)
 
 
@@ -214,10 +216,10 @@ def _card(card: Card, model: Source, repo_id: str, sparse_only: bool) -> ModelCa
     """The card, built where facts or results are given."""
     if isinstance(card, ModelCard):
         return card
-    name = repo_id.rpartition("/")[2]
     facts: Any = card if isinstance(card, Mapping) else json.loads(Path(card).read_text(encoding="utf-8"))
     if "runs" not in facts:
-        facts = collect([facts], model=model, name=name)
+        options = CardOptions(name=repo_id.rpartition("/")[2])
+        facts = with_latency(collect([facts], model=model, options=options), model)
     return build_card(facts, repo_id, sparse_only=sparse_only)
 
 

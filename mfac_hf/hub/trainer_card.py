@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mfac_hf.hub.card import build_card
+from mfac_hf.hub.facts import CardOptions, collect
 from mfac_hf.hub.run_records import TRAINING_SETTINGS, metrics_of, pruning_facts
+from mfac_hf.machine import describe_run
 from mfac_hf.optim.unwrap import unwrap_optimizer
+from mfac_hf.sparse.files import SPARSE_FILE
 
 __all__ = ["attach_card", "facts_of_trainer"]
 
@@ -22,15 +27,19 @@ def attach_card(trainer: Trainer, **card_options: Any) -> None:
 
     Args:
         trainer: the trainer that gets our card.
-        **card_options: what a trainer does not know (``dense`` results to compare with, ``caveats``, ``license``,
-            ``name``, ``model_class``), for `mfac_hf.hub.facts.collect`.
+        **card_options: what a trainer does not know, fields of `mfac_hf.hub.facts.CardOptions`: ``dense`` results to
+            compare with, ``caveats``, ``license``, ``name``, ``model_class``.
+
+    Raises:
+        TypeError: for an option that does not exist.
     """
+    options = dataclasses.replace(_options_of(trainer), **card_options)
     writer = _writer_of(trainer)
     if writer is None:
         writer = _CardWriter(trainer)
         trainer.add_callback(writer)
         trainer.create_model_card = writer.write  # type: ignore[method-assign, assignment]
-    writer.options |= card_options
+    writer.options = options
 
 
 class _CardWriter(TrainerCallback):
@@ -42,7 +51,7 @@ class _CardWriter(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.options: dict[str, Any] = {}
+        self.options = CardOptions()
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,15 +68,11 @@ class _CardWriter(TrainerCallback):
         **ignored: Any,
     ) -> None:
         """Write the card, in place of ``Trainer.create_model_card``, whose arguments these are."""
-        from mfac_hf.hub.card import build_card  # here: a trainer that never pushes need not wait for it
-        from mfac_hf.sparse.files import SPARSE_FILE
-
         trainer = self.trainer
         if not trainer.is_world_process_zero():
             return
-        chosen = {"name": model_name or Path(trainer.hub_model_id or str(trainer.args.output_dir)).name}
-        chosen |= {"license": license} if license else {}
-        facts = facts_of_trainer(trainer, **chosen)
+        name = model_name or Path(trainer.hub_model_id or str(trainer.args.output_dir)).name
+        facts = facts_of_trainer(trainer, name=name, license=license)
         facts["files"].pop(SPARSE_FILE, None)  # Trainer pushes the ordinary file only
         build_card(facts, trainer.hub_model_id).save(Path(str(trainer.args.output_dir)) / "README.md")
 
@@ -77,19 +82,23 @@ def _writer_of(trainer: Trainer) -> _CardWriter | None:
     return next((c for c in trainer.callback_handler.callbacks if isinstance(c, _CardWriter)), None)
 
 
-def facts_of_trainer(trainer: Trainer, **defaults: Any) -> dict[str, Any]:
+def _options_of(trainer: Trainer) -> CardOptions:
+    """The options that `attach_card` got for ``trainer``."""
+    writer = _writer_of(trainer)
+    return CardOptions() if writer is None else writer.options
+
+
+def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None) -> dict[str, Any]:
     """Gather what a card says of the model of ``trainer`` as it is now.
 
     Args:
         trainer: the trainer.
-        **defaults: arguments of `mfac_hf.hub.facts.collect`; those given to `attach_card` come before them.
+        name: the model's name, where `attach_card` got none.
+        license: the same for its licence.
 
     Returns:
         What `mfac_hf.hub.facts.collect` returns.
     """
-    from mfac_hf.hub.facts import collect
-    from mfac_hf.machine import describe_run
-
     args: Any = trainer.args
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     dataset: Any = trainer.eval_dataset
@@ -112,9 +121,9 @@ def facts_of_trainer(trainer: Trainer, **defaults: Any) -> dict[str, Any]:
         "wall_seconds": None,
         **describe_run(None, args.device),
     }
-    writer = _writer_of(trainer)
-    options = {**defaults, **(writer.options if writer else {})}
-    return collect([run], model=model, strict=False, latency=False, **options)
+    options = _options_of(trainer)
+    options = dataclasses.replace(options, name=options.name or name, license=options.license or license)
+    return collect([run], model=model, options=options, strict=False)
 
 
 def _last_evaluation(state: TrainerState, load_best: bool) -> dict[str, float]:

@@ -10,8 +10,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from mfac_hf import save_sparse
 from mfac_hf.hub.card import build_card
-from mfac_hf.hub.facts import collect
+from mfac_hf.hub.facts import CardOptions, collect
 from mfac_hf.hub.inventory import describe_weights
+from mfac_hf.hub.latency import with_latency
 from mfac_hf.hub.run_records import MissingResultsError
 from tests.helpers.models import CONFIG, prune
 from tests.helpers.results import log, run
@@ -22,13 +23,14 @@ def facts(bert, tmp_path):
     """Facts of a sparse model with two seeds, and its dense counterpart with three."""
     bert.save_pretrained(tmp_path / "sparse-90")
     reports = [{"options": {"num_grads": 64, "block_size": 128}, "sparsity": 0.9, "num_grads": 1024, "steps": []}]
-    return collect(
-        [run(1, 0.7912844036697247, pruning={"reports": reports}), run(2, 0.75)],
-        model=tmp_path / "sparse-90",
+    options = CardOptions(
         dense=[run(seed, accuracy) for seed, accuracy in ((1, 0.80), (2, 0.82), (3, 0.84))],
         caveats=["The BERT is not Google's."],
         license="apache-2.0",
     )
+    runs = [run(1, 0.7912844036697247, pruning={"reports": reports}), run(2, 0.75)]
+    model = tmp_path / "sparse-90"
+    return with_latency(collect(runs, model=model, options=options), model)
 
 
 def test_metadata_is_parsed_back_to_the_digit(facts, tmp_path):
@@ -93,7 +95,7 @@ def test_the_same_facts_give_the_same_card(facts):
 def test_dense_model(tmp_path):
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(**CONFIG)).save_pretrained(tmp_path / "dense")
-    card = build_card(collect([run(1, 0.8)], model=tmp_path / "dense", latency=False))
+    card = build_card(collect([run(1, 0.8)], model=tmp_path / "dense"))
     text = str(card)
     assert "| this model | accuracy | 80.00 | - | 1 |" in text and "Latency was not measured." in text
     assert "Sparsity" not in text and "load_sparse" not in text and "sparse" not in card.data.tags
@@ -107,7 +109,7 @@ def test_vision_model():
     with torch.no_grad():
         for weight in (model[0].weight, model[4].weight):
             weight.view(-1)[: weight.numel() // 2] = 0
-    facts = collect([log()], model=model, name="net-50", latency=False)
+    facts = collect([log()], model=model, options=CardOptions(name="net-50"))
     text = str(build_card(facts))
     assert "| sparse | accuracy | 85.00 |" in text and "| dense | accuracy | 90.00 |" in text
     assert "| 1 | 0.5 |" in text or "after 0 epochs" in text
@@ -123,9 +125,9 @@ def test_missing_results_are_refused(facts, bert, tmp_path):
     with pytest.raises(MissingResultsError, match="no result file"):
         collect([], model=tmp_path / "model")
     with pytest.raises(MissingResultsError, match=r"89.7% of the weights are zero, .*the dense model are missing"):
-        collect([run(1, 0.8)], model=tmp_path / "model", latency=False)
+        collect([run(1, 0.8)], model=tmp_path / "model")
     with pytest.raises(MissingResultsError, match="lacks command"):
-        collect([run(1, 0.8)], model=tmp_path / "model", dense=[run(1, 0.9, command=None)], latency=False)
+        collect([run(1, 0.8)], model=tmp_path / "model", options=CardOptions(dense=[run(1, 0.9, command=None)]))
     for key in ("runs", "weights", "files"):
         with pytest.raises(MissingResultsError, match=f"facts of the card lack {key}"):
             build_card({**facts, key: None})
@@ -136,7 +138,7 @@ def test_results_of_something_else_are_refused(bert, tmp_path):
 
     def refused(message, runs, dense=()):
         with pytest.raises(ValueError, match=message):
-            collect(runs, model=tmp_path, dense=dense, latency=False)
+            collect(runs, model=tmp_path, options=CardOptions(dense=dense))
 
     reports = [{"options": {}, "sparsity": 0.5, "steps": []}]
     refused(
@@ -171,7 +173,7 @@ def test_model_without_a_class_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not say of which class it is"):
         collect([run(1, 0.8)], model=tmp_path)
     with pytest.raises(ValueError, match="'mfac_hf.nothing.Net' cannot be imported"):
-        collect([run(1, 0.8)], model=tmp_path, model_class="mfac_hf.nothing.Net")
+        collect([run(1, 0.8)], model=tmp_path, options=CardOptions(model_class="mfac_hf.nothing.Net"))
 
 
 def test_latency_in_words(facts):

@@ -123,6 +123,8 @@ def test_options_and_sparse_models(hub, bert, tmp_path):
     trainer = make_trainer(bert, tmp_path, torch.optim.SGD(bert.parameters(), lr=0.0))
     attach_card(trainer, caveats=["Random data."], dense=[dense])
     attach_card(trainer)  # adds nothing, and takes nothing away
+    with pytest.raises(TypeError, match="licence"):
+        attach_card(trainer, licence="mit")
     trainer.evaluate()
     trainer.push_to_hub()
     text = str(card_on(hub))

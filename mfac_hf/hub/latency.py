@@ -1,0 +1,81 @@
+"""How long a forward pass takes on this machine, dense and with sparse layers."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfac_hf.hub.architecture import load_model
+from mfac_hf.machine import cpu_name
+from mfac_hf.sparse.inference import SparseLinear, to_sparse_inference
+
+__all__ = ["measure_latency", "with_latency"]
+
+ROUNDS = 15
+
+
+def with_latency(facts: Mapping[str, Any], model: nn.Module | str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the facts of a card with the latency of the model that they are about, measured now.
+
+    Args:
+        facts: what `mfac_hf.hub.facts.collect` returned.
+        model: the model, or a directory that holds it.
+    """
+    loaded = model if isinstance(model, nn.Module) else load_model(model, facts["model"]["class"])
+    return {**facts, "latency": measure_latency(loaded, facts["sparse"])}
+
+
+@torch.inference_mode()
+def measure_latency(model: nn.Module, sparse: bool) -> dict[str, Any]:
+    """Time a forward pass over one example: 128 tokens (or as many as the model has positions), or 3 x 32 x 32 pixels.
+
+    Args:
+        model: the model, on the device to measure.
+        sparse: whether to time it with sparse layers too (`mfac_hf.to_sparse_inference`), in turns with the dense one.
+
+    Returns:
+        Plain JSON types: ``seconds`` of ``dense`` and ``sparse`` (medians of ``calls``), ``example``,
+        ``sparse_layers``, ``hardware``, ``threads``, ``torch``.
+    """
+    model = model.eval()
+    device = next(model.parameters()).device
+    example, what, tokens = _example(model, device)
+    contenders = {"dense": model}
+    layers = 0
+    if sparse:
+        contenders["sparse"] = to_sparse_inference(model, tokens=tokens)
+        layers = sum(isinstance(module, SparseLinear) for module in contenders["sparse"].modules())
+    times: dict[str, list[float]] = {key: [] for key in contenders}
+    for _ in range(ROUNDS + 1):
+        for key, contender in contenders.items():
+            started = time.perf_counter()
+            contender(example)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[key].append(time.perf_counter() - started)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "example": what,
+        "seconds": {key: statistics.median(spent[1:]) for key, spent in times.items()},  # the first one warms up
+        "sparse_layers": layers,
+        "calls": ROUNDS,
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _example(model: nn.Module, device: torch.device) -> tuple[Tensor, str, int]:
+    """An input of the model, what it is in words, and the rows that its linear layers see."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "vocab_size"):
+        length = min(128, getattr(config, "max_position_embeddings", 128))
+        return torch.randint(0, config.vocab_size, (1, length), device=device), f"1 x {length} tokens", length
+    image = torch.randn(1, getattr(config, "num_channels", 3), 32, 32, device=device)
+    return image, "1 image of 32 x 32", 1
