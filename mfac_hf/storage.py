@@ -1,0 +1,205 @@
+"""Files that are whole or absent: written under another name, synced to the disk, then renamed.
+
+A run that is killed, or finds the disk full, leaves the file that was there before. Readers check what they read
+before they use it, and name the file in every error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "load_tensors",
+    "read_json",
+    "save_safetensors",
+    "save_tensors",
+    "write_json",
+    "write_text",
+    "written_aside",
+    "written_directory",
+]
+
+StrPath = str | os.PathLike[str]
+# Ends the name of a file that is not finished.
+_MARK = ".unfinished"
+# How safetensors and torch.save say that the system refused to write.
+_WRITE_FAILURES = ("I/O error", "IoError", "PytorchStreamWriter", "iostream error", "unexpected pos")
+
+
+@contextmanager
+def written_aside(path: StrPath) -> Iterator[Path]:
+    """Give a file name beside ``path`` to write to; at the end of the block the file takes the name ``path``.
+
+    The folder is made if it is missing. What the block wrote is on the disk before it takes the name, and the name
+    before this returns. Where the block raises, ``path`` stays as it was and nothing is left beside it.
+
+    Raises:
+        OSError: the file cannot be written; the error names ``path``.
+    """
+    path = Path(path)
+    # The name holds the process, so that two programs that write the same file do not write into each other's.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_MARK}")
+    try:
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield unfinished
+            _sync(unfinished)
+            os.replace(unfinished, path)
+            _sync_directory(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_directory(path: StrPath) -> Iterator[Path]:
+    """Give an empty folder beside ``path`` to write to; its files move into ``path`` when the block ends.
+
+    Files of the same names in ``path`` are replaced one by one, others stay. Where the block raises, ``path`` stays as
+    it was (absent, if it was absent) and nothing is left beside it.
+
+    Raises:
+        OSError: a file cannot be written; the error names ``path``.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_MARK}")
+    try:
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.mkdir()
+            yield unfinished
+            files = [file for file in sorted(unfinished.rglob("*")) if file.is_file()]
+            for file in files:
+                _sync(file)
+            if path.exists():
+                for file in files:
+                    target = path / file.relative_to(unfinished)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, target)
+                _sync_directory(path)
+            else:
+                _sync_directory(unfinished)
+                os.replace(unfinished, path)
+                _sync_directory(path.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_text(path: StrPath, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all (`written_aside`)."""
+    with written_aside(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: StrPath, value: Any, *, indent: int = 2) -> None:
+    """Write a JSON file, whole or not at all (`written_aside`).
+
+    Raises:
+        TypeError: the value holds what JSON has no form for.
+        OSError: the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def save_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all (`written_aside`).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    with written_aside(path) as unfinished:
+        save_file(dict(tensors), unfinished, metadata=metadata)
+
+
+def save_tensors(path: StrPath, state: Mapping[str, Any]) -> None:
+    """Write plain values and tensors for `load_tensors`, whole or not at all (`written_aside`).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import torch
+
+    # Into an open file: given a name, torch.save writes that name into the file.
+    with written_aside(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(dict(state), file)
+
+
+def read_json(path: StrPath) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON in UTF-8, or nested too deeply; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file, or a damaged one: {error}") from error
+
+
+def load_tensors(path: StrPath) -> Any:
+    """Read what ``torch.save`` wrote: plain values and tensors, on the CPU, without running code.
+
+    The checksums of the archive are compared first: ``torch.load`` reads past a bit that has flipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds other objects; the message names it.
+    """
+    import torch  # here and below: the command line imports this before torch
+
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (part := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of its part {part} does not fit")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # which one is left to chance where bytes are
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from error
+
+
+def _sync_directory(folder: StrPath) -> None:
+    """Write the names in a folder to the disk, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Make whatever says that a file cannot be written an OSError that names the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename is not None and _MARK not in str(error.filename)):
+            raise  # of another file, or of no file
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+    except (SafetensorError, RuntimeError) as error:
+        if not any(words in str(error) for words in _WRITE_FAILURES):
+            raise
+        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
