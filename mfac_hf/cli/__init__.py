@@ -1,6 +1,6 @@
-"""The `mfac` command: a module for each sub-command, which adds its own parser and runs it.
+"""The `mfac` command: each sub-command has a module, which adds its parser and runs it.
 
-torch and the Hugging Face libraries are imported by the sub-command that needs them: `mfac --help` stays quick.
+A sub-command imports torch and the Hugging Face libraries when it runs: `mfac --help` stays quick.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after a `CommandError`.
 
     Raises:
-        SystemExit: by argparse, with code 2 for arguments that it does not know and 0 after `--help`.
+        SystemExit: from argparse, with code 2 for unknown arguments and 0 after `--help`.
     """
     arguments = _parser().parse_args(argv)
     try:

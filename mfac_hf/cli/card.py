@@ -4,7 +4,7 @@
         --caveats caveats.yaml --output model_cards/sst2-90
     mfac card --facts model_cards/sst2-90/card.json          # the same card again, from its facts alone
 
-Facts go to ``card.json``, the card that is made from them and from nothing else to ``README.md`` beside it.
+It writes the facts to ``card.json``, and the card, made from these facts alone, to ``README.md`` beside it.
 """
 
 from __future__ import annotations
@@ -14,47 +14,65 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mfac_hf.cli.errors import CommandError, mendable
+from mfac_hf.cli.errors import CommandError, as_command_error
 
 
 def add_parser(commands: Any) -> None:
     """Add `mfac card` to the sub-commands."""
     card = commands.add_parser(
         "card",
-        help="write a model card from result files",
+        help="write a model card from result files and weights",
         description="Write card.json (what was measured) and README.md (the card made from it).",
     )
     source = card.add_mutually_exclusive_group(required=True)
-    source.add_argument("--facts", type=Path, help="card.json of an earlier call: write README.md beside it again")
-    source.add_argument("--model", type=Path, help="directory with the weights of the first result file")
+    source.add_argument(
+        "--facts", type=Path, metavar="FILE", help="card.json of an earlier call; writes README.md beside it again"
+    )
+    source.add_argument(
+        "--model", type=Path, metavar="DIR", help="directory with the weights of the first result file"
+    )
     add_fact_arguments(card)
-    card.add_argument("--output", type=Path, help="folder of card.json and README.md (default: the model's)")
-    card.add_argument("--repo_id", help="name on the Hub for the snippets (default: the model's name)")
+    card.add_argument(
+        "--output", type=Path, metavar="DIR", help="where both files go (default: the directory of the model)"
+    )
+    card.add_argument(
+        "--repo_id", help="name on the Hub that the code in the card loads (default: the name of the model)"
+    )
     card.set_defaults(run=_run_card)
 
 
 def add_fact_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say where the facts of a card come from."""
-    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="results.json of each seed")
-    parser.add_argument("--dense", type=Path, nargs="+", default=[], metavar="FILE", help="the same before pruning")
+    """Add the flags that name the sources of a card's facts."""
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="result files, one for each seed; the first is that of the weights (default: results.json beside them)",
+    )
+    parser.add_argument(
+        "--dense", type=Path, nargs="+", default=[], metavar="FILE", help="result files of the model before pruning"
+    )
     parser.add_argument(
         "--caveats",
         type=Path,
         nargs="+",
         default=[],
         metavar="FILE",
-        help="YAML lists of sentences on data and weights",
+        help="YAML files, each a list of sentences that readers have to know about data and weights",
     )
     parser.add_argument("--license", help="licence identifier of the weights, such as apache-2.0")
-    parser.add_argument("--name", help="the model's name (default: the directory's)")
-    parser.add_argument("--model_class", help="package.module.Class, where config.json does not name a class")
-    parser.add_argument("--no_latency", action="store_true", help="do not time a forward pass")
+    parser.add_argument("--name", help="name of the model (default: that of its directory)")
+    parser.add_argument(
+        "--model_class", metavar="CLASS", help="package.module.Class, where config.json names no class of transformers"
+    )
+    parser.add_argument("--no_latency", action="store_true", help="do not time a forward pass on this machine")
 
 
 def _run_card(arguments: argparse.Namespace) -> None:
     from mfac_hf.hub.card import build_card
 
-    with mendable():
+    with as_command_error():
         if arguments.facts is not None:
             facts = json.loads(arguments.facts.read_text(encoding="utf-8"))
             folder = arguments.output or arguments.facts.parent

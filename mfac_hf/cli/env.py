@@ -1,14 +1,12 @@
-"""`mfac env` reports what this environment has to train with.
+"""`mfac env` prints versions, devices and build tools, and what follows from each thing that is missing.
 
-Versions, devices, tools for building native code, and what follows from each thing that is missing. `mfac env --json`
-prints the same facts for programs and bug reports. `mfac env --build` first builds the native kernels, which otherwise
-happens at the first training step.
+`mfac env --json` prints the same facts for programs and bug reports. `mfac env --build` first builds the native
+kernels, which otherwise happens at the first training step.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -27,11 +25,13 @@ def add_parser(commands: Any) -> None:
     """Add `mfac env` to the sub-commands."""
     env = commands.add_parser(
         "env",
-        help="print versions, devices and what is missing",
+        help="print versions, devices, and what is missing",
         description="Print versions, devices, build tools, and what follows from each thing that is missing.",
     )
     env.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    env.add_argument("--build", action="store_true", help="build the native kernels for accelerate's device now")
+    env.add_argument(
+        "--build", action="store_true", help="first build the native kernels for the device that accelerate chooses"
+    )
     env.set_defaults(run=_run_env)
 
 
@@ -70,7 +70,7 @@ def environment() -> dict[str, Any]:
 
     Raises:
         ImportError: a library that the report needs is not installed or does not load.
-        CommandError: accelerate, or `MFAC_NATIVE`, has a setting in the environment variables that cannot be.
+        CommandError: an environment variable gives accelerate or `MFAC_NATIVE` a value that it does not know.
     """
     import torch
 
@@ -149,7 +149,7 @@ def _accelerate_device() -> str:
 
 
 def _tool(path: str | None) -> dict[str, str] | None:
-    """Ask a program for its version; the answer is the line of its `--version` output that says it."""
+    """Ask a program for its version, the line of its `--version` output that says it."""
     if path is None:
         return None
     try:
@@ -157,7 +157,7 @@ def _tool(path: str | None) -> dict[str, str] | None:
     except (OSError, subprocess.SubprocessError) as error:
         return {"path": path, "version": f"does not run: {error}"}
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    # nvcc opens with its name and a copyright notice; the others put the version first.
+    # nvcc prints its name and a copyright notice first; the others print the version first.
     release = [line for line in lines if "release" in line]
     return {"path": path, "version": (release or lines or ["unknown"])[0]}
 
@@ -185,7 +185,7 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
         add("ninja", f"native {fallback} pip install ninja")
     if tools["cxx"] is None:
         add("C++ compiler", f"native {fallback} install one, such as g++ or clang++, or name it in CXX")
-    if tools["nvcc"] is None and report["cuda"]:  # without a CUDA device nothing follows from it
+    if tools["nvcc"] is None and report["cuda"]:  # without a CUDA device it is not missed
         add("nvcc", f"CUDA {fallback} install the CUDA toolkit, or name its folder in CUDA_HOME")
     if importlib.util.find_spec("matplotlib") is None:
         add("matplotlib", "no loss-curve pictures: pip install 'mfac_hf[plots]'")

@@ -1,4 +1,4 @@
-"""How a sub-command says that the user can mend something."""
+"""The error of a sub-command that the user can mend."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ class CommandError(Exception):
 
 
 @contextmanager
-def mendable() -> Iterator[None]:
-    """Turn what the library raises for bad input, missing files or a refusing Hub into a `CommandError`."""
+def as_command_error() -> Iterator[None]:
+    """Raise `CommandError` for what the library raises on bad input, missing files and refusals of the Hub."""
     from huggingface_hub.errors import HTTPError
 
     from mfac_hf.hub.push import PushError

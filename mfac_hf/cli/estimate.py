@@ -1,11 +1,10 @@
-"""`mfac estimate` says what the gradient window of a model takes, in memory and in time for each step.
+"""`mfac estimate` prints the memory that the gradient window of a model takes, and its time in each step.
 
     mfac estimate google/bert_uncased_L-2_H-128_A-2 --num_grads 1024 --dtype bfloat16
     mfac estimate 4400000 --num_grads 512
 
-Of a model only the configuration is read; its weights are not downloaded. The time is what the two passes over the
-window take at the pace of this machine, measured on a small window in the same dtype, and the factorization of an
-m x m matrix.
+It reads the configuration of the model and downloads no weights. The time is that of the two passes over the window,
+at the pace that this machine shows on a small window of the same dtype, and of factoring an m x m matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mfac_hf.cli.errors import mendable
+from mfac_hf.cli.errors import as_command_error
+from mfac_hf.defaults import MFAC_NUM_GRADS, TOUCHED_EMBEDDING_ROWS
 
 SAMPLE_BYTES = 128 << 20  # larger than the caches
 ROUNDS = 5
@@ -25,19 +25,32 @@ def add_parser(commands: Any) -> None:
     """Add `mfac estimate` to the sub-commands."""
     estimate = commands.add_parser(
         "estimate",
-        help="memory and time of the optimizer for a model",
-        description="Say what the gradient window of a model takes: memory, and time in each step on this machine.",
-    )
-    estimate.add_argument("model", help="directory or name on the Hub, of which config.json is read, or a number")
-    estimate.add_argument("--num_grads", type=int, default=1024, help="gradients in the window, m (default: 1024)")
-    estimate.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the window"
+        help="print memory and time of the optimizer for a model",
+        description="Print the memory of a model's gradient window, and its time in each step on this machine.",
     )
     estimate.add_argument(
-        "--embedding_rows", type=int, default=512, help="rows of an embedding that a batch touches (default: 512)"
+        "model", help="directory or Hub name of a model (config.json is read), or a number of parameters"
     )
-    estimate.add_argument("--no_time", action="store_true", help="do not measure this machine")
-    estimate.add_argument("--json", action="store_true", help="print JSON")
+    estimate.add_argument(
+        "--num_grads",
+        type=int,
+        default=MFAC_NUM_GRADS,
+        help=f"number of gradients in the window, m (default: {MFAC_NUM_GRADS})",
+    )
+    estimate.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float64"),
+        default="float32",
+        help="dtype of the window (default: float32)",
+    )
+    estimate.add_argument(
+        "--embedding_rows",
+        type=int,
+        default=TOUCHED_EMBEDDING_ROWS,
+        help=f"rows of an embedding table that one batch looks up (default: {TOUCHED_EMBEDDING_ROWS})",
+    )
+    estimate.add_argument("--no_time", action="store_true", help="do not measure the time on this machine")
+    estimate.add_argument("--json", action="store_true", help="print JSON in place of text")
     estimate.set_defaults(run=_run_estimate)
 
 
@@ -47,7 +60,7 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
     from mfac_hf.machine import GIB, available_bytes
     from mfac_hf.memory import memory_estimate
 
-    with mendable():
+    with as_command_error():
         model = int(arguments.model) if arguments.model.isdecimal() else _skeleton(arguments.model)
         dtype = getattr(torch, arguments.dtype)
         memory = memory_estimate(model, arguments.num_grads, dtype, embedding_rows=arguments.embedding_rows)
@@ -67,7 +80,7 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
 
 
 def _skeleton(name: str) -> Any:
-    """The model without weights, from its configuration."""
+    """Build the model from its configuration, without weights."""
     import torch
     import transformers
 
@@ -80,7 +93,7 @@ def _skeleton(name: str) -> Any:
 
 
 def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any) -> float:
-    """Two passes over the window at the pace of this machine, and the factorization."""
+    """Seconds of two passes over the window at the pace of this machine, and of the factorization."""
     import torch
     from torch.utils.benchmark import Timer
 

@@ -1,7 +1,7 @@
-"""`mfac inspect` shows how sparse a model is, layer by layer: `mfac inspect DIRECTORY` or `mfac inspect user/name`.
+"""`mfac inspect` shows the sparsity of each layer: `mfac inspect DIRECTORY` or `mfac inspect user/name`.
 
-A table, and with ``--picture FILE`` a bar for each layer. Of a repository on the Hub the small sparse file is
-downloaded where there is one.
+It prints a table; ``--picture FILE`` draws a bar for each layer. From a repository on the Hub it downloads the sparse
+file alone, where there is one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mfac_hf.cli.errors import CommandError, mendable
+from mfac_hf.cli.errors import CommandError, as_command_error
 
 
 def add_parser(commands: Any) -> None:
@@ -19,12 +19,14 @@ def add_parser(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show the sparsity of each layer of a model",
-        description="Show file sizes and the sparsity of each layer of a model directory or a repository.",
+        description="Show the file sizes and the sparsity of each layer of a model.",
     )
-    inspect.add_argument("model", help="directory with a model, or its name on the Hub")
-    inspect.add_argument("--revision", help="branch, tag or commit on the Hub")
+    inspect.add_argument("model", help="directory or Hub name of a model")
+    inspect.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    inspect.add_argument("--picture", type=Path, help="draw the sparsity of each layer into this file (.png, .svg)")
+    inspect.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the sparsity of each layer into this file (.png, .svg)"
+    )
     inspect.set_defaults(run=_run_inspect)
 
 
@@ -32,7 +34,7 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     from mfac_hf.hub.inventory import describe_weights, find_model_directory
     from mfac_hf.sparse.files import find_weights
 
-    with mendable():
+    with as_command_error():
         hub = {} if arguments.revision is None else {"revision": arguments.revision}
         directory = find_model_directory(arguments.model, **hub)
         weights = describe_weights(directory)

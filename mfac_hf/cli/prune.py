@@ -1,10 +1,10 @@
-"""`mfac prune` prunes a fine-tuned model in one go, without training it, and says what that costs.
+"""`mfac prune` prunes a fine-tuned model in one go, without training it, and shows what that costs.
 
     mfac prune MODEL --task sst2 --sparsity 0.8 --output DIR
 
-MODEL is a name on the Hub or a directory, fine-tuned on the task. DIR gets the pruned model with its tokenizer, which
-`from_pretrained` reads as before, `masks.safetensors`, which keeps it sparse in training that follows, and
-`pruning.json`: the metrics before and after, and the report.
+MODEL is the directory or Hub name of a model that is fine-tuned on the task. DIR gets the pruned model and its
+tokenizer, which `from_pretrained` reads as before; `masks.safetensors`, which keeps the model sparse in training that
+follows; and `pruning.json`, the report and the metrics before and after.
 """
 
 from __future__ import annotations
@@ -15,48 +15,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfac_hf.cli.errors import CommandError
+from mfac_hf.pruning.options import PruningOptions
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.options import PruningReport
     from mfac_hf.training.fine_tuned import FineTuned
 
-_DEFAULT_EVAL_BATCH = 64
+_EVAL_BATCH_SIZE = 64
 
 
 def add_parser(commands: Any) -> None:
-    """Add `mfac prune` to the sub-commands."""
+    """Add `mfac prune` to the sub-commands; the options have the defaults of `PruningOptions`, but for the damping."""
     prune = commands.add_parser(
         "prune",
         help="prune a fine-tuned model in one go",
-        description="Prune a model that is fine-tuned on a GLUE task or SQuAD, without training it any further.",
+        description="Prune a model that is fine-tuned on a GLUE task or SQuAD, without training it further.",
     )
-    prune.add_argument("model", metavar="MODEL", help="name on the Hub, or a directory")
+    prune.add_argument("model", metavar="MODEL", help="directory or Hub name of the model")
     prune.add_argument("--task", required=True, help="GLUE task (sst2, mrpc, ...), squad or squad_v2")
-    prune.add_argument("--sparsity", required=True, type=float, help="share of the target weights to be zero")
+    prune.add_argument("--sparsity", required=True, type=float, help="share of the target weights to set to zero")
     prune.add_argument("--output", required=True, type=Path, metavar="DIR", help="new directory for the result")
     data = prune.add_argument_group("data")
-    data.add_argument("--dataset", help="name on the Hub, or a directory in the same layout (default: the official)")
-    data.add_argument("--max-seq-length", type=int, help="tokens of an input (default: 128, SQuAD 384)")
-    data.add_argument("--max-train-samples", type=int, help="take gradients from so many examples only")
-    data.add_argument("--max-eval-samples", type=int, help="evaluate on so many examples only")
-    data.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
-    how = prune.add_argument_group("method")
-    how.add_argument("--method", choices=("mfac", "magnitude"), default="mfac")
-    how.add_argument(
-        "--targets", nargs="+", metavar="REGEX", help="parameters (default: linear layers of the encoder)"
+    data.add_argument(
+        "--dataset", help="Hub name of the data, or a directory in the same layout (default: that of the task)"
     )
-    how.add_argument("--recomputations", type=int, default=16, help="sub-steps with new gradients (default: 16)")
-    how.add_argument("--num-grads", type=int, default=256, help="gradients in each of them (default: 256)")
-    how.add_argument("--grad-batch-size", type=int, default=1, help="examples of a gradient (default: 1)")
-    how.add_argument("--block-size", type=int, default=128, help="weights of a block of the Fisher (default: 128)")
-    how.add_argument("--damping", default="auto", help="of the Fisher (default: auto, by held-out training examples)")
-    how.add_argument("--selection", choices=("greedy", "diagonal"), default="greedy", help="diagonal is the paper's")
-    how.add_argument("--update", choices=("joint", "sum"), default="joint", help="sum is the paper's")
-    how.add_argument("--pattern", default="unstructured", help="unstructured, 2:4, block4 (default: unstructured)")
-    how.add_argument("--scope", choices=("global", "uniform"), default="global", help="rank together, or each alike")
-    how.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: 0)")
-    prune.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    data.add_argument("--max-seq-length", type=int, help="tokens of an input at most (default: 128, SQuAD 384)")
+    data.add_argument("--max-train-samples", type=int, help="take gradients from the first N examples only")
+    data.add_argument("--max-eval-samples", type=int, help="evaluate on the first N examples only")
+    data.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
+    _add_method(prune.add_argument_group("method"))
+    prune.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     prune.set_defaults(run=_run_prune)
+
+
+def _add_method(group: Any) -> None:
+    """Add the flags that become `PruningOptions`."""
+
+    def add(flag: str, text: str, **settings: Any) -> None:
+        default = getattr(PruningOptions(), flag.replace("-", "_"))
+        group.add_argument(f"--{flag}", **{"default": default, **settings}, help=f"{text} (default: %(default)s)")
+
+    add("method", "inverse Fisher, or magnitude as the baseline", choices=("mfac", "magnitude"))
+    group.add_argument(
+        "--targets", nargs="+", metavar="REGEX", help="parameters to prune (default: linear layers of the encoder)"
+    )
+    add("recomputations", "sub-steps, each with new gradients", type=int)
+    add("num-grads", "gradients in each sub-step", type=int)
+    add("grad-batch-size", "examples that each gradient is the mean of", type=int)
+    add("block-size", "weights in a block of the Fisher", type=int)
+    # Not the library's number: it has to scale with the gradients, which a user of the command never sees.
+    add("damping", "added to the Fisher's diagonal; auto tries several on held-out training examples", default="auto")
+    add("selection", "how weights are chosen; diagonal is the paper's way", choices=("greedy", "diagonal"))
+    add("update", "how the other weights make up for them; sum is the paper's way", choices=("joint", "sum"))
+    add("pattern", "unstructured, 2:4 (any N:M), block4 (any length)")
+    add("scope", "rank the weights of all targets together, or prune each alike", choices=("global", "uniform"))
+    add("seed", "seed that chooses the examples", type=int)
 
 
 def _run_prune(arguments: argparse.Namespace) -> None:
@@ -80,7 +93,7 @@ def _run_prune(arguments: argparse.Namespace) -> None:
             max_seq_length=arguments.max_seq_length,
             max_train_samples=arguments.max_train_samples,
             max_eval_samples=arguments.max_eval_samples,
-            eval_batch_size=_DEFAULT_EVAL_BATCH,
+            eval_batch_size=_EVAL_BATCH_SIZE,
             use_cpu=arguments.cpu,
         )
         masks = MaskSet.from_model(tuned.model, find_targets(tuned.model, arguments.targets))
@@ -104,9 +117,9 @@ def _run_prune(arguments: argparse.Namespace) -> None:
     _show(tuned, report, before, after)
 
 
-def _options(arguments: argparse.Namespace) -> Any:
-    """The options that the flags name; a ValueError says which is wrong."""
-    from mfac_hf.pruning.options import PruningOptions, parse_damping
+def _options(arguments: argparse.Namespace) -> PruningOptions:
+    """Make the options that the flags name; a ValueError names the flag that is wrong."""
+    from mfac_hf.pruning.options import parse_damping
 
     return PruningOptions(
         method=arguments.method,

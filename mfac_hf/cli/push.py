@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mfac_hf.cli.card import add_fact_arguments, collect_facts
-from mfac_hf.cli.errors import mendable
+from mfac_hf.cli.errors import as_command_error
 
 
 def add_parser(commands: Any) -> None:
@@ -21,17 +21,24 @@ def add_parser(commands: Any) -> None:
         help="upload a model with its card to the Hub",
         description="Upload weights, configuration, tokenizer and a card made from results, in one commit.",
     )
-    push.add_argument("model", type=Path, help="directory that save_pretrained or save_sparse wrote")
-    push.add_argument("repo_id", help="user/name; made if there is none")
-    push.add_argument("--card", type=Path, help="card.json of `mfac card`, in place of the result files")
+    push.add_argument("model", type=Path, help="directory of a model, as save_pretrained or save_sparse wrote it")
+    push.add_argument("repo_id", help="user/name of the repository; made if missing")
+    push.add_argument(
+        "--card",
+        type=Path,
+        metavar="FILE",
+        help="card.json that `mfac card` wrote; the flags for its sources then do nothing",
+    )
     add_fact_arguments(push)
-    push.add_argument("--private", action="store_true", help="make a new repository private")
-    push.add_argument("--revision", help="branch, made if missing (default: main)")
+    push.add_argument(
+        "--private", action="store_true", help="make the new repository private; refused for one that is public"
+    )
+    push.add_argument("--revision", help="branch to commit to; made if missing (default: main)")
     push.add_argument(
         "--sparse_only",
         "--sparse-only",
         action="store_true",
-        help="upload the small file in place of the ordinary one",
+        help="upload the sparse file without the ordinary one",
     )
     push.set_defaults(run=_run_push)
 
@@ -39,7 +46,7 @@ def add_parser(commands: Any) -> None:
 def _run_push(arguments: argparse.Namespace) -> None:
     from mfac_hf.hub.push import push_to_hub
 
-    with mendable():
+    with as_command_error():
         if arguments.card is None:
             arguments.name = arguments.name or arguments.repo_id.rpartition("/")[2]
         commit = push_to_hub(

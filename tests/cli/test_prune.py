@@ -1,5 +1,7 @@
 """`mfac prune` from end to end, on a random BERT of two layers and synthetic data."""
 
+import argparse
+import dataclasses
 import json
 import re
 
@@ -8,7 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from mfac_hf.cli import main
-from mfac_hf.pruning import MaskSet, find_targets
+from mfac_hf.cli.prune import add_parser
+from mfac_hf.pruning import MaskSet, PruningOptions, find_targets
 from tests.helpers.glue_data import save_classifier, write_glue
 
 
@@ -56,6 +59,16 @@ def test_the_directory_has_a_sparse_model_its_masks_and_the_report(prune, model,
     assert f"{record['before']['eval_accuracy']:.4f}" in shown and f"{record['after']['eval_loss']:.4f}" in shown
     assert "60.00%" in shown and f"all {total:,} weights" in shown
     assert (out / "tokenizer.json").exists() or (out / "vocab.txt").exists()
+
+
+def test_defaults_are_those_of_the_library_but_for_the_damping():
+    commands = argparse.ArgumentParser().add_subparsers()
+    add_parser(commands)
+    arguments = commands.choices["prune"].parse_args(["m", "--task", "sst2", "--sparsity", "0.5", "--output", "o"])
+    for field in dataclasses.fields(PruningOptions):
+        if field.name not in ("damping", "loss_samples", "pages", "memory_budget"):  # the last three have no flag
+            assert getattr(arguments, field.name) == field.default, field.name
+    assert arguments.damping == "auto"
 
 
 def test_magnitude_without_evaluation(prune, tmp_path, capsys):
