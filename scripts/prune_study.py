@@ -45,8 +45,10 @@ import yaml
 from mfac_hf.machine import describe_run
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
 from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
-from mfac_hf.pruning.damping import Proposal, write_weights
-from mfac_hf.pruning.gradients import DataLoaderGradients
+from mfac_hf.pruning.damping import Dampings
+from mfac_hf.pruning.engine import substep_seed
+from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSet
+from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
 
 
@@ -172,19 +174,15 @@ class Pruner:
         if options.method == "magnitude":
             proposals = magnitude_step(parameters, masks, sparsities, options)
         else:
-            assert options.block_size is not None
-            sizes = {name: weight.numel() for name, weight in parameters.items()}
+            source = self.source(options)
             proposals = mfac_step(
-                self.model,
                 parameters,
                 masks,
                 sparsities,
                 options,
-                source=self.source(options),
-                groups=plan_groups(sizes, options, self.model.device),
-                seed=options.seed * 10_007 + 1,
-                advance=lambda count: None,
-                dampings=dampings,
+                GradientSet(source, self.model, options.num_grads, substep_seed(options.seed, 1)),
+                groups=plan_groups(parameters, options, source),
+                dampings=Dampings(tuple(dampings)) if dampings else Dampings.of_options(options),
             )
         seconds = (time.perf_counter() - started) / len(proposals)
         for proposal in proposals:
@@ -299,7 +297,7 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
         )
         if count == 1:
             for proposal, took in pruner.at_once(missing, options, []):
-                results.add(keys[proposal.target], took | pruner.measure())
+                results.add(keys[proposal.level], took | pruner.measure())
             continue
         stops = study["sparsities"] if count > study["from_dense"] else missing
         for sparsity, took in pruner.in_substeps(stops, options):

@@ -35,9 +35,9 @@ import torch
 
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.machine import describe_run
+from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
-from mfac_hf.pruning.oneshot import prune_to
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.training.arguments import parse_args

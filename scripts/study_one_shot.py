@@ -26,9 +26,9 @@ from typing import Any
 from torch.utils.data import Subset
 
 from mfac_hf.machine import describe_run
+from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
-from mfac_hf.pruning.oneshot import prune_to
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.training.vision_arguments import VisionArguments, build_run, prunable, split_images
 from mfac_hf.training.vision_run import VisionRun

@@ -76,9 +76,9 @@ def _run_prune(arguments: argparse.Namespace) -> None:
     """Check what can be checked at once, then load, prune, save and show."""
     if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
         raise CommandError(f"{arguments.output} exists and is no empty directory; name a new one")
+    from mfac_hf.pruning.engine import check_targets, prune_to
     from mfac_hf.pruning.gradients import DataLoaderGradients
     from mfac_hf.pruning.masks import MaskSet
-    from mfac_hf.pruning.oneshot import check_targets, prune_to
     from mfac_hf.pruning.options import check_sparsity
     from mfac_hf.pruning.targets import find_targets
     from mfac_hf.training.fine_tuned import load_fine_tuned

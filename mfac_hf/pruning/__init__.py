@@ -4,8 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mfac_hf.pruning.engine import prune_to
     from mfac_hf.pruning.masks import MaskSet, masks_from_sparse_model
-    from mfac_hf.pruning.oneshot import prune_one_shot, prune_to
+    from mfac_hf.pruning.oneshot import prune_one_shot
     from mfac_hf.pruning.options import PruningOptions, PruningReport
     from mfac_hf.pruning.schedule import SparsitySchedule
     from mfac_hf.pruning.targets import find_targets
@@ -24,7 +25,7 @@ _MODULES = {
     "find_targets": "mfac_hf.pruning.targets",
     "masks_from_sparse_model": "mfac_hf.pruning.masks",
     "prune_one_shot": "mfac_hf.pruning.oneshot",
-    "prune_to": "mfac_hf.pruning.oneshot",
+    "prune_to": "mfac_hf.pruning.engine",
 }
 
 __all__ = [

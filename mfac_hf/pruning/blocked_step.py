@@ -1,9 +1,17 @@
-"""One sub-step of pruning: from the weights, masks and gradients of a model to new weights and masks."""
+r"""One sub-step of pruning with a Fisher of blocks: from weights, masks and gradients to new weights and masks.
+
+Every weight gets a cost (`mfac_hf.pruning.obs`), the cheapest ones are selected, and the others make up for them. The
+baseline, `magnitude_step`, takes the squared weight for the cost and moves nothing.
+
+Where the Fishers of all targets do not fit into memory together, targets are visited in groups, and each group twice
+with the same gradients: for the costs of its weights and, when all costs are known and the weights are selected, for
+the update. The model does not change in between.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,37 +20,45 @@ from mfac_hf.fisher import BlockedFisher
 from mfac_hf.machine import GIB, available_bytes
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.agreement import sum_over_ranks
-from mfac_hf.pruning.damping import SWEEP, Proposal, Target, candidates
-from mfac_hf.pruning.gradients import GradientSource
+from mfac_hf.pruning.damping import Dampings
+from mfac_hf.pruning.gradients import GradientSet, GradientSource
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
+from mfac_hf.pruning.proposal import Level, Proposal
 
 __all__ = ["magnitude_step", "mfac_step", "plan_groups"]
 
 
-def plan_groups(
-    sizes: Mapping[str, int], options: PruningOptions, device: torch.device, *, shared: bool = False
-) -> list[list[str]]:
+def plan_groups(parameters: Mapping[str, Tensor], options: PruningOptions, source: GradientSource) -> list[list[str]]:
     """Divide targets into groups whose Fishers fit into memory together.
 
     Args:
-        sizes: weights of each target, by name.
-        options: block size, number of gradients and budget.
-        device: where the Fishers will be.
-        shared: whether ranks add up their sums, for which each of them needs whole blocks.
+        parameters: the targets, by name.
+        options: block size, number of gradients and budget. Without blocks all targets are one group.
+        source: of the gradients.
 
     Raises:
         MemoryError: a single target exceeds the budget; the message has the numbers and the ways out.
+        ValueError: the Fisher has no blocks, and the ranks take a share of the gradients each.
     """
-    assert options.block_size is not None  # full_step has no blocks
+    if options.block_size is None:
+        if source.process_group is not None:
+            raise ValueError(
+                "without blocks (block_size None) every rank needs all gradients: a source without a group"
+            )
+        return [list(parameters)]
+    device = next(iter(parameters.values())).device
     budget = options.memory_budget
     if budget is None:
         # New weights, costs and the backward passes need room as well.
         budget = available_bytes(device) // 2 if device.type in ("cpu", "cuda") else sys.maxsize
+    # Ranks that add up their sums need whole blocks, also of few gradients.
+    shared = source.process_group is not None
     num_grads = max(options.num_grads, options.block_size) if shared else options.num_grads
     groups: list[list[str]] = []
     left = 0
-    for name, size in sizes.items():
+    for name, parameter in parameters.items():
+        size = parameter.numel()
         needed = BlockedFisher.nbytes(size, options.block_size, num_grads)
         if needed > budget:
             raise MemoryError(
@@ -61,186 +77,179 @@ def plan_groups(
 def magnitude_step(
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
-    targets: Sequence[Target],
+    levels: Sequence[Level],
     options: PruningOptions,
 ) -> list[Proposal]:
-    """Remove the smallest weights, leaving the others alone; arguments and result are those of :func:`mfac_step`."""
+    """Remove the smallest weights and leave the others alone; arguments and result are those of :func:`mfac_step`."""
     pattern = Pattern.parse(options.pattern)
     weights, kept = _flat(parameters, masks)
     costs = {name: obs.magnitude_costs(weights[name], kept[name], pattern) for name in weights}
-    proposals = [Proposal(target, {}, _select(costs, kept, target, pattern)) for target in targets]
+    proposals = [Proposal(level, {}, _select(costs, kept, level, pattern)) for level in levels]
     for proposal in proposals:
         proposal.weights = {name: weights[name].masked_fill(~keep, 0) for name, keep in proposal.keep.items()}
     return proposals
 
 
 def mfac_step(
-    model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
-    targets: Sequence[Target],
+    levels: Sequence[Level],
     options: PruningOptions,
+    gradients: GradientSet,
     *,
-    source: GradientSource,
-    groups: list[list[str]],
-    seed: int,
-    advance: Callable[[int], None],
-    dampings: Sequence[float] = (),
-    relative_dampings: Sequence[float] = SWEEP,
+    groups: Sequence[Sequence[str]],
+    dampings: Dampings,
 ) -> list[Proposal]:
-    """Remove the weights that the Fisher says cost least, and move the others to make up for it.
-
-    With several groups of targets each is visited twice, with the same gradients: for the costs of its weights and,
-    when all costs are known and the weights chosen, for the update. The model does not change in between.
+    """Remove the weights that the Fisher says cost least, and move the others to make up for them.
 
     Args:
-        model: the model.
         parameters: the targets, by name.
         masks: which of their weights are left.
-        targets: one or more sparsities to reach from here: over all tensors together, or in each by name. All of them
-            are served by the same gradients and costs.
-        options: how.
-        source: of the gradients.
+        levels: one or more sparsities to reach from here. The same gradients and costs serve all of them.
+        options: how to prune; its damping plays no part.
+        gradients: of which the Fisher is made.
         groups: names of targets whose Fishers fit into memory together (:func:`plan_groups`).
-        seed: of the gradients.
-        advance: is told how many gradients were taken.
-        dampings: to try; default that of the options.
-        relative_dampings: to try for ``"auto"``, in units of the mean squared entry of a gradient.
+        dampings: to try.
 
     Returns:
-        A proposal for each damping for which the Fisher can be inverted, and each target.
+        For each damping with which the Fisher can be inverted a proposal at each level.
 
     Raises:
-        ValueError: a loss or gradient that is not finite, or too few of them.
-        FloatingPointError: the damping is too small for the Fisher to be inverted.
+        ValueError: a loss or gradient that is not finite, or too few gradients.
+        FloatingPointError: every damping is too small for the Fisher to be inverted.
     """
-    pattern = Pattern.parse(options.pattern)
-    weights, kept = _flat(parameters, masks)
+    step = _Step(parameters, masks, options, gradients)
+    costs, scale = _costs(step, groups, dampings)
+    proposals = [
+        Proposal(
+            level,
+            weights={},
+            keep=_select(of_damping, step.kept, level, step.pattern),
+            damping=damping,
+            predicted_loss_increase=0.0,
+            relative_damping=damping / scale if scale else None,
+        )
+        for damping, of_damping in costs.items()
+        for level in levels
+    ]
+    for names in groups:
+        if len(groups) > 1:
+            step.visit(names)
+        for proposal in proposals:
+            for name in names:
+                step.update(proposal, name)
+    return proposals
+
+
+def _costs(
+    step: _Step, groups: Sequence[Sequence[str]], dampings: Dampings
+) -> tuple[dict[float, dict[str, Tensor]], float]:
+    """Costs of all units, by damping and target, and the mean squared entry of a gradient (of the first group)."""
     scale = 0.0
     costs: dict[float, dict[str, Tensor]] = {}
-    fishers: dict[str, BlockedFisher] = {}
-
-    def visit(names: list[str]) -> float:
-        fishers.clear()  # before there are others
-        found, mean_square = _fishers(
-            model, {name: parameters[name] for name in names}, kept, options, source, seed, advance
-        )
-        fishers.update(found)
-        return mean_square
-
     for names in groups:
-        mean_square = visit(names)
+        mean_square = step.visit(names)
         if not costs:
             scale = mean_square
-            costs = {damping: {} for damping in dampings or candidates(options, scale, relative_dampings)}
+            costs = {damping: {} for damping in dampings.absolute(scale)}
         for damping in list(costs):
             try:
-                for name in names:
-                    costs[damping][name] = _costs(weights[name], kept[name], fishers[name], damping, options, pattern)
+                costs[damping] |= {name: step.costs(name, damping) for name in names}
             except FloatingPointError:
                 del costs[damping]
                 if not costs:
                     raise
-    proposals = [
-        Proposal(
-            target, {}, _select(of_damping, kept, target, pattern), damping, 0.0, damping / scale if scale else None
+    return costs, scale
+
+
+class _Step:
+    """Weights and masks of the targets as vectors, and the Fishers of the group that is visited.
+
+    Args:
+        parameters: the targets, by name.
+        masks: which of their weights are left.
+        options: how to prune.
+        gradients: of which the Fishers are made.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        options: PruningOptions,
+        gradients: GradientSet,
+    ) -> None:
+        self.parameters = parameters
+        self.options = options
+        self.gradients = gradients
+        self.pattern = Pattern.parse(options.pattern)
+        self.weights, self.kept = _flat(parameters, masks)
+        self.fishers: dict[str, BlockedFisher] = {}
+
+    def visit(self, names: Sequence[str]) -> float:
+        """Make the Fishers of these targets, in place of the last ones; return the mean squared entry of a gradient.
+
+        Pruned weights count for nothing.
+        """
+        self.fishers = {}  # before there are others
+        self.fishers = {name: self._empty_fisher(self.parameters[name]) for name in names}
+        everything = {name: bool(self.kept[name].all()) for name in names}
+        total = 0.0
+
+        def add(name: str, rows: Tensor) -> None:
+            nonlocal total
+            if not everything[name]:
+                rows = rows * self.kept[name]
+            self.fishers[name].add(rows)
+            total += float(torch.linalg.vector_norm(rows)) ** 2
+
+        self.gradients.collect({name: self.parameters[name] for name in names}, add)
+        total = sum_over_ranks(total, self.parameters[names[-1]].device, self.gradients.source.process_group)
+        left = sum(int(self.kept[name].sum()) for name in names)
+        return total / (self.gradients.num_grads * max(left, 1))
+
+    def _empty_fisher(self, parameter: Tensor) -> BlockedFisher:
+        assert self.options.block_size is not None  # full_step has no blocks
+        return BlockedFisher(
+            parameter.numel(),
+            block_size=self.options.block_size,
+            damping=1.0,  # until costs or an update name one
+            num_grads=self.gradients.num_grads,
+            device=parameter.device,
+            process_group=self.gradients.source.process_group,
         )
-        for damping, of_damping in costs.items()
-        for target in targets
-    ]
-    for names in groups:
-        if len(groups) > 1:
-            visit(names)
-        for proposal in proposals:
-            for name in names:
-                _update(proposal, name, weights[name], kept[name], fishers[name], options, pattern)
-    return proposals
+
+    def costs(self, name: str, damping: float) -> Tensor:
+        """Cost of each unit of a target."""
+        self.fishers[name].damping = damping
+        costs = obs.greedy_costs if self.options.selection == "greedy" else obs.diagonal_costs
+        return costs(self.weights[name], self.kept[name], self.fishers[name], self.pattern)
+
+    def update(self, proposal: Proposal, name: str) -> None:
+        """Add the new weights of a target to a proposal, and what they cost."""
+        assert proposal.damping is not None and proposal.predicted_loss_increase is not None
+        weights_D, kept_D, keep_D = self.weights[name], self.kept[name], proposal.keep[name]
+        fisher = self.fishers[name]
+        fisher.damping = proposal.damping
+        if self.options.update == "joint":
+            moved_D = obs.joint_update(weights_D, kept_D, keep_D, fisher)
+        else:
+            moved_D = obs.summed_update(weights_D, kept_D, keep_D, fisher, self.pattern)
+        proposal.weights[name] = moved_D
+        proposal.predicted_loss_increase += _quadratic_loss(moved_D - weights_D, fisher)
 
 
-def _fishers(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    kept: Mapping[str, Tensor],
-    options: PruningOptions,
-    source: GradientSource,
-    seed: int,
-    advance: Callable[[int], None],
-) -> tuple[dict[str, BlockedFisher], float]:
-    """Fisher of each parameter, and the mean squared entry of a gradient; pruned weights count for nothing."""
-    assert options.block_size is not None  # full_step has no blocks
-    fishers = {
-        name: BlockedFisher(
-            p.numel(),
-            block_size=options.block_size,
-            damping=1.0,
-            num_grads=options.num_grads,
-            device=p.device,
-            process_group=source.process_group,
-        )
-        for name, p in parameters.items()
-    }
-    last = next(reversed(fishers))
-    everything = {name: bool(kept[name].all()) for name in fishers}
-    total = 0.0
-
-    def add(name: str, rows: Tensor) -> None:
-        nonlocal total
-        if not everything[name]:
-            rows = rows * kept[name]
-        fishers[name].add(rows)
-        total += float(torch.linalg.vector_norm(rows)) ** 2
-        if name == last:
-            advance(len(rows))
-
-    source.collect(model, parameters, options.num_grads, seed, add)
-    total = sum_over_ranks(total, parameters[last].device, source.process_group)
-    left = sum(int(kept[name].sum()) for name in parameters)
-    return fishers, total / (options.num_grads * max(left, 1))
-
-
-def _costs(
-    weights_D: Tensor, kept_D: Tensor, fisher: BlockedFisher, damping: float, options: PruningOptions, pattern: Pattern
-) -> Tensor:
-    fisher.damping = damping
-    costs = obs.greedy_costs if options.selection == "greedy" else obs.diagonal_costs
-    return costs(weights_D, kept_D, fisher, pattern)
-
-
-def _select(
-    costs: dict[str, Tensor],
-    kept: dict[str, Tensor],
-    target: Target,
-    pattern: Pattern,
-) -> dict[str, Tensor]:
-    if not isinstance(target, Mapping):
-        return obs.select(costs, kept, target, pattern=pattern)
+def _select(costs: dict[str, Tensor], kept: dict[str, Tensor], level: Level, pattern: Pattern) -> dict[str, Tensor]:
+    """New masks, at one sparsity over all targets or at one for each."""
+    if not isinstance(level, Mapping):
+        return obs.select(costs, kept, level, pattern=pattern)
     return {
         name: obs.select({name: costs[name]}, kept, sparsity, pattern=pattern, scope="uniform")[name]
-        for name, sparsity in target.items()
+        for name, sparsity in level.items()
     }
 
 
-def _update(
-    proposal: Proposal,
-    name: str,
-    weights_D: Tensor,
-    kept_D: Tensor,
-    fisher: BlockedFisher,
-    options: PruningOptions,
-    pattern: Pattern,
-) -> None:
-    """Add the new weights of one target to a proposal, and what they cost."""
-    assert proposal.damping is not None and proposal.predicted_loss_increase is not None
-    fisher.damping, keep_D = proposal.damping, proposal.keep[name]
-    if options.update == "joint":
-        moved_D = obs.joint_update(weights_D, kept_D, keep_D, fisher)
-    else:
-        moved_D = obs.summed_update(weights_D, kept_D, keep_D, fisher, pattern)
-    proposal.weights[name] = moved_D
-    proposal.predicted_loss_increase += quadratic_loss(moved_D - weights_D, fisher)
-
-
-def quadratic_loss(step_D: Tensor, fisher: BlockedFisher) -> float:
+def _quadratic_loss(step_D: Tensor, fisher: BlockedFisher) -> float:
     r""":math:`\tfrac12 \delta^\top F \delta`, the loss increase that the Fisher expects of a step."""
     total = 0.0
     for first, last in fisher.chunks():

@@ -1,6 +1,6 @@
-"""Automatic damping: several are tried, and the loss on held-out examples decides.
+"""Automatic damping: several dampings are tried, and the loss on held-out examples decides.
 
-A Fisher whose gradients are accumulated takes any damping afterwards, so that one set of gradients serves all trials.
+A Fisher takes any damping after its gradients are accumulated, so one set of gradients serves all trials.
 """
 
 from __future__ import annotations
@@ -9,58 +9,77 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.proposal import Proposal, write_weights
 
-__all__ = ["SWEEP", "Proposal", "Target", "best_proposal", "candidates", "write_weights"]
+__all__ = ["SWEEP", "Dampings", "best_proposal"]
 
 # Dampings that "auto" tries, in units of the mean squared entry of a gradient.
 SWEEP = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
-Target = Mapping[str, float] | float
 
-
-@dataclass
-class Proposal:
-    """New weights and masks, flat, by parameter name.
+@dataclass(frozen=True)
+class Dampings:
+    """The dampings that a sub-step tries.
 
     Attributes:
-        target: the sparsity: of all tensors together, or of each by name.
-        weights: exactly zero where they are pruned.
-        keep: the masks.
-        damping: that the Fisher had; None without one.
-        predicted_loss_increase: what the quadratic model of the loss expects; None without one.
-        relative_damping: the damping in units of the mean squared entry of a gradient.
+        values: one or more positive numbers.
+        relative: whether they count in units of the mean squared entry of a gradient.
     """
 
-    target: Target
-    weights: dict[str, Tensor]
-    keep: dict[str, Tensor]
-    damping: float | None = None
-    predicted_loss_increase: float | None = None
-    relative_damping: float | None = None
+    values: tuple[float, ...]
+    relative: bool = False
 
+    @classmethod
+    def of_options(cls, options: PruningOptions) -> Dampings:
+        """The damping of the options; for ``"auto"`` all of `SWEEP`."""
+        if isinstance(options.damping, str):
+            return cls(SWEEP, relative=True)
+        return cls((options.damping,))
 
-def candidates(options: PruningOptions, mean_square: float, relative: Sequence[float]) -> list[float]:
-    """The damping of the options, or for ``"auto"`` these multiples of the mean squared entry of a gradient."""
-    if not isinstance(options.damping, str):
-        return [options.damping]
-    if mean_square == 0:
-        raise ValueError("all gradients are zero, so that no damping is better than another: give a number")
-    return [factor * mean_square for factor in relative]
+    def absolute(self, mean_square: float) -> list[float]:
+        """The numbers to add to the Fisher's diagonal, given the mean squared entry of a gradient.
+
+        Raises:
+            ValueError: they are relative to gradients that are all zero.
+        """
+        if not self.relative:
+            return list(self.values)
+        if mean_square == 0:
+            raise ValueError("all gradients are zero, so that no damping is better than another: give a number")
+        return [factor * mean_square for factor in self.values]
+
+    def after(self, chosen: Proposal) -> Dampings:
+        """What the later sub-steps try: of relative dampings the one that was chosen."""
+        if not self.relative or chosen.relative_damping is None:
+            return self
+        return Dampings((chosen.relative_damping,), relative=True)
 
 
 def best_proposal(
-    model: nn.Module, parameters: dict[str, nn.Parameter], proposals: list[Proposal], source: GradientSource | None
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    proposals: Sequence[Proposal],
+    source: GradientSource | None,
 ) -> tuple[Proposal, list[dict[str, float | None]]]:
-    """Of several dampings the proposal whose has the lowest held-out loss at the last target, and all of these losses.
+    """Choose the damping by the held-out loss that the model has with it at the last level.
 
-    The model is left as the last one would be.
+    The model is left with the weights of the last trial. A single damping is not tried.
+
+    Args:
+        model: the model.
+        parameters: its targets, by name.
+        proposals: for each damping one at each level, the levels in the same order.
+        source: of the held-out loss; None will do for a single damping.
+
+    Returns:
+        The proposal at the first level with the chosen damping, and what was tried: ``damping`` and ``loss`` of each,
+        the loss being None where it was not finite.
     """
-    judged = [proposal for proposal in proposals if proposal.target == proposals[-1].target]
+    judged = [proposal for proposal in proposals if proposal.level == proposals[-1].level]
     if len(judged) == 1:
         return proposals[0], []
     assert source is not None
@@ -73,20 +92,8 @@ def best_proposal(
             loss = None
         losses.append(loss if loss is not None and math.isfinite(loss) else math.inf)
     damping = judged[min(range(len(losses)), key=losses.__getitem__)].damping
-    shown = [
+    tried = [
         {"damping": proposal.damping, "loss": loss if math.isfinite(loss) else None}
         for proposal, loss in zip(judged, losses, strict=True)
     ]
-    return next(proposal for proposal in proposals if proposal.damping == damping), shown
-
-
-def write_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
-    """Put new weights into the model.
-
-    Raises:
-        FloatingPointError: one is not finite; nothing is written then.
-    """
-    if wrong := [name for name, values in weights.items() if not bool(torch.isfinite(values).all())]:
-        raise FloatingPointError(f"the new weights of {wrong[0]} are not finite: raise the damping")
-    for name, values in weights.items():
-        parameters[name].copy_(values.view_as(parameters[name]))
+    return next(proposal for proposal in proposals if proposal.damping == damping), tried

@@ -1,13 +1,15 @@
 r"""One sub-step of pruning with the Fisher of all targets together, without blocks.
 
-The gradients of the weights that are left are kept in host memory, m x d, and worked on in pages of columns
-(`mfac_hf.fisher.full`). All weights are ranked by :math:`w_i^2 / (2 [F^{-1}]_{ii})`: a greedy trace through one block
-of all weights would take d downdates of d numbers.
+The gradients of the weights that are left lie in host memory, m x d, and are worked on in pages of columns
+(`mfac_hf.fisher.full`). The cost of a weight is :math:`w_i^2 / (2 [F^{-1}]_{ii})`, as if it went alone: a greedy trace
+through one block of all weights would take d downdates of d numbers.
+
+Shape suffixes: M gradients, D weights that are left in all targets together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,61 +17,48 @@ from torch import Tensor, nn
 from mfac_hf.fisher.full import FullFisher
 from mfac_hf.machine import GIB, available_bytes
 from mfac_hf.pruning import obs
-from mfac_hf.pruning.damping import Proposal
-from mfac_hf.pruning.gradients import GradientSource
+from mfac_hf.pruning.gradients import GradientSet
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
+from mfac_hf.pruning.proposal import Level, Proposal
 
 __all__ = ["full_step"]
 
 
 def full_step(
-    model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
-    sparsity: Mapping[str, float] | float,
+    level: Level,
     options: PruningOptions,
-    *,
-    source: GradientSource,
-    seed: int,
-    advance: Callable[[int], None],
+    gradients: GradientSet,
 ) -> Proposal:
-    """Remove the weights that the whole Fisher says cost least, and move the others to make up for it.
+    """Remove the weights that the whole Fisher says cost least, and move the others to make up for them.
 
     Args:
-        model: the model.
         parameters: the targets, by name.
         masks: which of their weights are left.
-        sparsity: to reach, over all targets together.
-        options: how; ``block_size`` is None.
-        source: of the gradients.
-        seed: of the gradients.
-        advance: is told how many gradients were taken.
+        level: the sparsity to reach, over all targets together.
+        options: how to prune; ``block_size`` is None.
+        gradients: of which the Fisher is made.
 
     Raises:
         MemoryError: the gradients do not fit into host memory.
-        ValueError: a loss or gradient that is not finite, or too few of them; a source whose ranks take a share each.
+        ValueError: a loss or gradient that is not finite, or too few gradients.
         FloatingPointError: the damping is too small for the Fisher to be inverted.
     """
-    assert not isinstance(sparsity, Mapping) and not isinstance(options.damping, str)  # PruningOptions
-    if source.process_group is not None:
-        raise ValueError("without blocks (block_size None) every rank needs all gradients: a source without a group")
+    assert not isinstance(level, Mapping) and not isinstance(options.damping, str)  # PruningOptions
     kept = {name: masks[name].flatten() for name in parameters}
     at = {name: keep.nonzero().squeeze(1) for name, keep in kept.items()}
-    sizes = [len(index) for index in at.values()]
+    dim = sum(len(index) for index in at.values())
     fisher = FullFisher(
-        _collect(model, parameters, at, options, source, seed, advance),
+        _collect(parameters, at, gradients),
         damping=options.damping,
-        page_size=-(-sum(sizes) // options.pages),
+        page_size=-(-dim // options.pages),
         device=next(iter(parameters.values())).device,
     )
     weights_D = torch.cat([parameters[name].detach().flatten()[index].cpu() for name, index in at.items()])
     diagonal_D = fisher.inverse_diagonal()
-    costs = {name: torch.full(keep.shape, float("inf")) for name, keep in kept.items()}
-    for name, cost_D in zip(at, (weights_D.square() / (2 * diagonal_D)).split(sizes), strict=True):
-        costs[name][at[name].cpu()] = cost_D
-    on_host = {name: keep.cpu() for name, keep in kept.items()}
-    keep = obs.select(costs, on_host, sparsity, pattern=Pattern.parse("unstructured"))
+    keep = _select(weights_D.square() / (2 * diagonal_D), kept, at, level)
     stays_D = torch.cat([keep[name][index.cpu()] for name, index in at.items()])
     if options.update == "joint":
         moved_D = fisher.joint_update(weights_D, torch.ones_like(stays_D), stays_D)
@@ -79,45 +68,52 @@ def full_step(
     change_D = moved_D - weights_D
     slope_M = fisher.grads_MD @ change_D
     increase = 0.5 * (fisher.damping * change_D.square().sum() + slope_M.square().mean())
-    new = {}
-    for name, values_D in zip(at, moved_D.split(sizes), strict=True):
-        new[name] = torch.zeros(kept[name].shape, device=parameters[name].device, dtype=parameters[name].dtype)
-        new[name][at[name]] = values_D.to(new[name])
     keep = {name: mask.to(parameters[name].device) for name, mask in keep.items()}
-    return Proposal(sparsity, new, keep, fisher.damping, increase.item())
+    return Proposal(level, _spread(moved_D, parameters, at), keep, fisher.damping, increase.item())
 
 
-def _collect(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    at: Mapping[str, Tensor],
-    options: PruningOptions,
-    source: GradientSource,
-    seed: int,
-    advance: Callable[[int], None],
-) -> Tensor:
+def _select(
+    costs_D: Tensor, kept: Mapping[str, Tensor], at: Mapping[str, Tensor], sparsity: float
+) -> dict[str, Tensor]:
+    """New masks in host memory, by name: the cheapest of the weights that are left go."""
+    costs = {name: torch.full(keep.shape, float("inf")) for name, keep in kept.items()}
+    sizes = [len(index) for index in at.values()]
+    for name, part_D in zip(at, costs_D.split(sizes), strict=True):
+        costs[name][at[name].cpu()] = part_D
+    on_host = {name: keep.cpu() for name, keep in kept.items()}
+    return obs.select(costs, on_host, sparsity, pattern=Pattern.parse("unstructured"))
+
+
+def _spread(values_D: Tensor, parameters: Mapping[str, nn.Parameter], at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values at their places, zeros elsewhere: for each parameter a flat tensor of its device and dtype."""
+    spread = {}
+    for (name, index), part_D in zip(at.items(), values_D.split([len(index) for index in at.values()]), strict=True):
+        parameter = parameters[name]
+        spread[name] = torch.zeros(parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+        spread[name][index] = part_D.to(spread[name])
+    return spread
+
+
+def _collect(parameters: Mapping[str, nn.Parameter], at: Mapping[str, Tensor], gradients: GradientSet) -> Tensor:
     """Gradients of the weights at the given places, (m, d) in host memory, float32."""
-    dim = sum(len(index) for index in at.values())
-    needed, free = 4 * options.num_grads * dim, available_bytes(torch.device("cpu"))
+    dim, num_grads = sum(len(index) for index in at.values()), gradients.num_grads
+    needed, free = 4 * num_grads * dim, available_bytes(torch.device("cpu"))
     if needed > free:
         raise MemoryError(
-            f"{options.num_grads} gradients of {dim:,} weights take {needed / GIB:.1f} GiB of host memory, and "
+            f"{num_grads} gradients of {dim:,} weights take {needed / GIB:.1f} GiB of host memory, and "
             f"{free / GIB:.1f} are free. Ways out: fewer num_grads, fewer targets, or blocks (block_size=128)"
         )
-    grads_MD = torch.empty(options.num_grads, dim)
+    grads_MD = torch.empty(num_grads, dim)
     places, start = {}, 0
     for name, index in at.items():
         places[name] = slice(start, start + len(index))
         start += len(index)
     filled = dict.fromkeys(at, 0)
-    last = next(reversed(filled))
 
     def keep(name: str, rows: Tensor) -> None:
         rows = rows[:, at[name]]
         grads_MD[filled[name] : filled[name] + len(rows), places[name]] = rows.cpu()
         filled[name] += len(rows)
-        if name == last:
-            advance(len(rows))
 
-    source.collect(model, parameters, options.num_grads, seed, keep)
+    gradients.collect(parameters, keep)
     return grads_MD

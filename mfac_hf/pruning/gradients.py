@@ -6,6 +6,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mfac_hf.pruning.per_sample import batch_gradients
 
-__all__ = ["DataLoaderGradients", "GradientSource"]
+__all__ = ["DataLoaderGradients", "GradientSet", "GradientSource"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,40 @@ class GradientSource(Protocol):
 
     def loss(self, model: nn.Module) -> float | None:
         """Loss on held-out examples; None where there are none."""
+
+
+@dataclass(frozen=True)
+class GradientSet:
+    """The gradients of one sub-step: drawn again from their seed, they are the same.
+
+    Attributes:
+        source: that draws them.
+        model: whose gradients they are.
+        num_grads: how many, of ranks that take a share each together.
+        seed: of the draw.
+        advance: is told how many were taken here; None if nobody counts.
+    """
+
+    source: GradientSource
+    model: nn.Module
+    num_grads: int
+    seed: int
+    advance: Callable[[int], object] | None = None
+
+    def collect(self, parameters: Mapping[str, nn.Parameter], consume: Consumer) -> None:
+        """Hand the gradients of some parameters to ``consume(name, rows)``, rows being n x numel, float32.
+
+        Raises:
+            ValueError: too few gradients, or a loss or gradient that is not finite.
+        """
+        last = next(reversed(list(parameters)))
+
+        def consume_and_count(name: str, rows: Tensor) -> None:
+            consume(name, rows)
+            if name == last and self.advance is not None:
+                self.advance(len(rows))
+
+        self.source.collect(self.model, parameters, self.num_grads, self.seed, consume_and_count)
 
 
 class DataLoaderGradients:

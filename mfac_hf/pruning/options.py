@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.masks import MaskSet
 
-__all__ = ["PruningOptions", "PruningReport", "check_sparsity", "parse_damping"]
+__all__ = [
+    "Method",
+    "PruningOptions",
+    "PruningReport",
+    "Scope",
+    "Selection",
+    "Update",
+    "check_sparsity",
+    "parse_damping",
+]
+
+Method = Literal["mfac", "magnitude"]
+Selection = Literal["greedy", "diagonal"]
+Update = Literal["joint", "sum"]
+Scope = Literal["global", "uniform"]
 
 AUTO_LOSS_SAMPLES = 256
 
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """How to prune; where to is the sparsity.
+    """How to prune. The sparsity to reach is an argument of its own.
+
+    The defaults here are those of the library; as attributes of the class (``PruningOptions.num_grads``) they are
+    those of everything that has the same option.
 
     Attributes:
         method: ``"mfac"``, or ``"magnitude"`` as the baseline, which needs no gradients.
@@ -46,31 +63,25 @@ class PruningOptions:
         ValueError: an option out of range.
     """
 
-    method: Literal["mfac", "magnitude"] = "mfac"
+    method: Method = "mfac"
     num_grads: int = 64
     grad_batch_size: int = 1
     block_size: int | None = 128
     damping: float | Literal["auto"] = 1e-5
     recomputations: int = 16
-    selection: Literal["greedy", "diagonal"] = "greedy"
-    update: Literal["joint", "sum"] = "joint"
+    selection: Selection = "greedy"
+    update: Update = "joint"
     pattern: str = "unstructured"
-    scope: Literal["global", "uniform"] = "global"
+    scope: Scope = "global"
     loss_samples: int = 0
     seed: int = 0
     pages: int = 1
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        choices = {
-            "method": ("mfac", "magnitude"),
-            "selection": ("greedy", "diagonal"),
-            "update": ("joint", "sum"),
-            "scope": ("global", "uniform"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name, choices in {"method": Method, "selection": Selection, "update": Update, "scope": Scope}.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(choices))}")
         for name, least in {
             "num_grads": 1, "grad_batch_size": 1, "pages": 1, "recomputations": 1, "loss_samples": 0,
         }.items():  # fmt: skip

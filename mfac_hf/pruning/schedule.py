@@ -157,7 +157,7 @@ class SparsitySchedule:
         """The last and highest sparsity."""
         return self.points[-1][1]
 
-    def target(self, position: float) -> float:
+    def sparsity_at(self, position: float) -> float:
         """The sparsity that is due at the beginning of this step or epoch: that of the last point reached, or 0."""
         reached = bisect_right(self.points, (math.floor(position), 1.0))
         return self.points[reached - 1][1] if reached else 0.0

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.full_step import full_step
-from mfac_hf.pruning.gradients import DataLoaderGradients
+from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSet
 from mfac_hf.pruning.masks import MaskSet
-from mfac_hf.pruning.oneshot import prune_to
 from mfac_hf.pruning.options import PruningOptions
 
 OPTIONS = PruningOptions(
@@ -63,14 +63,11 @@ def test_a_step_is_that_of_the_dense_fisher(update, pages):
     model, source, masks = problem()
     taken = []
     step = full_step(
-        model,
         masks.parameters(model),
         masks,
         0.6,
         dataclasses.replace(OPTIONS, update=update, pages=pages),
-        source=source,
-        seed=5,
-        advance=taken.append,
+        GradientSet(source, model, OPTIONS.num_grads, 5, taken.append),
     )
     stays, weights = dense_answer(update, 0.6)
     assert torch.equal(torch.cat([step.keep[name] for name in masks]), stays)

@@ -15,8 +15,8 @@ from mfac_hf import prune_one_shot
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
 from mfac_hf.pruning.blocked_step import plan_groups
+from mfac_hf.pruning.engine import substep_sparsity
 from mfac_hf.pruning.gradients import DataLoaderGradients
-from mfac_hf.pruning.oneshot import substep_sparsity
 
 FAST = {"num_grads": 16, "block_size": 8, "damping": 1e-3, "progress": False}
 
@@ -206,7 +206,7 @@ def test_a_target_too_large_for_memory_is_refused_with_the_numbers(model):
         prune_to(model, MaskSet.dense(model, find_targets(model)), source, 0.5, options)
     assert source.collections == [] and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     # by default what is free on the machine is shared with everything else
-    assert plan_groups({"a": 10, "b": 20}, PruningOptions(), torch.device("cpu")) == [["a", "b"]]
+    assert plan_groups({"a": torch.empty(10), "b": torch.empty(20)}, PruningOptions(), source) == [["a", "b"]]
 
 
 def test_the_joint_update_is_the_best_for_the_same_weights(model, trained):

@@ -36,10 +36,10 @@ def test_curves_rise_from_initial_to_final_along_the_formula(kind, arguments):
     for position in {start, *range(start, end, every), end}:
         # 1e-12: both sides are a few roundings of numbers below 1.
         expected = CURVES[kind](initial, final, (position - start) / (end - start))
-        assert math.isclose(schedule.target(position), expected, abs_tol=1e-12)
-    assert schedule.target(start) == initial, "exact at both ends"
-    assert start == 0 or schedule.target(start - 1) == 0.0
-    assert schedule.target(end + 1000) == final
+        assert math.isclose(schedule.sparsity_at(position), expected, abs_tol=1e-12)
+    assert schedule.sparsity_at(start) == initial, "exact at both ends"
+    assert start == 0 or schedule.sparsity_at(start - 1) == 0.0
+    assert schedule.sparsity_at(end + 1000) == final
 
 
 @given(st.lists(sparsities, min_size=1, max_size=8).filter(any), st.integers(1, 5), st.integers(0, 9))
@@ -49,13 +49,13 @@ def test_a_list_is_followed_in_order(values, every, start):
     assert schedule.unit == "epoch"
     for i, value in enumerate(values):
         begin = start + i * every
-        assert schedule.target(begin) == schedule.target(begin + every - 0.01) == value
+        assert schedule.sparsity_at(begin) == schedule.sparsity_at(begin + every - 0.01) == value
     assert len(schedule.points) == len(set(values) - {0.0}), "a point that asks for nothing is none"
 
 
 def test_the_list_of_the_paper_starts_at_epoch_0():
     schedule = SparsitySchedule.from_list([0.5, 0.75, 0.875], every=2, unit="epoch")
-    assert [schedule.target(epoch) for epoch in range(6)] == [0.5, 0.5, 0.75, 0.75, 0.875, 0.875]
+    assert [schedule.sparsity_at(epoch) for epoch in range(6)] == [0.5, 0.5, 0.75, 0.75, 0.875, 0.875]
 
 
 def test_the_last_pruning_falls_on_end_where_every_does_not_divide_the_way():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
 
 from mfac_hf.hub.trainer_card import attach_card
+from mfac_hf.pruning.engine import check_targets, prune_to
 from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.masks import MaskSet, shortened
-from mfac_hf.pruning.oneshot import check_targets, prune_to
 from mfac_hf.pruning.options import PruningOptions, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
@@ -31,6 +29,7 @@ from mfac_hf.pruning.trainer.support import (
     check_source,
     gradient_source,
     refuse_unsupported,
+    schedule_in_steps,
     without_fp16,
 )
 
@@ -44,7 +43,7 @@ class MFACPruningCallback(TrainerCallback):
 
     ``trainer.add_callback(MFACPruningCallback(SparsitySchedule.cubic(final=0.9, start=100, end=900, every=100)))`` is
     all that a script needs. At the beginning of a step that the schedule names, when all gradients are clear, weights
-    are chosen and removed, and the others make up for them (`mfac_hf.pruning.oneshot`). From then on pruned weights
+    are chosen and removed, and the others make up for them (`mfac_hf.pruning.engine`). From then on pruned weights
     have no gradient and the optimizer has no memory of them; whatever it does, they are exactly zero after its step,
     and so in each evaluation and checkpoint. With `MFAC` the window shrinks along.
 
@@ -106,8 +105,8 @@ class MFACPruningCallback(TrainerCallback):
         self.masks: MaskSet | None = None
         self.reports: list[PruningReport] = []
         self._steps = schedule  # the same, in steps
-        self._target = 0.0  # the last sparsity of the schedule that was reached
-        self._news: dict[str, float] = {}  # of the last pruning, for the next log
+        self._reached = 0.0  # the last sparsity of the schedule that was reached
+        self._pending_log: dict[str, float] = {}  # of the last pruning, for the next log
 
     @property
     def sparsity(self) -> float:
@@ -130,50 +129,50 @@ class MFACPruningCallback(TrainerCallback):
         """Find the targets, or where an interrupted run stopped; refuse what cannot work before anything changes."""
         model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
         if self.masks is not None:
-            self.masks.detach()  # of an earlier training that an error ended
+            self.masks.detach()  # an error ended the training before
         refuse_unsupported(args, state, model)
         if self.evaluate and kwargs["eval_dataloader"] is None and not args.eval_on_start:
             raise ValueError(
                 "evaluate=True needs Trainer's evaluation data, which it hands over when it evaluates for the first "
                 "time: set TrainingArguments(eval_on_start=True), or call trainer.evaluate() before trainer.train()"
             )
-        self._steps = self.schedule
-        if self.schedule.unit == "epoch":
-            if not has_length(dataloader):
-                raise ValueError("the training data have no length to count epochs by; use a schedule of unit='step'")
-            self._steps = self.schedule.in_steps(math.ceil(len(dataloader) / args.gradient_accumulation_steps))
-        if (last := self._steps.points[-1][0]) >= state.max_steps:
-            logger.warning(
-                "the schedule ends at step %d, but training at step %d, with a sparsity of %g instead of %g",
-                last, state.max_steps, self._steps.target(state.max_steps - 1), self.schedule.final,
-            )  # fmt: skip
-        targets = find_targets(model, self.targets)
-        if state.global_step:
-            folder, self.masks, progress = read_checkpoint(args, state, model, self.schedule, self.resume_from)
-            if self.masks.keys() != targets.keys():
-                raise ValueError(
-                    f"the run in {folder} prunes {shortened(self.masks)}, and the targets of this one are "
-                    f"{shortened(targets)}; resume with the same targets"
-                )
-        else:
-            folder, self.masks = None, MaskSet.from_model(model, targets)
-            progress = Progress(dataclasses.asdict(self.schedule), 0.0, None, [])
-        # Refuse now what a pruning would refuse after hours of training; nothing has changed so far.
-        check_targets(self.masks, self.masks.parameters(model), max(self.schedule.final, self.sparsity), self.options)
-        source = self._source(args, optimizer, dataloader)
-        check_source(source, self.options, self.masks.parameters(model), self._steps.points[0][0])
-        self.reports, self._target = [PruningReport(**report) for report in progress.reports], progress.target
-        if self.distillation is not None:
-            self.distillation.begin(model)
-            if folder is not None and self.distillation.given is None and progress.reports:
-                self.distillation.load(folder.parent, model, progress.teacher)
-                self._save_teacher(args)  # for the next resume, should the output directory be another
-        if folder is None and self.masks.sparsity:  # a sparse model is pruned further
-            self.masks.clear_optimizer_state(model, optimizer)
+        steps = schedule_in_steps(self.schedule, args, state, dataloader)
+        folder, masks, progress = self._load_or_begin(args, state, model)
+        # Refuse now what a pruning would refuse after hours of training.
+        parameters = masks.parameters(model)
+        check_targets(masks, parameters, max(self.schedule.final, masks.sparsity), self.options)
+        check_source(self._source(args, optimizer, dataloader), self.options, parameters, steps.points[0][0])
+
+        self._steps, self.masks, self._reached = steps, masks, progress.target
+        self.reports = [PruningReport(**report) for report in progress.reports]
+        self._pending_log = {}
+        self._begin_distillation(args, model, folder, progress)
+        if folder is None and masks.sparsity:  # a sparse model is pruned further
+            masks.clear_optimizer_state(model, optimizer)
         if self.lr_cycle is not None:
-            self.lr_cycle.begin([step for step, _ in self._steps.points], state.max_steps)
-        self._news = {}
-        self.masks.attach(model)
+            self.lr_cycle.begin([step for step, _ in steps.points], state.max_steps)
+        masks.attach(model)
+
+    def _load_or_begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module
+    ) -> tuple[Path | None, MaskSet, Progress]:
+        """Checkpoint, masks and progress of the run that is resumed; of a new one no checkpoint and its beginning."""
+        targets = find_targets(model, self.targets)
+        if not state.global_step:
+            progress = Progress(dataclasses.asdict(self.schedule), target=0.0, teacher=None, reports=[])
+            return None, MaskSet.from_model(model, targets), progress
+        return read_checkpoint(args, state, model, self.schedule, targets, self.resume_from)
+
+    def _begin_distillation(
+        self, args: TrainingArguments, model: nn.Module, folder: Path | None, progress: Progress
+    ) -> None:
+        """Take the teacher that was given, or bring back the one that the resumed run took."""
+        if self.distillation is None:
+            return
+        self.distillation.begin(model)
+        if folder is not None and self.distillation.given is None and progress.reports:
+            self.distillation.load(folder.parent, model, progress.teacher)
+            self._save_teacher(args)  # for the next resume, should the output directory be another
 
     def _source(self, args: TrainingArguments, optimizer: Any, dataloader: DataLoader) -> GradientSource | None:
         """Where gradients come from; a new one for each pruning, which then depends on nothing that came before."""
@@ -183,26 +182,26 @@ class MFACPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prune if the schedule says so."""
-        target = self._steps.target(state.global_step)
-        if target <= self._target:
+        sparsity = self._steps.sparsity_at(state.global_step)
+        if sparsity <= self._reached:
             return
-        self._target = target
-        if target <= self.sparsity:
-            logger.info("step %d asks for a sparsity of %g and finds %g", state.global_step, target, self.sparsity)
+        self._reached = sparsity
+        if sparsity <= self.sparsity:
+            logger.info("step %d asks for a sparsity of %g and finds %g", state.global_step, sparsity, self.sparsity)
             return
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if self.distillation is not None and self.distillation.teacher is None:
             self.distillation.take(model)
             self._save_teacher(args)
         with without_fp16(model, args):
-            self._prune(target, args, state, model, optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"])
+            self._prune(sparsity, args, state, model, optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"])
         # What was best so far had more weights.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         logger.info("step %d: pruned to a sparsity of %.4f", state.global_step, self.sparsity)
 
     def _prune(
         self,
-        target: float,
+        sparsity: float,
         args: TrainingArguments,
         state: TrainerState,
         model: nn.Module,
@@ -220,7 +219,7 @@ class MFACPruningCallback(TrainerCallback):
             model,
             self.masks,
             self._source(args, optimizer, train_dataloader),
-            target,
+            sparsity,
             options,
             progress=state.is_world_process_zero and not args.disable_tqdm,
             process_group=all_ranks(args),
@@ -229,7 +228,9 @@ class MFACPruningCallback(TrainerCallback):
         self.masks.clear_optimizer_state(model, optimizer)
         if self.evaluate:
             losses["pruning/loss_after"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
-        self._news = {f"pruning/sparsity/{name}": value for name, value in self.masks.sparsities().items()} | losses
+        self._pending_log = {
+            f"pruning/sparsity/{name}": value for name, value in self.masks.sparsities().items()
+        } | losses
 
     def _save_teacher(self, args: TrainingArguments) -> None:
         assert self.distillation is not None
@@ -241,7 +242,7 @@ class MFACPruningCallback(TrainerCallback):
     ) -> None:
         """Put the factor of the cycle on the learning rates, for this step alone."""
         if self.lr_cycle is not None:
-            self.lr_cycle.put(kwargs["optimizer"], state.global_step)
+            self.lr_cycle.scale(kwargs["optimizer"], state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -250,13 +251,13 @@ class MFACPruningCallback(TrainerCallback):
         assert self.masks is not None
         self.masks.apply(kwargs["model"])
         if self.lr_cycle is not None:
-            self.lr_cycle.take_back(kwargs["optimizer"])
+            self.lr_cycle.restore(kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Have the step of a pruning logged."""
-        if self._news and args.logging_strategy != "no":
+        if self._pending_log and args.logging_strategy != "no":
             control.should_log = True
         return control
 
@@ -271,10 +272,10 @@ class MFACPruningCallback(TrainerCallback):
         """Add the sparsity to each training log, and after a pruning that of each tensor."""
         if logs is None or "loss" not in logs:  # evaluations return their log as their metrics
             return
-        values = {"pruning/sparsity": self.sparsity, **self._news}
+        values = {"pruning/sparsity": self.sparsity, **self._pending_log}
         if self.lr_cycle is not None:
             values["pruning/lr_factor"] = self.lr_cycle.factor(state.global_step - 1)
-        self._news = {}
+        self._pending_log = {}
         logs.update(values)
         state.log_history[-1].update(values)
 
@@ -285,7 +286,7 @@ class MFACPruningCallback(TrainerCallback):
             return
         progress = Progress(
             schedule=dataclasses.asdict(self.schedule),
-            target=self._target,
+            target=self._reached,
             teacher=None if self.distillation is None else self.distillation.mark,
             reports=[report.to_dict() for report in self.reports],
         )

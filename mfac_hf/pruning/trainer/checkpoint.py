@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mfac_hf.pruning.fingerprint import fingerprint
 from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.schedule import SparsitySchedule
 
-__all__ = ["PROGRESS_NAME", "Progress", "checkpoint_folder", "read_checkpoint", "write_checkpoint"]
+__all__ = ["PROGRESS_NAME", "Progress", "checkpoint_folder", "fingerprint", "read_checkpoint", "write_checkpoint"]
 
 PROGRESS_NAME = "pruning.json"
 
@@ -40,6 +42,14 @@ class Progress:
     weights: str = ""
 
 
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the bytes of tensors, in their order: two that are equal to the bit have the same."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Where Trainer saves at this step."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -59,6 +69,7 @@ def read_checkpoint(
     state: TrainerState,
     model: nn.Module,
     schedule: SparsitySchedule,
+    targets: Collection[str],
     given: Path | None = None,
 ) -> tuple[Path, MaskSet, Progress]:
     """Find the checkpoint from which Trainer has just loaded the model, and read what :func:`write_checkpoint` added.
@@ -71,7 +82,7 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no pruning state.
-        ValueError: model, masks and schedule do not belong together.
+        ValueError: model, masks, schedule and the names of the targets do not belong together.
     """
     named = args.resume_from_checkpoint
     folder = given or (Path(named) if named and Path(named).is_dir() else checkpoint_folder(args, state))
@@ -90,6 +101,11 @@ def read_checkpoint(
             f"{schedule.unit}; resume with the same, or start a new run from the checkpoint's model"
         )
     masks = MaskSet.load(folder)
+    if masks.keys() != set(targets):
+        raise ValueError(
+            f"the run in {folder} prunes {shortened(masks)}, and the targets of this one are {shortened(targets)}; "
+            "resume with the same targets"
+        )
     parameters = masks.parameters(model)
     masks = MaskSet({name: keep.to(parameters[name].device) for name, keep in masks.items()})
     nonzeros = masks.nonzeros(model)

@@ -24,7 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfac_hf.pruning.fingerprint import fingerprint
+from mfac_hf.pruning.trainer.checkpoint import fingerprint
 
 __all__ = ["Distillation", "distillation_loss"]
 

@@ -45,13 +45,13 @@ class LearningRateCycle:
         begin, end = self._marks[passed - 1 : passed + 1]
         return 1 - (1 - self.lowest) * (step - begin) / (end - begin)
 
-    def put(self, optimizer: Any, step: int) -> None:
+    def scale(self, optimizer: Any, step: int) -> None:
         """Multiply the learning rates of the optimizer's groups."""
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.factor(step)
 
-    def take_back(self, optimizer: Any) -> None:
-        """Give the groups the learning rates that they had before :meth:`put`."""
+    def restore(self, optimizer: Any) -> None:
+        """Give the groups the learning rates that they had before :meth:`scale`."""
         for group, learning_rate in zip(optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = learning_rate

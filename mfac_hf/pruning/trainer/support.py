@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,13 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from mfac_hf.pruning.blocked_step import plan_groups
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
 from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.window_gradients import WindowGradients
 
-__all__ = ["all_ranks", "check_source", "gradient_source", "refuse_unsupported", "without_fp16"]
+__all__ = [
+    "all_ranks",
+    "check_source",
+    "gradient_source",
+    "refuse_unsupported",
+    "schedule_in_steps",
+    "without_fp16",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def all_ranks(args: TrainingArguments) -> dist.ProcessGroup | None:
@@ -41,6 +54,27 @@ def refuse_unsupported(args: TrainingArguments, state: TrainerState, model: nn.M
         raise ValueError(
             "hyper-parameter search saves each trial where callbacks do not see it; set save_strategy='no' to search"
         )
+
+
+def schedule_in_steps(
+    schedule: SparsitySchedule, args: TrainingArguments, state: TrainerState, dataloader: DataLoader[Any]
+) -> SparsitySchedule:
+    """The schedule by steps of a training; a warning where the training ends before it.
+
+    Raises:
+        ValueError: the schedule counts epochs, and the data have no length.
+    """
+    steps = schedule
+    if schedule.unit == "epoch":
+        if not has_length(dataloader):
+            raise ValueError("the training data have no length to count epochs by; use a schedule of unit='step'")
+        steps = schedule.in_steps(math.ceil(len(dataloader) / args.gradient_accumulation_steps))
+    if (last := steps.points[-1][0]) >= state.max_steps:
+        logger.warning(
+            "the schedule ends at step %d, but training at step %d, with a sparsity of %g instead of %g",
+            last, state.max_steps, steps.sparsity_at(state.max_steps - 1), schedule.final,
+        )  # fmt: skip
+    return steps
 
 
 def gradient_source(
@@ -82,9 +116,7 @@ def check_source(
         source.check_at_step(options.num_grads, first_step)
     else:
         source.check(options.num_grads)
-    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    device = next(iter(parameters.values())).device
-    plan_groups(sizes, options, device, shared=source.process_group is not None)
+    plan_groups(parameters, options, source)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Witness(TrainerCallback):
 
 
 def expected_sparsities(schedule, numel, steps=16):
-    return [round(schedule.target(step) * numel) / numel for step in range(steps)]
+    return [round(schedule.sparsity_at(step) * numel) / numel for step in range(steps)]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -110,6 +110,13 @@ def test_epochs_of_data_without_a_length_are_refused(tmp_path):
     trainer.train_dataset = Stream()
     with pytest.raises(ValueError, match="no length to count epochs by; use a schedule of unit='step'"):
         trainer.train()
+
+
+def test_one_fisher_of_all_targets(tmp_path):
+    options = {"num_grads": 8, "block_size": None, "selection": "diagonal", "damping": 1e-3, "recomputations": 2}
+    pruning = MFACPruningCallback(SCHEDULE, **options)
+    make_trainer(tmp_path, "adamw", [pruning], save_strategy="no").train()
+    assert pruning.sparsity == pytest.approx(0.8, abs=1e-3) and len(pruning.reports) == 3
 
 
 def test_a_sparse_model_is_pruned_further_and_keeps_its_zeros(tmp_path):

@@ -15,7 +15,7 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from mfac_hf.pruning.fingerprint import fingerprint
+from mfac_hf.pruning.trainer.checkpoint import fingerprint
 from mfac_hf.pruning.trainer.distillation import Distillation, distillation_loss
 
 SIZES = {

@@ -1,0 +1,247 @@
+r"""Pruning to a sparsity: gradients, Fisher, selection and update, repeated in sub-steps.
+
+The way from sparsity :math:`s_0` to s is split into k sub-steps that are geometric in the density, as in the paper's
+code:
+
+.. math:: s_j = 1 - (1 - s_0) \left(\frac{1 - s}{1 - s_0}\right)^{j/k}
+
+Each sub-step collects new gradients of the weights that are left, removes the cheapest weights and moves the others to
+make up for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
+from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
+from mfac_hf.pruning.damping import Dampings, best_proposal
+from mfac_hf.pruning.full_step import full_step
+from mfac_hf.pruning.gradients import GradientSet, GradientSource
+from mfac_hf.pruning.masks import MaskSet
+from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
+from mfac_hf.pruning.patterns import Pattern
+from mfac_hf.pruning.proposal import Level, Proposal, write_weights
+
+__all__ = ["check_targets", "prune_to", "substep_seed", "substep_sparsity"]
+
+logger = logging.getLogger(__name__)
+
+
+def prune_to(
+    model: nn.Module,
+    masks: MaskSet,
+    source: GradientSource | None,
+    sparsity: float,
+    options: PruningOptions,
+    *,
+    progress: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+) -> PruningReport:
+    """Take a model from the sparsity of its masks to a higher one, in place.
+
+    An exception, also an interruption by the keyboard, leaves weights and masks as they were.
+
+    Args:
+        model: the model.
+        masks: of its targets; updated.
+        source: of the gradients; None will do for magnitude pruning without ``loss_samples``.
+        sparsity: share of the weights under the masks to be zero (with scope ``"uniform"`` in each tensor).
+        options: how to prune.
+        progress: whether to show a progress bar.
+        process_group: ranks that prune copies of the same model, and must all call this; the first one decides.
+
+    Raises:
+        ValueError: masks of another model, a sparsity that falls or is out of reach, too few examples, a pattern that
+            does not fit, a loss that is not finite.
+        MemoryError: the Fisher of a single target does not fit.
+        FloatingPointError: the damping is too small for the Fisher to be inverted in float64.
+    """
+    started = time.perf_counter()
+    parameters = masks.parameters(model)
+    _check(masks, parameters, source, sparsity, options)
+    groups = _groups(parameters, source, options, process_group)
+    before, new = masks.sparsity, masks.copy()
+    with _all_or_nothing(parameters), torch.no_grad():
+        loss_before = _loss(source, model, options)
+        steps = _Substeps(model, parameters, source, options, groups, progress, process_group).run(new, sparsity)
+        loss_after = _loss(source, model, options)
+    masks.update(new)
+    return PruningReport(
+        asdict(options),
+        masks.numel,
+        before,
+        masks.sparsity,
+        masks.sparsities(),
+        predicted_loss_increase=sum(step["predicted_loss_increase"] for step in steps) if groups else None,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        num_grads=sum(step["num_grads"] for step in steps),
+        steps=steps,
+        seconds=time.perf_counter() - started,
+        masks=masks,
+    )
+
+
+def substep_sparsity(start: float, end: float, step: int, steps: int) -> float:
+    """Sparsity after sub-step ``step`` of ``steps``, geometric in the density."""
+    return 1 - (1 - start) * ((1 - end) / (1 - start)) ** (step / steps)
+
+
+def substep_seed(seed: int, step: int) -> int:
+    """Seed of the gradients of sub-step ``step``, which counts from 1: other examples each time."""
+    return seed * 10_007 + step
+
+
+def check_targets(
+    masks: MaskSet, parameters: Mapping[str, nn.Parameter], sparsity: float, options: PruningOptions
+) -> None:
+    """Raise ValueError for a sparsity that the masks or the pattern do not allow, or a pattern that does not fit."""
+    current = masks.sparsities().values() if options.scope == "uniform" else [masks.sparsity]
+    check_sparsity(sparsity, max(current))
+    pattern = Pattern.parse(options.pattern)
+    if sparsity > pattern.max_sparsity:
+        raise ValueError(
+            f"sparsity is {sparsity:g}; the pattern {pattern.name!r} allows at most {pattern.max_sparsity:g}"
+        )
+    for name, parameter in parameters.items():
+        block_size = options.block_size if options.method == "mfac" else None
+        pattern.check(name, parameter, masks[name], block_size)
+
+
+@dataclass(frozen=True)
+class _Substeps:
+    """The sub-steps of one pruning, and what they have in common."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    source: GradientSource | None
+    options: PruningOptions
+    groups: list[list[str]]
+    progress: bool
+    process_group: dist.ProcessGroup | None
+
+    def run(self, masks: MaskSet, sparsity: float) -> list[dict[str, Any]]:
+        """Prune model and masks to a sparsity; return what `PruningReport` says of each sub-step."""
+        records = []
+        levels, dampings = list(_levels(masks, sparsity, self.options)), Dampings.of_options(self.options)
+        for step, level in enumerate(levels, 1):
+            begun = time.perf_counter()
+            # Several dampings are judged where they differ most: as if these gradients had to do for all sub-steps.
+            asked = [level] if len(dampings.values) == 1 or level == levels[-1] else [level, levels[-1]]
+            proposals = self.propose(step, masks, asked, dampings)
+            chosen, losses = best_proposal(self.model, self.parameters, proposals, self.source)
+            dampings = dampings.after(chosen)
+            follow_first_rank(chosen.weights, chosen.keep, self.process_group)
+            write_weights(self.parameters, chosen.weights)
+            masks.update({name: keep.view_as(masks[name]) for name, keep in chosen.keep.items()})
+            record = {
+                "sparsity": masks.sparsity,
+                "predicted_loss_increase": chosen.predicted_loss_increase,
+                "damping": chosen.damping,
+                "damping_losses": losses,
+                "num_grads": self.options.num_grads if self.groups else 0,
+                "groups": len(self.groups),
+                "seconds": time.perf_counter() - begun,
+            }
+            records.append(record)
+            logger.info("pruned to %.4f in sub-step %d", masks.sparsity, step)
+        return records
+
+    def propose(
+        self, step: int, masks: Mapping[str, Tensor], levels: Sequence[Level], dampings: Dampings
+    ) -> list[Proposal]:
+        """New weights and masks at each of these levels, for each damping; the model does not change."""
+        options = self.options
+        if options.method == "magnitude":
+            return magnitude_step(self.parameters, masks, levels, options)
+        assert self.source is not None  # _check
+        passes = 1 if len(self.groups) == 1 else 2 * len(self.groups)
+        with tqdm(
+            desc=f"pruning {step}/{options.recomputations}",
+            total=passes * options.num_grads,
+            unit="gradient",
+            disable=not self.progress,
+        ) as bar:
+            seed = substep_seed(options.seed, step)
+            gradients = GradientSet(self.source, self.model, options.num_grads, seed, bar.update)
+            if options.block_size is None:
+                (level,) = levels  # PruningOptions: there is one damping
+                return [full_step(self.parameters, masks, level, options, gradients)]
+            return mfac_step(self.parameters, masks, levels, options, gradients, groups=self.groups, dampings=dampings)
+
+
+def _check(
+    masks: MaskSet,
+    parameters: dict[str, nn.Parameter],
+    source: GradientSource | None,
+    sparsity: float,
+    options: PruningOptions,
+) -> None:
+    """Raise what can be raised before work begins."""
+    check_targets(masks, parameters, sparsity, options)
+    if source is None:
+        if options.method == "mfac":
+            raise ValueError("method 'mfac' needs gradients: pass a data loader (or method='magnitude')")
+        if options.loss_samples:
+            raise ValueError(f"loss_samples is {options.loss_samples}, and there is no data loader to take them from")
+    elif options.method == "mfac":
+        source.check(options.num_grads)
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter],
+    source: GradientSource | None,
+    options: PruningOptions,
+    process_group: dist.ProcessGroup | None,
+) -> list[list[str]]:
+    """Names of the targets whose Fishers are in memory together, the same on all ranks; none without a Fisher."""
+    if options.method == "magnitude":
+        return []
+    assert source is not None  # _check
+    return of_first_rank(plan_groups(parameters, options, source), process_group)
+
+
+def _levels(masks: MaskSet, sparsity: float, options: PruningOptions) -> Iterator[Level]:
+    """The sparsity that each sub-step reaches, overall or by tensor; none where nothing is left to do."""
+    if round(sparsity * masks.numel) == masks.numel - sum(int(keep.sum()) for keep in masks.values()):
+        return
+    # Magnitudes do not change from one sub-step to the next.
+    steps = 1 if options.method == "magnitude" else options.recomputations
+    before, by_name = masks.sparsity, masks.sparsities()
+    for step in range(1, steps + 1):
+        if options.scope == "global":
+            yield substep_sparsity(before, sparsity, step, steps)
+        else:
+            yield {name: substep_sparsity(start, sparsity, step, steps) for name, start in by_name.items()}
+
+
+def _loss(source: GradientSource | None, model: nn.Module, options: PruningOptions) -> float | None:
+    """Loss on the held-out examples; None where there are none."""
+    loss = source.loss(model) if source is not None else None
+    if loss is None and options.method == "mfac" and options.damping == "auto":
+        raise ValueError("damping='auto' is judged on held-out examples, and this source of gradients has none")
+    return loss
+
+
+@contextmanager
+def _all_or_nothing(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Put the weights back where anything at all goes wrong."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+        raise
