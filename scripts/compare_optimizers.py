@@ -32,7 +32,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
+from mfac_hf.training.study import StudyLog, read_study
 
 SCRIPTS = Path(__file__).parent
 SHARED_FLAGS = {"do_train": True, "do_eval": True, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
@@ -51,25 +51,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"--only {', '.join(sorted(unknown))}: the study has {'; '.join(study['contenders'])}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    log = args.output / f"{study['name']}.jsonl"
-    args.output.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    log, tuning = StudyLog(args.output / f"{study['name']}.jsonl"), study["tuning"]
     for contender, spec in study["contenders"].items():
         if args.only is not None and contender not in args.only:
             continue
-        tuning = study["tuning"]
+        shared = {**study["flags"], **spec["flags"]}
         for point in spec["grid"] if len(spec["grid"]) > 1 else ():
-            flags = {**study["flags"], **spec["flags"], **point, **tuning["flags"], **spec["tuning_flags"]}
-            flags["seed"] = tuning["seed"]
+            flags = {**shared, **point, **tuning["flags"], **spec["tuning_flags"], "seed": tuning["seed"]}
             flags["holdout_fraction"] = tuning["holdout_fraction"]
-            run_once(study, contender, "tuning", point, flags, runs, log)
-        best = best_point(runs, contender, spec["grid"], tuning["metric"])
+            run_once(study, contender, "tuning", point, flags, log)
+        best = best_point(log.rows, contender, spec["grid"], tuning["metric"])
         for seed in study["seeds"]:
-            run_once(
-                study, contender, "final", best, {**study["flags"], **spec["flags"], **best, "seed": seed}, runs, log
-            )
-    summary = summarize(study, runs)
+            run_once(study, contender, "final", best, {**shared, **best, "seed": seed}, log)
+    summary = summarize(study, log.rows)
     table = format_table(study, summary)
+    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{study['name']}.md").write_text(table)
     print(table)
     return summary
@@ -77,14 +73,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def load_study(path: Path) -> dict[str, Any]:
     """Read a study; a ValueError names the first thing that is missing."""
-    study = yaml.safe_load(path.read_text())
-    for key in ("name", "script", "flags", "seeds", "tuning", "contenders"):
-        if key not in study:
-            raise ValueError(f"{path} has no {key!r}; the head of this script shows what a study looks like")
+    study = read_study(path, ("name", "script", "flags", "seeds", "tuning", "contenders"))
     study["tuning"] = {"metric": "selection_value", "flags": {}, **study["tuning"]}
     for name, spec in study["contenders"].items():
         if not spec.get("grid"):
-            raise ValueError(f"{path}: contender {name!r} has an empty grid; one point is the least")
+            raise ValueError(f"{path}: contender {name!r} has an empty grid; expected at least one point")
         if unknown := sorted(spec.keys() - {"flags", "tuning_flags", "grid"}):
             raise ValueError(f"{path}: contender {name!r} has {unknown}; expected flags, tuning_flags and grid alone")
         for key in ("flags", "tuning_flags"):
@@ -94,17 +87,11 @@ def load_study(path: Path) -> dict[str, Any]:
 
 
 def run_once(
-    study: dict[str, Any],
-    contender: str,
-    phase: str,
-    point: dict[str, Any],
-    flags: dict[str, Any],
-    runs: list[dict[str, Any]],
-    log: Path,
+    study: dict[str, Any], contender: str, phase: str, point: dict[str, Any], flags: dict[str, Any], log: StudyLog
 ) -> None:
     """Train and evaluate once, unless the log has this very run; a run that fails counts as the worst result."""
     key = {"contender": contender, "phase": phase, "flags": flags}
-    if any(run["key"] == key for run in runs):
+    if log.find(**key) is not None:
         return
     with tempfile.TemporaryDirectory() as directory:
         command = [str(SCRIPTS / study["script"])]
@@ -117,7 +104,7 @@ def run_once(
             text=True,
             check=False,
         )
-        record: dict[str, Any] = {"key": key, "point": point, "value": None}
+        record: dict[str, Any] = {"point": point, "value": None}
         if result.returncode == 0:
             written = json.loads((Path(directory) / "results.json").read_text())
             record |= {name: written[name] for name in ("results", "versions", "device", "threads", "peak_memory_gib")}
@@ -127,9 +114,7 @@ def run_once(
             record["error"] = result.stderr.strip().splitlines()[-1:]
         shown = f"{record['value']:.4f}" if record["value"] is not None else f"failed: {record['error']}"
         print(f"  -> {shown}", flush=True)
-    runs.append(record)
-    with log.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    log.add(key, record)
 
 
 def best_point(runs: list[dict[str, Any]], contender: str, grid: list[dict[str, Any]], metric: str) -> dict[str, Any]:

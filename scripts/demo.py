@@ -1,16 +1,14 @@
-r"""python scripts/demo.py [--seeds 3] [--steps 1000] [--output_dir outputs/demo].
+"""Train a small BERT with M-FAC and with AdamW: ``python scripts/demo.py [--seeds 3] [--steps 1000]``.
 
-Train a small BERT from a random start on the generated sentiment task of `mfac_hf.tasks.toy`, where word order decides
-and counting words does not help: once with M-FAC, once with AdamW, from the same weights, on the same batches, under
-the same step budget and schedule (linear, 10 % warm-up). No network. Ends with a table and writes results.json
-and, where matplotlib is installed, curves.png. One seed takes about a minute on two idle cores.
+The task is the generated sentiment task of `mfac_hf.tasks.toy`, where word order decides and counting words does not
+help. Both optimizers start from the same weights and see the same batches, for the same number of steps and with the
+same schedule (linear, 10 % warm-up). Nothing is downloaded. The demonstration prints a table and writes results.json
+and, where matplotlib is installed, curves.png into ``--output_dir``. One seed takes about a minute on two idle cores.
 """
 
-import importlib.util
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,8 @@ from transformers import (
 from mfac_hf import MFAC
 from mfac_hf.hub.run_records import write_results
 from mfac_hf.tasks.toy import LABEL_NAMES, toy_dataset, toy_model, toy_tokenizer
+from mfac_hf.training.arguments import flag
+from mfac_hf.training.study import mean_and_deviation, new_figure
 
 LABELS = {"mfac": "M-FAC", "adamw": "AdamW"}
 COLORS = {"mfac": "tab:red", "adamw": "tab:blue"}
@@ -56,21 +56,19 @@ COLORS = {"mfac": "tab:red", "adamw": "tab:blue"}
 class DemoArguments:
     """What to run."""
 
-    steps: int = field(default=1000, metadata={"help": "Optimizer steps per run."})
-    seed: int = field(default=0, metadata={"help": "First seed: of data, weights and order."})
-    seeds: int = field(default=1, metadata={"help": "Number of seeds; with more than one the table has mean ± std."})
-    output_dir: str = field(default="outputs/demo", metadata={"help": "Directory for results.json and curves.png."})
-    batch_size: int = field(default=32, metadata={"help": "Sentences per step."})
-    num_validation: int = field(default=1024, metadata={"help": "Sentences to validate on."})
-    hidden_size: int = field(default=64, metadata={"help": "Width of the BERT."})
-    num_grads: int = field(default=128, metadata={"help": "Gradients in M-FAC's window."})
-    mfac_lr: float = field(default=1e-2, metadata={"help": "Learning rate of M-FAC."})
-    mfac_damping: float = field(default=3e-3, metadata={"help": "Damping of M-FAC."})
-    mfac_grad_decay: float = field(
-        default=0.95, metadata={"help": "Share of its weight that a gradient keeps per step in M-FAC."}
-    )
-    adamw_lr: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
-    adamw_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
+    steps: int = flag(1000, "Optimizer steps in a run.")
+    seed: int = flag(0, "First seed, which decides data, weights and order.")
+    seeds: int = flag(1, "Number of seeds; with more than one the table has mean ± standard deviation.")
+    output_dir: str = flag("outputs/demo", "Directory for results.json and curves.png.")
+    batch_size: int = flag(32, "Sentences in a step.")
+    num_validation: int = flag(1024, "Sentences to validate on.")
+    hidden_size: int = flag(64, "Width of the BERT.")
+    num_grads: int = flag(128, "Gradients in M-FAC's window.")
+    mfac_lr: float = flag(1e-2, "Learning rate of M-FAC.")
+    mfac_damping: float = flag(3e-3, "Damping of M-FAC.")
+    mfac_grad_decay: float = flag(0.95, "Decay of the exponential average of gradients in M-FAC.")
+    adamw_lr: float = flag(1e-3, "Learning rate of AdamW.")
+    adamw_beta2: float = flag(0.999, "Second beta of AdamW.")
 
     def __post_init__(self) -> None:
         """Check what nothing downstream would refuse clearly."""
@@ -187,12 +185,6 @@ def train(name: str, seed: int, data: DatasetDict, args: DemoArguments) -> Run:
     )
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """The value, or mean ± sample standard deviation of several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def make_table(runs: Sequence[Run]) -> Table:
     """One row for each optimizer."""
     table = Table(title=f"After {runs[0].accuracy_curve[-1][0]} steps, {len({run.seed for run in runs})} seed(s)")
@@ -204,20 +196,19 @@ def make_table(runs: Sequence[Run]) -> Table:
         windows = [run.window_gib for run in mine if run.window_gib is not None]
         table.add_row(
             label,
-            spread([run.train_loss for run in mine], 3),
-            spread([100 * run.validation_accuracy for run in mine], 1) + " %",
-            spread([run.seconds for run in mine], 1),
-            spread([run.ms_per_step for run in mine], 1),
+            mean_and_deviation([run.train_loss for run in mine], 3),
+            mean_and_deviation([100 * run.validation_accuracy for run in mine], 1) + " %",
+            mean_and_deviation([run.seconds for run in mine], 1),
+            mean_and_deviation([run.ms_per_step for run in mine], 1),
             f"{max(windows):.3f}" if windows else "none",
         )
     return table
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Save the curves as a picture, one line for each optimizer and seed."""
-    from matplotlib.figure import Figure  # here, because matplotlib is an optional dependency
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    """Save the curves as a picture, one line for each optimizer and seed, where matplotlib is installed."""
+    if (figure := new_figure(10, 4)) is None:
+        return
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     loss_axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
     accuracy_axes.set(title="Validation accuracy", xlabel="step", ylabel="accuracy", ylim=(None, 1.01))
@@ -230,6 +221,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=150)
+    print(f"picture: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Run]:
@@ -256,12 +248,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         started=started,
     )
     console.print(f"results: {results}", soft_wrap=True)
-    picture = Path(args.output_dir) / "curves.png"
-    if importlib.util.find_spec("matplotlib"):
-        draw(runs, picture)
-        console.print(f"picture: {picture}", soft_wrap=True)
-    else:
-        console.print("no picture: matplotlib is not installed (pip install matplotlib)", soft_wrap=True)
+    draw(runs, Path(args.output_dir) / "curves.png")
     return runs
 
 

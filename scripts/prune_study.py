@@ -30,17 +30,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import dataclasses
 import math
 import os
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mfac_hf.machine import describe_run
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
@@ -50,6 +48,7 @@ from mfac_hf.pruning.engine import substep_seed
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSet
 from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
+from mfac_hf.training.study import StudyLog, mean_and_deviation, read_study
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -65,7 +64,6 @@ def main(argv: list[str] | None = None) -> str:
             raise ValueError(f"--models {' '.join(sorted(unknown))}: the study has {', '.join(study['models'])}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
     results = Results(args.output / f"{study['name']}.jsonl", argv)
     points: dict[tuple[str, int], Any] = {}
     for count in [1, *(count for count in study["recomputations"] if count != 1)]:
@@ -78,6 +76,7 @@ def main(argv: list[str] | None = None) -> str:
             compare(study, model, {("dense", 1): {}, **chosen}, results)
         points |= chosen
     table = format_table(study, points, results)
+    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{study['name']}.md").write_text(table)
     print(table)
     return table
@@ -85,10 +84,7 @@ def main(argv: list[str] | None = None) -> str:
 
 def load_study(path: Path) -> dict[str, Any]:
     """Read a study; a ValueError names the first thing that is missing or wrong."""
-    study = yaml.safe_load(path.read_text())
-    for key in ("name", "task", "models", "sparsities", "recomputations", "contenders", "tuning"):
-        if key not in study:
-            raise ValueError(f"{path} has no {key!r}; the head of this script shows what a study looks like")
+    study = read_study(path, ("name", "task", "models", "sparsities", "recomputations", "contenders", "tuning"))
     study["models"] = {str(name): os.path.expandvars(value) for name, value in study["models"].items()}
     study["task"] = {
         name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in study["task"].items()
@@ -122,23 +118,17 @@ def counts(study: dict[str, Any], name: str) -> list[int]:
     return [1] if is_magnitude else study["recomputations"]
 
 
-class Results:
-    """The lines of the study's log, by key."""
+class Results(StudyLog):
+    """The study's log; each result comes with what it takes to repeat it."""
 
-    def __init__(self, log: Path, argv: Sequence[str] | None) -> None:
-        self.log, self.argv = log, argv
-        self.rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    def __init__(self, path: Path, argv: Sequence[str] | None) -> None:
+        super().__init__(path)
+        self.argv = argv
 
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        """The line with this key, if there is one."""
-        return next((row for row in self.rows if row["key"] == key), None)
-
-    def add(self, key: dict[str, Any], row: dict[str, Any]) -> None:
-        """Keep a line, with what it takes to repeat it."""
-        self.rows.append({"key": key, **row, **describe_run(self.argv, torch.device("cpu"))})
-        with self.log.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+    def add(self, key: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a result, and print it."""
         print(key, {name: row[name] for name in ("metric", "loss")}, flush=True)
+        return super().add(key, {**row, **describe_run(self.argv, torch.device("cpu"))})
 
 
 class Pruner:
@@ -198,9 +188,8 @@ class Pruner:
         for sparsity, steps in substeps(sparsities, options.recomputations, self.from_dense):
             if options.recomputations <= self.from_dense:
                 masks = self.restart()
-            chosen = PruningOptions(
-                **{**vars(options), "recomputations": steps, "seed": options.seed + round(1000 * sparsity)}
-            )
+            seed = options.seed + round(1000 * sparsity)
+            chosen = dataclasses.replace(options, recomputations=steps, seed=seed)
             report = prune_to(self.model, masks, source, sparsity, chosen, progress=False)
             yield (
                 sparsity,
@@ -334,11 +323,7 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], resu
 
 
 def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    values = [100 * value if abs(value) <= 1 else value for value in values]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    return mean_and_deviation([100 * value if abs(value) <= 1 else value for value in values]) if values else ""
 
 
 if __name__ == "__main__":

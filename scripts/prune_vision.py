@@ -25,9 +25,8 @@ models and their masks. ``--resume`` continues a run that was cut off.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,18 +39,17 @@ from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.schedule import SparsitySchedule
-from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.arguments import flag, parse_args
+from mfac_hf.training.study import new_figure
 from mfac_hf.training.vision_arguments import (
     VisionArguments,
     build_optimizer,
     build_run,
-    flag,
-    masks_of,
+    initial_masks,
     model_state,
-    prunable,
     set_learning_rate,
 )
-from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state, save_state
+from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state
 
 
 @dataclass
@@ -61,31 +59,37 @@ class PruneArguments(VisionArguments):
     nepochs: int | None = flag(None, "Epochs of training in all; 0 prunes in one go. Required.")
     sparsities: list[float] | None = flag(None, "Sparsity after each pruning step, rising. Required.")
     prefix: str = flag("experiment/model", "Beginning of the names of all files that are written.")
-    adjust_sparsities: bool = flag(False, "Sparsities count all parameters, not the pruned layers' alone.")
-    optim: Literal["sgd", "adam", "mfac"] = flag("sgd", "Optimizer of the training between the steps.")
+    adjust_sparsities: bool = flag(False, "Sparsities are shares of all parameters, not of the target weights.")
+    optim: Literal["sgd", "adam", "mfac"] = flag("sgd", "Optimizer of the training between the pruning steps.")
     lr: float = flag(0.005, "Learning rate after the last pruning step.")
-    momentum: float = flag(0.9, "Of sgd; for mfac of the directions.")
+    momentum: float = flag(0.9, "Decay of the average of gradients (sgd) or of directions (mfac).")
     pruner: Literal["mfac", "mag"] = flag("mfac", "M-FAC, or magnitude pruning.")
     prun_every: int = flag(1, "Epochs from one pruning step to the next.")
-    prun_lrs: list[float] | None = flag(None, "Learning rates to cycle through between pruning steps; else --lr.")
-    ngrads_schedule: list[int] | None = flag(None, "Gradients for each recomputation: one number, or one a step; 64.")
-    nrecomps: int = flag(16, "Recomputations in each pruning step.")
-    prun_batchsize: int = flag(32, "Images that each gradient is the mean of.")
-    blocksize: int = flag(128, "Weights in a block of the Fisher; -1: all weights together.")
-    prundamp: float = flag(1e-5, "Damping of the Fisher; it has to scale with the gradients.")
-    perbatch: int | None = flag(
-        None, "Blocks to hold at the same time, in whole layers; else as many as fit into half of the free memory."
+    prun_lrs: list[float] | None = flag(None, "Learning rates to cycle through between pruning steps; default: --lr.")
+    ngrads_schedule: list[int] | None = flag(
+        None, f"Gradients in each recomputation: one number, or one a step; default: {PruningOptions.num_grads}."
     )
-    pages: int = flag(1, "Pieces that the gradients are worked on in, with --blocksize -1.", "--prunpages")
+    nrecomps: int = flag(PruningOptions.recomputations, "Recomputations in each pruning step.")
+    prun_batchsize: int = flag(32, "Images that each gradient is the mean of.")
+    blocksize: int = flag(PruningOptions.block_size, "Weights in a block of the Fisher; -1: all weights together.")
+    prundamp: float = flag(PruningOptions.damping, "Damping of the Fisher; it has to scale with the gradients.")
+    perbatch: int | None = flag(
+        None, "Blocks to hold at once, in whole layers; default: as many as half of the free memory holds."
+    )
+    pages: int = flag(1, "Pieces in which the gradients are worked on, with --blocksize -1.", "--prunpages")
     targets: list[str] | None = flag(
-        None, "Regular expressions of the weights to prune; else convolutions and classifier, without 1 x 1 shortcuts."
+        None, "Regular expressions of the weights to prune; default: classifier, convolutions but 1 x 1 shortcuts."
     )
     selection: Literal["greedy", "diagonal"] | None = flag(
-        None, "greedy: costs follow every removed weight (default); diagonal: all from one inverse, as in the paper."
+        None, "greedy (default with blocks) updates all costs after each removed weight; diagonal is the paper's."
     )
-    update: Literal["joint", "sum"] = flag("joint", "joint: exact for all removed weights; sum: the paper's.")
-    pattern: str = flag("unstructured", "unstructured, 2:4 (any N:M) or block4 (any length).")
-    scope: Literal["global", "uniform"] = flag("global", "Rank all weights together, or prune every layer alike.")
+    update: Literal["joint", "sum"] = flag(
+        PruningOptions.update, "Update of the surviving weights: joint is exact for all removed; sum is the paper's."
+    )
+    pattern: str = flag(PruningOptions.pattern, "unstructured, 2:4 (any N:M) or block4 (any length).")
+    scope: Literal["global", "uniform"] = flag(
+        PruningOptions.scope, "global ranks the weights of all layers together; uniform prunes all layers alike."
+    )
     reestimate_bn: Literal["none", "before", "after", "both"] = flag(
         "after", "When to keep batch norm statistics that were re-estimated on augmented training images."
     )
@@ -99,10 +103,9 @@ class PruneArguments(VisionArguments):
         """
         if self.nepochs is None or self.nepochs < 0:
             raise ValueError(f"--nepochs {self.nepochs}: expected a number of epochs, or 0 to prune in one go")
-        for name, least in (("bn_images", 1), ("perbatch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} {value}: expected at least {least}")
+        for name in ("bn_images", "perbatch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} {value}: expected at least 1")
         if not self.sparsities:
             raise ValueError("--sparsities is missing: name the sparsity of each pruning step, such as .5 .75 .875")
         points = SparsitySchedule.from_list(self.sparsities, every=self.prun_every).points
@@ -133,7 +136,7 @@ class PruneArguments(VisionArguments):
         Raises:
             ValueError: a value out of range.
         """
-        schedule = self.ngrads_schedule or [64]
+        schedule = self.ngrads_schedule or [PruningOptions.num_grads]
         if len(schedule) not in (1, num_steps):
             raise ValueError(
                 f"--ngrads_schedule has {len(schedule)} numbers for {num_steps} pruning steps: give one, or one a step"
@@ -158,17 +161,25 @@ class PruneArguments(VisionArguments):
 
 
 class Pruner:
-    """Carries out pruning steps: gradients of augmented images, the engine, accuracies, a row and a checkpoint.
+    """Prunes and trains a model: gradients of augmented images, the engine, accuracies, rows, files.
 
     Args:
         args: the flags.
         run: model and data.
-        masks: what is pruned; updated by each step.
-        log: takes the rows.
+        masks: what is pruned; updated by each pruning step.
+        header: what the log says beside its rows.
+        state: of a run that was cut off, to continue it.
     """
 
-    def __init__(self, args: PruneArguments, run: VisionRun, masks: MaskSet, log: RunLog) -> None:
-        self.args, self.run, self.masks, self.log = args, run, masks, log
+    def __init__(
+        self,
+        args: PruneArguments,
+        run: VisionRun,
+        masks: MaskSet,
+        header: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self.args, self.run, self.masks = args, run, masks
         self.source = DataLoaderGradients(
             run.gradient_loader(),
             loss_fn=run.loss,
@@ -176,6 +187,14 @@ class Pruner:
             seed=args.seed,
             process_group=None if args.blocksize == -1 else run.process_group,
         )
+        self.log = RunLog(args.prefix, header, state["rows"] if state is not None else ())
+        if state is not None:
+            run.bare_model.load_state_dict(state["model"])
+            masks.update(state["masks"])
+        masks.attach(run.bare_model)
+        self.optimizer = build_optimizer(run, args.optim, args, lr=args.lr, momentum=args.momentum, masks=masks)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def measure(self, event: str, step: int, **more: Any) -> None:
         """Write a row with the accuracy as the model is, and with batch norms re-estimated."""
@@ -191,7 +210,7 @@ class Pruner:
             print(f"{row['event']}: {', '.join(shown)}", flush=True)
             self.log.add(row)
 
-    def step(self, number: int, sparsity: float, options: PruningOptions) -> None:
+    def prune(self, step: int, sparsity: float, options: PruningOptions) -> None:
         """Prune to a sparsity, measure, and save the model."""
         model, args = self.run.bare_model, self.args
         source = self.source if args.pruner == "mfac" else None
@@ -200,24 +219,35 @@ class Pruner:
         )
         self.measure(
             "prune",
-            number,
+            step,
             seconds=report.seconds,
             num_grads=report.num_grads,
             groups=report.steps[-1]["groups"] if report.steps else 0,
             predicted_loss_increase=report.predicted_loss_increase,
         )
-        if self.run.accelerator.is_main_process:
-            save_state(f"{args.prefix}-prune-{round(sparsity * 1000):03d}.pth", model_state(self.run, self.masks))
+        self.run.save(f"{args.prefix}-prune-{round(sparsity * 1000):03d}.pth", model_state(self.run, self.masks))
+        self.masks.clear_optimizer_state(model, self.optimizer)
+
+    def train_epoch(self, epoch: int, lr: float) -> None:
+        """Train the survivors for one epoch, measure, and save the model."""
+        set_learning_rate(self.optimizer, lr)
+        trained = self.run.train_epoch(self.optimizer, epoch, lambda: self.masks.apply(self.run.bare_model))
+        row = {"event": "epoch", "epoch": epoch, "lr": lr, "sparsity": self.masks.sparsity, **trained}
+        self.record(row | {"accuracy": self.run.evaluate()})
+        self.run.save(f"{self.args.prefix}-last.pth", model_state(self.run, self.masks, epoch=epoch))
+
+    def save(self, epoch: int, steps: int) -> None:
+        """Save what it takes to go on before this epoch, after so many pruning steps."""
+        now = {"arguments": self.args.to_dict(), "epoch": epoch, "steps": steps, "rows": self.log.rows}
+        now |= {"model": self.run.bare_model.state_dict(), "masks": dict(self.masks)}
+        self.run.save(f"{self.args.prefix}.state", now | {"optimizer": self.optimizer.state_dict()})
 
 
 def draw_plot(log: RunLog) -> None:
     """Draw accuracy over sparsity, where matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed (pip install 'mfac_hf[plots]')")
+    if (figure := new_figure(6, 4)) is None:
         return
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).add_subplot()
+    axes = figure.add_subplot()
     pruned = [row for row in log.rows if row["event"] in ("initial", "prune")]
     for column, label in (("accuracy", "pruned"), ("accuracy_bn", "pruned, batch norm re-estimated")):
         axes.plot([row["sparsity"] for row in pruned], [row[column] for row in pruned], "o-", label=label)
@@ -265,59 +295,31 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args: PruneArguments = parse_args(PruneArguments, argv=argv)[0]
     points, plan = args.steps(), args.plan()
     options = [args.options(step, len(points)) for step in range(len(points))]
-    state_path = f"{args.prefix}.state"
-    state = load_state(state_path, args.to_dict()) if args.resume else None
+    state = load_state(f"{args.prefix}.state", args.to_dict()) if args.resume else None
     run, checkpoint = build_run(args)
-    model = run.bare_model
-    masks = MaskSet.from_model(model, prunable(model, args.targets))
-    if checkpoint is not None and (given := masks_of(checkpoint, model)) is not None:
-        masks.update({name: keep & masks[name] for name, keep in given.items() if name in masks})
+    masks = initial_masks(checkpoint, run.bare_model, args.targets)
     if args.adjust_sparsities:
-        points = adjusted(points, model, masks)
+        points = adjusted(points, run.bare_model, masks)
     if points[0][1] < masks.sparsity:
         raise ValueError(f"--sparsities {points[0][1]:g}: the model is {masks.sparsity:.4f} sparse already")
     if args.perbatch is not None:
         options = [budget(asked, args.perbatch, masks) for asked in options]
     header = {"arguments": args.to_dict(), **describe_run(argv, run.accelerator.device)}
-    pruner = Pruner(args, run, masks, RunLog(args.prefix, header, state["rows"] if state is not None else ()))
+    pruner = Pruner(args, run, masks, header, state)
     if args.pruner == "mfac":
         for asked in options:
             pruner.source.check(asked.num_grads)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        masks.update(state["masks"])
-    masks.attach(model)
-    optimizer = build_optimizer(run, args.optim, args, lr=args.lr, momentum=args.momentum, masks=masks)
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-
-    def save(epoch: int, done: int) -> None:
-        optimizer_state = optimizer.state_dict()
-        if run.accelerator.is_main_process:
-            now = {"arguments": args.to_dict(), "epoch": epoch, "steps": done, "rows": pruner.log.rows}
-            now |= {"model": model.state_dict(), "masks": dict(masks), "optimizer": optimizer_state}
-            save_state(state_path, now)
-
     first, done = (state["epoch"], state["steps"]) if state is not None else (0, 0)
     if state is None:
         pruner.measure("initial", -1)
     for epoch in range(first, len(plan) or 1):
         while done < len(points) and (points[done][0] <= epoch or not plan):
-            pruner.step(done, points[done][1], options[done])
-            masks.clear_optimizer_state(model, optimizer)
+            pruner.prune(done, points[done][1], options[done])
             done += 1
-            save(epoch, done)
+            pruner.save(epoch, done)
         if plan:
-            set_learning_rate(optimizer, plan[epoch])
-            row = run.train_epoch(optimizer, epoch, lambda: masks.apply(model))
-            accuracy = run.evaluate()
-            pruner.record(
-                {"event": "epoch", "epoch": epoch, "lr": plan[epoch], "sparsity": masks.sparsity, **row}
-                | {"accuracy": accuracy}
-            )
-            if run.accelerator.is_main_process:
-                save_state(f"{args.prefix}-last.pth", model_state(run, masks, epoch=epoch))
-            save(epoch + 1, done)
+            pruner.train_epoch(epoch, plan[epoch])
+            pruner.save(epoch + 1, done)
     if run.accelerator.is_main_process:
         draw_plot(pruner.log)
     return pruner.log.rows

@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from mfac_hf.tasks import glue, glue_metric
 from mfac_hf.tasks.hub_names import GLUE
+from mfac_hf.training.arguments import flag
 from mfac_hf.training.trainer_run import TrainerRun
 
 
@@ -35,20 +36,14 @@ class GlueArguments:
     """Which task, and how much of its data."""
 
     task_name: str = field(metadata={"help": f"GLUE task: {', '.join(glue.TASKS)}."})
-    dataset_name: str = field(
-        default=GLUE, metadata={"help": "Name on the Hub, or a local directory in the same layout."}
-    )
-    max_seq_length: int = field(
-        default=glue.MAX_SEQ_LENGTH, metadata={"help": "Tokens of the longest input; longer ones are truncated."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N examples only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N examples only."})
-    holdout_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "For tuning: hold out this fraction of the training split and evaluate on it, in place of the "
-            "validation split. The data and the fraction alone decide which examples these are."
-        },
+    dataset_name: str = flag(GLUE, "Name on the Hub, or a local directory in the same layout.")
+    max_seq_length: int = flag(glue.MAX_SEQ_LENGTH, "Tokens of the longest input; longer ones are truncated.")
+    max_train_samples: int | None = flag(None, "Train on the first N examples only.")
+    max_eval_samples: int | None = flag(None, "Evaluate on the first N examples only.")
+    holdout_fraction: float | None = flag(
+        None,
+        "For tuning: hold out this fraction of the training split and evaluate on it, in place of the validation "
+        "split. The data and the fraction alone decide which examples these are.",
     )
 
 

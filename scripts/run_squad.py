@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from mfac_hf.tasks import squad
 from mfac_hf.tasks.hub_names import SQUAD
 from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
+from mfac_hf.training.arguments import flag
 from mfac_hf.training.trainer_run import TrainerRun
 
 SELECTION_METRIC = "eval_f1"
@@ -41,45 +42,30 @@ SELECTION_METRIC = "eval_f1"
 class SquadArguments:
     """Which data, how much of them, and how answers are chosen."""
 
-    dataset_name: str = field(
-        default=SQUAD["squad"], metadata={"help": "Name on the Hub, or a local directory in the same layout."}
+    dataset_name: str = flag(SQUAD["squad"], "Name on the Hub, or a local directory in the same layout.")
+    train_dataset_name: str | None = flag(None, "Name or directory of the training split; default: --dataset_name.")
+    version_2_with_negative: bool = flag(False, "Some questions have no answer (SQuAD v2), and the model may say so.")
+    max_seq_length: int = flag(
+        squad.MAX_SEQ_LENGTH, "Tokens of a window: question, part of the context, special tokens."
     )
-    train_dataset_name: str | None = field(
-        default=None, metadata={"help": "Name or directory of the training split; default: --dataset_name."}
+    doc_stride: int = flag(squad.DOC_STRIDE, "Tokens that consecutive windows of a context share.")
+    max_query_length: int = flag(squad.MAX_QUERY_LENGTH, "Tokens of the longest question; longer ones are truncated.")
+    n_best_size: int = flag(AnswerOptions.n_best_size, "Answers to keep of each question.")
+    max_answer_length: int = flag(AnswerOptions.max_answer_length, "Tokens of the longest answer.")
+    null_score_diff_threshold: float = flag(
+        AnswerOptions.null_score_diff_threshold,
+        "v2: no answer where its score exceeds that of the best answer by more than this.",
     )
-    version_2_with_negative: bool = field(
-        default=False, metadata={"help": "Some questions have no answer (SQuAD v2), and the model may say so."}
+    max_train_samples: int | None = flag(
+        None, "Train on N questions only, drawn from all articles, always the same ones."
     )
-    max_seq_length: int = field(
-        default=squad.MAX_SEQ_LENGTH,
-        metadata={"help": "Tokens of a window: question, part of the context, special tokens."},
+    max_eval_samples: int | None = flag(
+        None, "Evaluate on N questions only, drawn from all articles, always the same ones."
     )
-    doc_stride: int = field(
-        default=squad.DOC_STRIDE, metadata={"help": "Tokens that consecutive windows of a context share."}
-    )
-    max_query_length: int = field(
-        default=squad.MAX_QUERY_LENGTH, metadata={"help": "Tokens of the longest question; longer ones are truncated."}
-    )
-    n_best_size: int = field(default=AnswerOptions.n_best_size, metadata={"help": "Answers to keep of each question."})
-    max_answer_length: int = field(
-        default=AnswerOptions.max_answer_length, metadata={"help": "Tokens of the longest answer."}
-    )
-    null_score_diff_threshold: float = field(
-        default=AnswerOptions.null_score_diff_threshold,
-        metadata={"help": "v2: no answer where its score exceeds that of the best answer by more than this."},
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on N questions only, drawn from all articles, always the same ones."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on N questions only, drawn from all articles, always the same ones."}
-    )
-    holdout_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "For tuning: hold out this fraction of the training articles and evaluate on them, in place of "
-            "the validation split. Their titles and the fraction alone decide which articles these are."
-        },
+    holdout_fraction: float | None = flag(
+        None,
+        "For tuning: hold out this fraction of the training articles and evaluate on them, in place of the validation "
+        "split. Their titles and the fraction alone decide which articles these are.",
     )
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,8 @@ from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions
-from mfac_hf.training.vision_arguments import VisionArguments, build_run, prunable, split_images
+from mfac_hf.training.study import StudyLog, mean_and_deviation
+from mfac_hf.training.vision_arguments import VisionArguments, build_run, split_images, vision_targets
 from mfac_hf.training.vision_run import VisionRun
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -84,7 +83,7 @@ class Study:
     """The dense model, the splits, and the results so far."""
 
     def __init__(self, run: VisionRun, log: Path, header: Mapping[str, Any]) -> None:
-        self.run, self.log, self.header = run, log, dict(header)
+        self.run, self.log, self.header = run, StudyLog(log), dict(header)
         self.dense = copy.deepcopy(run.bare_model.state_dict())
         others, rest = split_images(run.data.train, NUM_HELD_OUT + NUM_TUNING, 2024)
         held_out = Subset(others, range(NUM_HELD_OUT))
@@ -92,23 +91,15 @@ class Study:
         run.data = dataclasses.replace(run.data, train=rest)
         run.train_loader = run.loader(rest, 128, shuffle=True)
         self.held_out, self.tuning = run.loader(held_out, 128), run.loader(tuning, 128)
-        self.rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def restart(self) -> MaskSet:
         """The dense model again, and masks that keep all of it."""
         self.run.bare_model.load_state_dict(self.dense)
-        return MaskSet.dense(self.run.bare_model, prunable(self.run.bare_model))
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        """The result with this key, if there is one."""
-        return next((row for row in self.rows if row["key"] == key), None)
+        return MaskSet.dense(self.run.bare_model, vision_targets(self.run.bare_model))
 
     def add(self, key: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-        """Keep a result."""
-        self.rows.append({"key": dict(key), **row, **self.header})
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        """Keep a result, and print its accuracies."""
+        self.log.add(key, {**row, **self.header})
         print(key, {name: value for name, value in row.items() if "accuracy" in name}, flush=True)
 
     def prune(self, masks: MaskSet, sparsity: float, options: PruningOptions) -> dict[str, Any]:
@@ -126,25 +117,25 @@ class Study:
         method, candidates = TUNING[family]
         for damping in candidates:
             key = {"phase": "tuning", "family": family, "damping": damping}
-            if self.find(**key) is None:
+            if self.log.find(**key) is None:
                 options = PruningOptions(
                     damping=damping, seed=99, recomputations=method.recomputations, **method.options
                 )
                 took = self.prune(self.restart(), 0.8, options)
                 self.add(key, {"accuracy": self.run.evaluate(self.tuning), **took})
-        return max(candidates, key=lambda d: self.find(phase="tuning", family=family, damping=d)["accuracy"])
+        return max(candidates, key=lambda d: self.log.find(phase="tuning", family=family, damping=d)["accuracy"])
 
     def compare(self, name: str, sparsities: Sequence[float], seed: int) -> None:
         """Prune with one method and one seed to each sparsity, and measure."""
         method = METHODS[name]
         keys = {s: {"phase": "result", "method": name, "sparsity": s, "seed": seed} for s in sparsities}
-        if all(self.find(**key) for key in keys.values()):
+        if all(self.log.find(**key) for key in keys.values()):
             return
         damping, images, masks = self.damping(method.family), 0, self.restart()
         for sparsity in sparsities:
             path = isinstance(method.recomputations, Mapping)
             if not path:
-                if self.find(**keys[sparsity]):
+                if self.log.find(**keys[sparsity]):
                     continue
                 masks, images = self.restart(), 0
             count = method.recomputations[sparsity] if path else method.recomputations
@@ -153,18 +144,15 @@ class Study:
             )
             took = self.prune(masks, sparsity, options)
             images += count * method.images
-            if self.find(**keys[sparsity]) is None:
+            if self.log.find(**keys[sparsity]) is None:
                 self.add(keys[sparsity], {"damping": damping, "images": images, **took, **self.measure(seed)})
 
     def measure(self, seed: int) -> dict[str, float]:
         """Accuracies, raw and with re-estimated batch norms; the model keeps its own statistics."""
         loaders = {"test": self.run.test_loader, "train": self.held_out}
         found = {f"{name}_accuracy": self.run.evaluate(loader) for name, loader in loaders.items()}
-        before = {name: value.clone() for name, value in self.run.bare_model.named_buffers()}
-        self.run.reestimate_batch_norm(NUM_BN, seed)
-        found |= {f"{name}_accuracy_bn": self.run.evaluate(loader) for name, loader in loaders.items()}
-        for name, value in self.run.bare_model.named_buffers():
-            value.copy_(before[name])
+        with self.run.reestimated_batch_norm(NUM_BN, seed):
+            found |= {f"{name}_accuracy_bn": self.run.evaluate(loader) for name, loader in loaders.items()}
         return found
 
 
@@ -192,9 +180,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
     def mean(name: str) -> str:
-        values = [100 * row[name] for row in rows]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
+        return mean_and_deviation([100 * row[name] for row in rows])
 
     raw, again = (f"{mean(f'test_accuracy{bn}')} / {mean(f'train_accuracy{bn}')}" for bn in ("", "_bn"))
     return f"{raw} → {again}"
@@ -216,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         for name in args.methods:
             # nothing in magnitude pruning is random
             study.compare(name, sorted(args.sparsities), 0 if name == "magnitude" else seed)
-    text = table(study.rows)
+    text = table(study.log.rows)
     (args.output / "one-shot-resnet20.md").write_text(text)
     print(text)
     return text

@@ -11,8 +11,6 @@ of a shorter one (``--tuning_images``, ``--tuning_nepochs``). ``NAME.md`` has th
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ import torch
 import train_vision
 
 from mfac_hf.machine import describe_run
+from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure
 
 # The values that M-FAC does not tune here were the best of few tries on the demo's task (benchmarks/README.md).
 GRIDS: dict[str, tuple[list[str], list[float]]] = {
@@ -41,8 +40,7 @@ class Study:
 
     def __init__(self, shared: Sequence[str], sizes: Mapping[Any, tuple[int, int]], log: Path) -> None:
         # sizes: images and epochs of a phase, or of (phase, optimizer)
-        self.shared, self.sizes, self.log = list(shared), sizes, log
-        self.runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        self.shared, self.sizes, self.log = list(shared), sizes, StudyLog(log)
 
     def run(self, optimizer: str, phase: str, lr: float, seed: int) -> dict[str, Any]:
         """Train once, unless that was done."""
@@ -52,21 +50,15 @@ class Study:
         if phase == "tuning":
             flags += ["--holdout", str(NUM_TUNING)]
         key = {"optimizer": optimizer, "phase": phase, "lr": lr, "seed": seed, "flags": flags}
-        for run in self.runs:
-            if run["key"] == key:
-                return run
+        if (found := self.log.find(**key)) is not None:
+            return found
         with tempfile.TemporaryDirectory() as folder:
             try:
                 rows = train_vision.main([*flags, "--progress", "false", "--save", f"{folder}/model.pth"])
             except FloatingPointError as error:  # a learning rate that is too large is a result, the worst
                 print(f"{optimizer} {lr:g}: {error}")
                 rows = []
-        found = {"key": key, "rows": rows, **describe_run(None, torch.device("cpu"))}
-        self.runs.append(found)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        return found
+        return self.log.add(key, {"rows": rows, **describe_run(None, torch.device("cpu"))})
 
     def compare(self, optimizer: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """The final runs of an optimizer at its best learning rate."""
@@ -85,21 +77,15 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for name, runs in results.items():
         values = [100 * accuracy(run) for run in runs]
         seconds = statistics.mean(row["seconds"] for run in runs for row in run["rows"])
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         each = ", ".join(f"{value:.1f}" for value in values)
-        mean = f"{statistics.mean(values):.1f}{spread}"
-        lines.append(f"| {name} | {runs[0]['key']['lr']:g} | {mean} | {each} | {seconds:.0f} |")
+        lines.append(f"| {name} | {runs[0]['key']['lr']:g} | {mean_and_deviation(values)} | {each} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Accuracy by epoch and by second of training, where matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed (pip install 'mfac_hf[plots]')")
+    if (figure := new_figure(10, 4)) is None:
         return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
     by_epoch, by_second = figure.subplots(1, 2, sharey=True)
     for number, (name, runs) in enumerate(results.items()):
         for run in runs:

@@ -24,19 +24,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfac_hf.machine import describe_run
-from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.arguments import flag, parse_args
 from mfac_hf.training.vision_arguments import (
     VisionArguments,
     build_optimizer,
     build_run,
-    flag,
     model_state,
     set_learning_rate,
     sparse_masks,
 )
-from mfac_hf.training.vision_run import RunLog, learning_rate_plan, load_state, save_state
+from mfac_hf.training.vision_run import RunLog, learning_rate_plan, load_state
 
-# epochs and drops of the M-FAC paper's script, by the first letters of the model
+# Epochs and drops of the M-FAC paper's script, by the first letters of the model.
 _PLANS = {"resnet": (164, [82, 123]), "wideresnet": (200, [100, 150]), "mobilenet": (100, [50, 75])}
 _LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "mfac": 1e-3}
 _MOMENTA = {"sgd": 0.9, "adam": 0.0, "mfac": 0.0}
@@ -47,12 +46,17 @@ class TrainArguments(VisionArguments):
     """Flags of this script."""
 
     optim: Literal["sgd", "adam", "mfac"] = flag("mfac", "Optimizer.")
-    lr: float | None = flag(None, "Learning rate; without it .1 for sgd, .001 for adam and mfac.")
-    momentum: float | None = flag(None, "Without it .9 for sgd, 0 for mfac (there, of the directions).")
-    nepochs: int | None = flag(
-        None, "Without it 164 with drops at 82 and 123; Wide ResNet 200, 100, 150; MobileNet 100, 50, 75."
+    lr: float | None = flag(None, "Learning rate; default: .1 for sgd, .001 for adam and mfac.")
+    momentum: float | None = flag(
+        None, "Decay of the average of gradients (sgd; default: .9) or of directions (mfac; default: 0)."
     )
-    sparse: bool = flag(False, "Train only the weights that the checkpoint's masks, or zeros, leave.")
+    nepochs: int | None = flag(
+        None,
+        "Epochs; default: 164 with drops at 82 and 123; Wide ResNet 200 (100, 150), MobileNet 100 (50, 75).",
+    )
+    sparse: bool = flag(
+        False, "Train only the weights that the checkpoint's masks keep or, without masks, those that are not zero."
+    )
     save: str = flag("trained.pth", "File of the model after the latest epoch.")
 
     def plan(self) -> list[float]:
@@ -66,7 +70,7 @@ class TrainArguments(VisionArguments):
         if self.nepochs is not None:
             if self.nepochs < 1:
                 raise ValueError(f"--nepochs {self.nepochs}: expected at least 1")
-            # a shorter run drops at the same shares of it
+            # A shorter run drops at the same shares of it.
             epochs, drops = self.nepochs, sorted({round(d * self.nepochs / epochs) for d in drops} - {0, self.nepochs})
         lr = _LEARNING_RATES[self.optim] if self.lr is None else self.lr
         return learning_rate_plan(lr, epochs, drops if self.drop_at is None else self.drop_at, self.drop_by)
@@ -104,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"epoch": epoch, "lr": plan[epoch]}
         row |= run.train_epoch(optimizer, epoch, None if masks is None else lambda: masks.apply(run.bare_model))
         row["accuracy"] = run.evaluate()
-        state_dict = optimizer.state_dict()
         if run.accelerator.is_main_process:
             print(
                 f"epoch {epoch:3d}: lr {row['lr']:g}, loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
@@ -112,17 +115,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 flush=True,
             )
             log.add(row)
-            save_state(target, model_state(run, masks, epoch=epoch))
-            save_state(
-                state_path,
-                {
-                    "arguments": args.to_dict(),
-                    "epoch": epoch,
-                    "rows": log.rows,
-                    "model": run.bare_model.state_dict(),
-                    "optimizer": state_dict,
-                },
-            )
+        run.save(target, model_state(run, masks, epoch=epoch))
+        now = {"arguments": args.to_dict(), "epoch": epoch, "rows": log.rows, "model": run.bare_model.state_dict()}
+        run.save(state_path, now | {"optimizer": optimizer.state_dict()})
     return log.rows
 
 

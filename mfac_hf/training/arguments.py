@@ -24,16 +24,19 @@ from mfac_hf.optim.mfac import MFAC
 logger = logging.getLogger(__name__)
 
 
+def flag(default: Any, text: str, *aliases: str) -> Any:
+    """A field of a dataclass of flags, with its default, its help text and its other names."""
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
 @dataclass
 class ModelArguments:
     """Which model and tokenizer to load; a token for private ones is read from the environment (``HF_TOKEN``)."""
 
     model_name_or_path: str = field(metadata={"help": "Name on the Hub, or a local directory."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Name or directory of the tokenizer where it is not the model's."}
-    )
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Directory for downloads."})
+    tokenizer_name: str | None = flag(None, "Name or directory of the tokenizer; default: the model's.")
+    revision: str = flag("main", "Branch, tag or commit on the Hub.")
+    cache_dir: str | None = flag(None, "Directory for downloads.")
 
     @property
     def model_source(self) -> dict[str, Any]:
@@ -56,46 +59,29 @@ class ModelArguments:
 class OptimizerArguments:
     """The optimizer; its learning rate and weight decay are those of ``TrainingArguments``."""
 
-    optim_name: Literal["mfac", "adamw"] = field(
-        default="mfac",
-        metadata={
-            "help": "Optimizer; takes the place of TrainingArguments' --optim. "
-            f"Without --learning_rate, mfac runs at {MFAC_LEARNING_RATE:g} and adamw at 5e-5."
-        },
+    optim_name: Literal["mfac", "adamw"] = flag(
+        "mfac",
+        "Optimizer; takes the place of TrainingArguments' --optim. "
+        f"Without --learning_rate, mfac runs at {MFAC_LEARNING_RATE:g} and adamw at 5e-5.",
     )
-    num_grads: int = field(default=MFAC_NUM_GRADS, metadata={"help": "mfac: gradients in the window."})
-    damping: float = field(
-        default=MFAC_DAMPING, metadata={"help": "mfac: multiple of the identity added to the Fisher."}
+    num_grads: int = flag(MFAC_NUM_GRADS, "mfac: gradients in the window.")
+    damping: float = flag(MFAC_DAMPING, "mfac: multiple of the identity that is added to the Fisher.")
+    momentum: float = flag(0.0, "mfac: decay of the exponential average of directions.")
+    grad_decay: float = flag(0.0, "mfac: decay of the exponential average of gradients that is preconditioned.")
+    normalize: Literal["num_grads", "count"] = flag(
+        "num_grads", "mfac: divide the Fisher by num_grads, or by the gradients that the window holds so far."
     )
-    momentum: float = field(default=0.0, metadata={"help": "mfac: decay of the exponential average of directions."})
-    grad_decay: float = field(
-        default=0.0, metadata={"help": "mfac: decay of the exponential average of gradients that is preconditioned."}
+    window_dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "mfac: storage of the window.")
+    window_device: list[str] | None = flag(
+        None, "mfac: device or devices that hold the window; default: the parameters' own."
     )
-    normalize: Literal["num_grads", "count"] = field(
-        default="num_grads",
-        metadata={"help": "mfac: divide the Fisher by num_grads, or by the gradients that the window holds so far."},
+    decoupled_weight_decay: bool = flag(
+        False,
+        "mfac: apply --weight_decay to the weights, as AdamW does; else it is added to the gradient, which then is "
+        "dense.",
     )
-    window_dtype: Literal["float32", "bfloat16", "float64"] = field(
-        default="float32", metadata={"help": "mfac: storage of the window."}
-    )
-    window_device: list[str] | None = field(
-        default=None,
-        metadata={"help": "mfac: device or devices that hold the window; without it, the parameters' own."},
-    )
-    decoupled_weight_decay: bool = field(
-        default=False,
-        metadata={
-            "help": "mfac: apply --weight_decay to the weights, as AdamW does, and not to the gradient, "
-            "which it would make dense."
-        },
-    )
-    row_sparse: bool = field(
-        default=True, metadata={"help": "mfac: keep only the rows of embedding gradients that a batch touches."}
-    )
-    save_window: bool = field(
-        default=True,
-        metadata={"help": "mfac: write the window into checkpoints; without it, a resumed run refills it."},
-    )
+    row_sparse: bool = flag(True, "mfac: keep only the rows of embedding gradients that a batch touches.")
+    save_window: bool = flag(True, "mfac: write the window into checkpoints; without it, a resumed run refills it.")
 
 
 def recipe_to_flags(path: str | os.PathLike[str], known: Iterable[str]) -> list[str]:
@@ -105,12 +91,12 @@ def recipe_to_flags(path: str | os.PathLike[str], known: Iterable[str]) -> list[
     string, becomes a float). A null value leaves the default.
 
     Args:
-        path: The recipe.
-        known: Names of the arguments that exist.
+        path: the recipe.
+        known: names of the arguments that exist.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no mapping, or has a key that is no argument.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no mapping, or has a key that is no argument.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {path} is no file; give flags, or a .yaml or .json file as first argument")
@@ -139,12 +125,12 @@ def parse_args(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tupl
     learning rate becomes M-FAC's default instead of Trainer's 5e-5, which a log line says.
 
     Args:
-        dataclass_types: Dataclasses with disjoint field names.
-        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+        dataclass_types: dataclasses with disjoint field names.
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
 
     Raises:
-        ValueError: An unknown flag or recipe key.
-        SystemExit: A missing or malformed flag (argparse prints which).
+        ValueError: an unknown flag or recipe key.
+        SystemExit: a missing or malformed flag (argparse prints which).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
@@ -172,7 +158,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
     """Resolve ``--resume_from_checkpoint``: a checkpoint directory, or ``last`` for the latest in ``--output_dir``.
 
     Raises:
-        FileNotFoundError: The directory, or any checkpoint to take for ``last``, is missing.
+        FileNotFoundError: the directory, or any checkpoint to take for ``last``, is missing.
     """
     asked, output_dir = training_args.resume_from_checkpoint, str(training_args.output_dir)
     if asked is None:
@@ -211,7 +197,7 @@ def build_optimizer(
     exempt from weight decay (:func:`parameter_groups`).
 
     Raises:
-        ValueError: The model has no trainable parameter, or ``--optim`` was given, which would have no effect.
+        ValueError: the model has no trainable parameter, or ``--optim`` was given, which would have no effect.
     """
     trainer_default = TrainingArguments.__dataclass_fields__["optim"].default
     if training_args.optim != trainer_default:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass
+from typing import Literal
 
 from transformers import TrainingArguments
 
 from mfac_hf.pruning import Distillation, MFACPruningCallback, SparsitySchedule
 from mfac_hf.pruning.options import PruningOptions, parse_damping
+from mfac_hf.training.arguments import flag
 
 __all__ = ["GradualArguments", "PruningArguments", "build_pruning_callback"]
 
@@ -18,46 +19,28 @@ __all__ = ["GradualArguments", "PruningArguments", "build_pruning_callback"]
 class PruningArguments:
     """Whether and how to prune. With --num_train_epochs 0 the model is pruned in one go and not trained."""
 
-    sparsity: float | None = field(
-        default=None, metadata={"help": "Share of the target weights to prune, such as 0.9; without it, none."}
+    sparsity: float | None = flag(None, "Share of the target weights to prune, such as 0.9; without it, none.")
+    prune_method: Literal["mfac", "magnitude"] = flag(PruningOptions.method, "mfac, or magnitude as the baseline.")
+    prune_targets: list[str] | None = flag(
+        None, "Regular expressions of parameter names; default: the linear layers of the encoder."
     )
-    prune_method: Literal["mfac", "magnitude"] = field(
-        default=PruningOptions.method, metadata={"help": "mfac, or magnitude as the baseline."}
+    recomputations: int = flag(PruningOptions.recomputations, "Sub-steps of a pruning, each with new gradients.")
+    prune_num_grads: int = flag(PruningOptions.num_grads, "Gradients that each Fisher is the average of.")
+    prune_grad_batch_size: int = flag(PruningOptions.grad_batch_size, "Examples that each gradient is the mean of.")
+    prune_block_size: int = flag(PruningOptions.block_size, "Weights in a block of the Fisher.")
+    prune_damping: str = flag(
+        str(PruningOptions.damping),
+        "Damping of the Fisher, or auto: the value with the lowest loss on held-out training examples.",
     )
-    prune_targets: list[str] | None = field(
-        default=None,
-        metadata={"help": "Regular expressions of parameter names; default: the linear layers of the encoder."},
+    prune_selection: Literal["greedy", "diagonal"] = flag(
+        PruningOptions.selection, "greedy updates all costs after each removed weight; diagonal is the paper's."
     )
-    recomputations: int = field(
-        default=PruningOptions.recomputations, metadata={"help": "Sub-steps of a pruning, each with new gradients."}
+    prune_update: Literal["joint", "sum"] = flag(
+        PruningOptions.update, "Update of the surviving weights: joint is exact for all removed; sum is the paper's."
     )
-    prune_num_grads: int = field(
-        default=PruningOptions.num_grads, metadata={"help": "Gradients that each Fisher is the average of."}
-    )
-    prune_grad_batch_size: int = field(
-        default=PruningOptions.grad_batch_size, metadata={"help": "Examples that each of these gradients averages."}
-    )
-    prune_block_size: int = field(
-        default=cast(int, PruningOptions.block_size), metadata={"help": "Weights in a block of the Fisher."}
-    )
-    prune_damping: str = field(
-        default=str(PruningOptions.damping),
-        metadata={"help": "Damping of the Fisher, or auto: the value with the lowest loss on held-out examples."},
-    )
-    prune_selection: Literal["greedy", "diagonal"] = field(
-        default=PruningOptions.selection,
-        metadata={"help": "greedy updates the costs after each removed weight; diagonal is the paper's selection."},
-    )
-    prune_update: Literal["joint", "sum"] = field(
-        default=PruningOptions.update,
-        metadata={"help": "joint is exact for all removed weights together; sum is the paper's update."},
-    )
-    prune_pattern: str = field(
-        default=PruningOptions.pattern, metadata={"help": "unstructured, 2:4 (any N:M) or block4 (any length)."}
-    )
-    prune_scope: Literal["global", "uniform"] = field(
-        default=PruningOptions.scope,
-        metadata={"help": "global ranks all targets together; uniform prunes each to the same sparsity."},
+    prune_pattern: str = flag(PruningOptions.pattern, "unstructured, 2:4 (any N:M) or block4 (any length).")
+    prune_scope: Literal["global", "uniform"] = flag(
+        PruningOptions.scope, "global ranks the weights of all targets together; uniform prunes all targets alike."
     )
 
     def options(self, seed: int) -> PruningOptions:
@@ -100,38 +83,28 @@ class PruningArguments:
 class GradualArguments:
     """When to prune during training, and what happens beside it; `PruningArguments` says how, and to what sparsity."""
 
-    prune_schedule: Literal["cubic", "linear", "geometric"] = field(
-        default="cubic", metadata={"help": "Curve from --initial_sparsity to --sparsity."}
+    prune_schedule: Literal["cubic", "linear", "geometric"] = flag(
+        "cubic", "Curve from --initial_sparsity to --sparsity."
     )
-    initial_sparsity: float = field(default=0.0, metadata={"help": "Sparsity at --prune_start."})
-    prune_start: int = field(default=0, metadata={"help": "Step or epoch before which the first pruning comes."})
-    prune_end: int | None = field(default=None, metadata={"help": "Step or epoch at which --sparsity is reached."})
-    prune_every: int = field(default=1, metadata={"help": "Steps or epochs from one pruning to the next."})
-    prune_unit: Literal["step", "epoch"] = field(
-        default="step", metadata={"help": "Unit of --prune_start, --prune_end and --prune_every."}
+    initial_sparsity: float = flag(0.0, "Sparsity at --prune_start.")
+    prune_start: int = flag(0, "Step or epoch at whose beginning pruning starts.")
+    prune_end: int | None = flag(None, "Step or epoch at which --sparsity is reached.")
+    prune_every: int = flag(1, "Steps or epochs from one pruning to the next.")
+    prune_unit: Literal["step", "epoch"] = flag("step", "Unit of --prune_start, --prune_end and --prune_every.")
+    prune_gradients: Literal["data", "optimizer"] = flag(
+        "data", "Gradients for pruning: of training examples, or those in M-FAC's window."
     )
-    prune_gradients: Literal["data", "optimizer"] = field(
-        default="data",
-        metadata={"help": "Gradients for pruning: new ones of training examples, or those in M-FAC's window."},
+    prune_lr_cycle: float | None = flag(
+        None,
+        "Factor in (0, 1) to which the scheduled learning rate falls from pruning to pruning; default: none.",
     )
-    prune_lr_cycle: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the scheduled learning rate to which it falls between two prunings; "
-            "default: the schedule alone."
-        },
+    prune_evaluate: bool = flag(False, "Log the loss before and after each pruning; needs --eval_on_start.")
+    distillation_hardness: float | None = flag(
+        None, "Share of a dense teacher in the loss, in (0, 1]; default: no distillation."
     )
-    prune_evaluate: bool = field(
-        default=False, metadata={"help": "Log the loss before and after each pruning; needs --eval_on_start."}
-    )
-    distillation_hardness: float | None = field(
-        default=None, metadata={"help": "Share of a dense teacher in the loss, in (0, 1]; default: no distillation."}
-    )
-    distillation_temperature: float = field(
-        default=2.0, metadata={"help": "Divides the logits of teacher and student in the distillation loss."}
-    )
-    teacher_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory of the teacher; default: a copy taken before the first pruning."}
+    distillation_temperature: float = flag(2.0, "Temperature that softens the outputs of teacher and student.")
+    teacher_name_or_path: str | None = flag(
+        None, "Directory of the teacher; default: a copy taken before the first pruning."
     )
 
 

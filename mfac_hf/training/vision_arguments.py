@@ -1,4 +1,4 @@
-"""Flags that training and pruning a vision model share, and what they build."""
+"""Flags that the scripts for vision models share, and what these flags build."""
 
 from __future__ import annotations
 
@@ -18,28 +18,25 @@ from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.targets import find_targets
 from mfac_hf.tasks.vision import load_vision
 from mfac_hf.tasks.vision_preprocess import NORMALIZATIONS, Preprocess
+from mfac_hf.training.arguments import flag
 from mfac_hf.training.vision_run import VisionRun
 
 __all__ = [
     "VisionArguments",
     "build_optimizer",
     "build_run",
-    "flag",
+    "initial_masks",
     "masks_of",
     "model_state",
-    "prunable",
     "set_learning_rate",
     "sparse_masks",
     "split_images",
+    "vision_targets",
 ]
 
 
-_HOLDOUT_SEED = 2024  # one for all runs: what was tuned on must stay out of all of them
-
-
-def flag(default: Any, text: str, *aliases: str) -> Any:
-    """A field of a dataclass of flags, with its help text and other names."""
-    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+# One for all runs: what was tuned on must stay out of all of them.
+_HOLDOUT_SEED = 2024
 
 
 @dataclass
@@ -54,35 +51,36 @@ class VisionArguments:
         "--dataset_path",
         "--data",
     )
-    checkpoint: str | None = flag(None, "Weights to start from: .pth, .pth.tar, .th or .safetensors.")
+    checkpoint: str | None = flag(None, "File of weights to start from: .pth, .pth.tar, .th or .safetensors.")
     normalization: str | None = flag(
         None,
-        f"One of {', '.join(NORMALIZATIONS)}; without it, what the checkpoint is known to expect, else the data's.",
+        f"One of {', '.join(NORMALIZATIONS)}; default: the one known for the checkpoint, else the data's.",
     )
-    augment: bool = flag(True, "Random crops and, but for digits, mirror images.")
-    train_images: int | None = flag(None, "Train on so many images only, chosen by --seed.")
+    augment: bool = flag(True, "Crop training images at random and, but for digits, mirror half of them.")
+    train_images: int | None = flag(None, "Number of images to train on, chosen by --seed; default: all.")
     holdout: int | None = flag(
         None,
-        "For tuning: evaluate on so many training images, always the same, and neither train nor prune with them.",
+        "For tuning: hold out this number of training images, always the same, and evaluate on them, in place of the "
+        "test images.",
     )
     batchsize: int = flag(128, "Images in a batch, over all processes.")
-    nworkers: int | None = flag(None, "Processes that read images; none are needed for images in memory.")
+    nworkers: int | None = flag(None, "Processes that read images; default: none for images in memory, else up to 8.")
     weightdecay: float = flag(0.0, "Coupled weight decay.")
     drop_at: list[int] | None = flag(None, "Epochs at which the learning rate drops.")
     drop_by: float = flag(0.1, "Factor by which it drops.")
     ngrads: int = flag(MFAC_NUM_GRADS, "mfac: gradients in the optimizer's window.")
     damping: float = flag(1e-5, "mfac: multiple of the identity that is added to the Fisher.")
-    grad_decay: float = flag(0.0, "mfac: decay of the average of gradients that is preconditioned; 0: the paper.")
+    grad_decay: float = flag(0.0, "mfac: decay of the exponential average of gradients that is preconditioned.")
     normalize: Literal["num_grads", "count"] = flag(
-        "num_grads", "mfac: divide the Fisher by ngrads (the paper), or by the gradients held so far."
+        "num_grads", "mfac: divide the Fisher by ngrads (the paper), or by the gradients that the window holds so far."
     )
     window_dtype: Literal["float32", "bfloat16"] = flag("float32", "mfac: storage of the window.")
-    seed: int = flag(0, "Of weights, order, augmentation and the choice of gradients.")
+    seed: int = flag(0, "Seed of weights, order, augmentation and the choice of gradients.")
     resume: bool = flag(False, "Continue the run of the same flags that was cut off; start if there is none.")
     progress: bool = flag(True, "Show progress bars.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Flags that decide the result, as plain values."""
+        """The flags that decide the result, as plain values."""
         free = ("resume", "progress", "nworkers")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
@@ -91,7 +89,8 @@ def build_run(args: VisionArguments) -> tuple[VisionRun, Checkpoint | None]:
     """Load data, checkpoint and model.
 
     Raises:
-        FileNotFoundError, ValueError: what is missing or does not fit; nothing has been written then.
+        FileNotFoundError: the checkpoint or the data set is missing.
+        ValueError: a flag is out of range, or checkpoint, model and data do not fit together.
     """
     checkpoint = None if args.checkpoint is None else read_checkpoint(args.checkpoint)
     data = load_vision(args.dataset, seed=args.seed)
@@ -124,12 +123,12 @@ def build_run(args: VisionArguments) -> tuple[VisionRun, Checkpoint | None]:
 
 
 def split_images(images: Any, count: int, seed: int, name: str = "count") -> tuple[Any, Any]:
-    """Divide images at random: so many, and the rest.
+    """Divide images at random into a part of so many and the rest.
 
     Args:
         images: a split.
-        count: images of the first part, from 1 to all of them.
-        seed: of the choice.
+        count: images in the first part, from 1 to all of them.
+        seed: seed of the choice.
         name: what an error calls the count.
 
     Raises:
@@ -167,19 +166,36 @@ def masks_of(checkpoint: Checkpoint, model: nn.Module) -> MaskSet | None:
     return masks
 
 
-def prunable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """The weights to prune: `find_targets`, but for a CIFAR ResNet without its 1 x 1 shortcuts.
+def vision_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The weights to prune: those of `find_targets`, for a CIFAR ResNet without its 1 x 1 shortcuts.
 
-    They are one weight in a hundred and are missed more than others; the reference leaves them alone too, so that
-    sparsities mean the same.
+    The shortcuts are one weight in a hundred, and pruning them costs more than pruning others. The reference leaves
+    them alone too, so sparsities mean the same there and here.
 
     Args:
         model: a model.
-        patterns: regular expressions of parameter names, instead of that.
+        patterns: regular expressions of parameter names; None for that choice.
     """
     if patterns is None and isinstance(model, ResNetCifar):
         patterns = [r"conv\d", model.classifier_name]
     return find_targets(model, patterns)
+
+
+def initial_masks(checkpoint: Checkpoint | None, model: nn.Module, patterns: Sequence[str] | None = None) -> MaskSet:
+    """Masks of the weights to prune, for which zeros and what the checkpoint's masks prune count as pruned.
+
+    Args:
+        checkpoint: what the model was loaded from, if anything.
+        model: the model.
+        patterns: see `vision_targets`.
+
+    Raises:
+        ValueError: the checkpoint's masks are another model's.
+    """
+    masks = MaskSet.from_model(model, vision_targets(model, patterns))
+    if checkpoint is not None and (given := masks_of(checkpoint, model)) is not None:
+        masks.update({name: keep & masks[name] for name, keep in given.items() if name in masks})
+    return masks
 
 
 def sparse_masks(checkpoint: Checkpoint | None, model: nn.Module) -> MaskSet:
@@ -190,7 +206,7 @@ def sparse_masks(checkpoint: Checkpoint | None, model: nn.Module) -> MaskSet:
     """
     masks = None if checkpoint is None else masks_of(checkpoint, model)
     if masks is None:
-        masks = MaskSet.from_model(model, prunable(model))
+        masks = MaskSet.from_model(model, vision_targets(model))
     if masks.sparsity == 0:
         raise ValueError("--sparse: no weight of this model is zero; give the --checkpoint of a pruned model")
     return masks
@@ -201,14 +217,14 @@ def build_optimizer(
 ) -> Any:
     """Make an optimizer and prepare it.
 
-    Under several processes M-FAC's window is shared among them.
+    Several processes share M-FAC's window.
 
     Args:
-        run: has the model.
+        run: the run with the model.
         name: ``"sgd"``, ``"adam"`` or ``"mfac"``.
         args: weight decay, and the options of M-FAC.
         lr: learning rate.
-        momentum: for sgd of the gradients, for mfac of the directions; adam has its own.
+        momentum: decay of the average of gradients (sgd) or directions (mfac); adam has its own.
         masks: weights that M-FAC leaves out of its window.
     """
     parameters = [p for p in run.model.parameters() if p.requires_grad]
@@ -241,7 +257,7 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 
 def model_state(run: VisionRun, masks: MaskSet | None = None, **more: Any) -> dict[str, Any]:
-    """What goes into a checkpoint file: plain values and tensors, which the reference's scripts read too."""
+    """Content of a checkpoint file: plain values and tensors, which the reference's scripts read too."""
     state: dict[str, Any] = {"model": run.bare_model.state_dict(), "normalization": run.preprocess.normalization}
     if masks is not None:
         state["mask"] = {name: keep.cpu() for name, keep in masks.items()}

@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,24 @@ class VisionRun:
                 if buffer is not None:
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
+    @contextmanager
+    def reestimated_batch_norm(self, num_images: int, salt: int = 0, *, keep: bool = False) -> Iterator[None]:
+        """Within the block, the model has re-estimated batch norms; afterwards its own again.
+
+        Args:
+            num_images: images to re-estimate with.
+            salt: see `reestimate_batch_norm`.
+            keep: whether the re-estimated statistics stay.
+        """
+        before = {name: value.clone() for name, value in self.bare_model.named_buffers()}
+        self.reestimate_batch_norm(num_images, salt)
+        try:
+            yield
+        finally:
+            if not keep:
+                for name, value in self.bare_model.named_buffers():
+                    value.copy_(before[name])
+
     def accuracies(self, bn_images: int, *, keep: bool, salt: int = 0) -> dict[str, float]:
         """Test accuracy as the model is, and after re-estimating its batch norms.
 
@@ -196,13 +215,14 @@ class VisionRun:
             salt: see `reestimate_batch_norm`.
         """
         found = {"accuracy": self.evaluate()}
-        before = {name: value.clone() for name, value in self.bare_model.named_buffers()}
-        self.reestimate_batch_norm(bn_images, salt)
-        found["accuracy_bn"] = self.evaluate()
-        if not keep:
-            for name, value in self.bare_model.named_buffers():
-                value.copy_(before[name])
+        with self.reestimated_batch_norm(bn_images, salt, keep=keep):
+            found["accuracy_bn"] = self.evaluate()
         return found
+
+    def save(self, path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+        """Write a state (`save_state`) on the main process; every process makes it, and may have to."""
+        if self.accelerator.is_main_process:
+            save_state(path, state)
 
     def _bar(self, batches: Any, description: str) -> Any:
         return tqdm(batches, desc=description, leave=False, disable=not self.progress)

@@ -52,9 +52,11 @@ def test_the_summary_is_over_final_runs_alone():
 def test_a_grid_of_one_point_is_not_tuned(tmp_path, monkeypatch):
     phases = []
 
-    def pretend(study, contender, phase, point, flags, runs, log):
+    def pretend(study, contender, phase, point, flags, log):
         phases.append(phase)
-        runs.append({**run(point, 0.5, 0.1, phase), "key": {"contender": contender, "phase": phase, "flags": flags}})
+        log.rows.append(
+            {**run(point, 0.5, 0.1, phase), "key": {"contender": contender, "phase": phase, "flags": flags}}
+        )
 
     monkeypatch.setattr(compare, "run_once", pretend)
     study = {"name": "x", "script": "s", "flags": {}, "seeds": [1, 2], "tuning": {"holdout_fraction": 0.1, "seed": 0}}
@@ -70,9 +72,11 @@ def test_a_grid_of_one_point_is_not_tuned(tmp_path, monkeypatch):
 def test_tuning_runs_differ_by_flags_of_the_study_and_of_a_contender(tmp_path, monkeypatch):
     seen = {}
 
-    def pretend(study, contender, phase, point, flags, runs, log):
+    def pretend(study, contender, phase, point, flags, log):
         seen[contender, phase] = flags["num_train_epochs"]
-        runs.append({**run(point, 0.5, 0.1, phase), "key": {"contender": contender, "phase": phase, "flags": flags}})
+        log.rows.append(
+            {**run(point, 0.5, 0.1, phase), "key": {"contender": contender, "phase": phase, "flags": flags}}
+        )
 
     monkeypatch.setattr(compare, "run_once", pretend)
     grid = [{"lr": 1}, {"lr": 2}]

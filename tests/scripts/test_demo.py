@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mfac_hf.training.study import mean_and_deviation
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "demo.py"
 TINY = ["--steps=13", "--batch_size=4", "--num_validation=16", "--hidden_size=8", "--num_grads=5"]
 
@@ -78,15 +80,10 @@ def test_table_is_computed_from_the_runs(demo, finished):
     console.print(demo.make_table(runs))
     rows = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.startswith("│")}
     assert set(rows) == {"M-FAC", "AdamW"}
-    assert demo.spread([run.train_loss for run in runs if run.optimizer == "adamw"], 3) in rows["AdamW"]
+    assert mean_and_deviation([run.train_loss for run in runs if run.optimizer == "adamw"], 3) in rows["AdamW"]
     accuracies = [100 * run.validation_accuracy for run in runs if run.optimizer == "mfac"]
-    assert f"{demo.spread(accuracies, 1)} %" in rows["M-FAC"]
+    assert f"{mean_and_deviation(accuracies, 1)} %" in rows["M-FAC"]
     assert "none" in rows["AdamW"] and "none" not in rows["M-FAC"]
-
-
-def test_spread(demo):
-    assert demo.spread([1.234], 2) == "1.23"
-    assert demo.spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
 
 
 def test_missing_matplotlib_is_said_and_survived(demo, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mfac_hf.models import Checkpoint, MobileNetV1, ResNetCifar, read_checkpoint
-from mfac_hf.training.vision_arguments import VisionArguments, build_run, masks_of, prunable, sparse_masks
+from mfac_hf.training.vision_arguments import VisionArguments, build_run, masks_of, sparse_masks, vision_targets
 
 
 def test_a_flat_mask_goes_over_convolutions_and_fc_in_the_models_order():
@@ -24,12 +24,12 @@ def test_a_flat_mask_goes_over_convolutions_and_fc_in_the_models_order():
 @pytest.mark.parametrize(("shortcut", "classifier"), [("conv", "fc"), ("pad", "linear")])
 def test_a_cifar_resnet_is_pruned_without_its_small_shortcuts(shortcut, classifier):
     model = ResNetCifar(20, shortcut=shortcut)
-    found = prunable(model)
+    found = vision_targets(model)
     # 3 x 3 convolutions of the three stages, the first one and the classifier
     assert sum(p.numel() for p in found.values()) == 432 + 6 * 2304 + 4608 + 5 * 9216 + 18432 + 5 * 36864 + 640
     assert f"{classifier}.weight" in found and not any("downsample" in name for name in found)
-    assert "layer2.0.downsample.0.weight" in prunable(ResNetCifar(20), ["downsample"])
-    assert len(prunable(MobileNetV1())) == 28
+    assert "layer2.0.downsample.0.weight" in vision_targets(ResNetCifar(20), ["downsample"])
+    assert len(vision_targets(MobileNetV1())) == 28
 
 
 def test_zeros_count_as_pruned_and_a_dense_model_is_refused():
