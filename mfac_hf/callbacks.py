@@ -11,18 +11,20 @@ from mfac_hf.hub.trainer_card import attach_card
 from mfac_hf.optim.mfac import MFAC
 from mfac_hf.optim.unwrap import unwrap_optimizer
 
+__all__ = ["MFACLoggingCallback"]
+
 
 class MFACLoggingCallback(TrainerCallback):
     """Add ``mfac/<name>`` to each training log for every entry of ``MFAC.window_stats()``.
 
-    These are the window's fill (0 to 1), the condition number of its damped Gram matrix (an estimate), the steps
-    skipped for gradients that were not finite, how often jitter had to grow, and the window's size in GiB. Training
-    logs are those with a ``loss``; evaluation logs stay as they are, because Trainer returns the same dictionary as
-    the evaluation's metrics. With another optimizer the callback does nothing.
+    The entries are the fill of the window (0 to 1), an estimate of the condition number of its damped Gram matrix, the
+    number of steps skipped for gradients that were not finite, how often jitter had to grow, and the size of the
+    window in GiB. Training logs are those with a ``loss``. Evaluation logs stay as they are: Trainer returns the same
+    dictionary as the metrics. With another optimizer the callback does nothing.
 
-    Trainer stores a log in ``state.log_history`` first and then calls the callbacks in order, its reporters
-    (TensorBoard and others) before those of ``Trainer(callbacks=[...])``. Given that way, the values land in the
-    history and the progress bar's printed logs; :meth:`attach` goes in front, so that reporters see them too.
+    Trainer stores a log in ``state.log_history`` and then calls the callbacks in order, its reporters (TensorBoard and
+    others) before those of ``Trainer(callbacks=[...])``. A callback given that way adds the values to the history and
+    the printed logs; :meth:`attach` puts it in front, so that reporters see them too.
     """
 
     @classmethod

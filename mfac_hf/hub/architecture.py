@@ -1,4 +1,4 @@
-"""The class of a model, found in a model or its directory, and loading a model by it."""
+"""Find the class of a model, and load the model by it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def describe_architecture(model: nn.Module | str | os.PathLike[str], model_class
 
     Args:
         model: a model, or a directory that holds one.
-        model_class: ``package.module.Class``, where the configuration does not name one of transformers.
+        model_class: ``package.module.Class``, where the configuration names no class of transformers.
 
     Returns:
-        ``class`` (importable), ``library`` and ``task`` on the Hub (None where it is not known).
+        ``class`` (to import), ``library``, and the Hub's name of the ``task`` (None where it is not known).
 
     Raises:
         ValueError: the class is not known, or cannot be imported.
@@ -62,7 +62,7 @@ def load_model(directory: str | os.PathLike[str], path: str) -> nn.Module:
     """Load a model for inference from its ordinary weights, or from its sparse file where it has that alone.
 
     Args:
-        directory: holds the model.
+        directory: directory of the model.
         path: its class, ``package.module.Class``.
 
     Raises:

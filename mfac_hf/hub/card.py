@@ -1,4 +1,4 @@
-"""Model cards in words and tables, from facts that `mfac_hf.hub.facts` gathered."""
+"""Write a model card, in words and tables, from the facts that `mfac_hf.hub.facts` gathered."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _FACTS = ("name", "model", "weights", "files", "runs", "mfac_hf")
 
 
 def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_only: bool = False) -> ModelCard:
-    """Write the card.
+    """Write the card of a model.
 
     Args:
         facts: what `mfac_hf.hub.facts.collect` returned.
-        repo_id: where the model will be found; the snippets load it from there.
-        sparse_only: whether the repository has the sparse file alone.
+        repo_id: name on the Hub that the code in the card loads; the model's name where it is None.
+        sparse_only: whether the repository has the sparse file without the ordinary one.
 
     Returns:
-        A card whose metadata holds the results of the first run as ``EvalResult``; checked by ``huggingface_hub``.
+        The card, parsed and checked by ``huggingface_hub``. Its metadata has the results of the first run as
+        ``EvalResult``.
 
     Raises:
-        MissingResultsError: ``facts`` lack what a card has to say, named.
+        MissingResultsError: ``facts`` lack something that a card has to say; the message names it.
     """
     if lacking := [key for key in _FACTS if not facts.get(key)]:
         raise MissingResultsError(
@@ -88,7 +89,7 @@ def _uses_mfac(run: Mapping[str, Any]) -> bool:
 
 
 def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
-    """The first run's metrics, in full precision; empty where the data set is not known."""
+    """Return the metrics of the first run, in full precision; none where the data set is not known."""
     run = facts["runs"][0]
     dataset = run["dataset"]
     if not dataset or not facts["model"]["task"]:
@@ -109,7 +110,7 @@ def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _metric_id(name: str) -> str:
-    """A metric's name on the Hub: without the part of the split that MNLI puts in front."""
+    """Return a metric's name on the Hub, without the prefix of MNLI's two splits."""
     return name.removeprefix("matched_").removeprefix("mismatched_")
 
 
@@ -123,7 +124,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _percent(value: float) -> str:
-    """Shares in percent; what is no share (SQuAD's metrics are percentages already) as it is."""
+    """Format a share in percent, and what is in percent already (SQuAD's metrics) as it is."""
     return f"{100 * value:.2f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
@@ -144,7 +145,7 @@ def _summary(facts: Mapping[str, Any]) -> str:
 
 
 def _results(facts: Mapping[str, Any]) -> str:
-    """Metric by metric: this model, and mean and standard deviation over the seeds, dense and sparse."""
+    """Write each metric of this model, and its mean and standard deviation over the seeds, dense and sparse."""
     runs, dense = facts["runs"], facts["dense_runs"]
     if not runs[0]["metrics"]:
         return "These weights had not been evaluated when the card was written."
@@ -218,7 +219,7 @@ def _latency(facts: Mapping[str, Any]) -> str:
 
 
 def _auto_class(path: str) -> tuple[str, str]:
-    """Module and class to load the model with: transformers' automatic one where there is one."""
+    """Return module and class that load the model: transformers' automatic class where there is one."""
     module, _, name = path.rpartition(".")
     if module == "transformers":
         import transformers

@@ -1,6 +1,6 @@
-"""The facts of a model card as plain JSON: results of the runs, what the weights hold, and sizes.
+"""The facts of a model card as plain JSON: results of the runs, zeros of the weights, and sizes of the files.
 
-`collect` gathers them, `mfac_hf.hub.card` puts them into words. Nothing in between is written by hand.
+`collect` gathers them, and `mfac_hf.hub.card` puts them into words. Nobody writes anything by hand in between.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mfac_hf.hub.run_records import MissingResultsError, read_run
 
 __all__ = ["CardOptions", "collect"]
 
-# A model counts as sparse from here on; less comes from single zeros that nobody put there.
+# A model counts as sparse from this share of zeros; fewer come about by themselves.
 SPARSE_FROM = 0.05
-# How far the weights of a pruned model may be from the sparsity that its run reports.
+# By so much the sparsity of the weights may differ from the one that the run reports.
 SPARSITY_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a card says that neither the runs nor the weights tell.
+    """Facts of a card that neither the runs nor the weights tell.
 
     Attributes:
-        name: the model's name; the directory's where it is None.
-        model_class: ``package.module.Class`` with ``from_pretrained``, where the configuration does not name one of
+        name: the model's name; None for that of its directory or class.
+        model_class: ``package.module.Class`` with ``from_pretrained``, where the configuration names no class of
             transformers.
-        dense: result files (or their contents) of the same task before pruning; needed where the weights are sparse,
-            unless the runs recorded it themselves.
-        caveats: what readers have to know about data and weights, a sentence each.
+        dense: result files (or their contents) of the model before pruning; sparse weights need them, unless the
+            runs measured the dense model themselves.
+        caveats: sentences that readers have to know about data and weights.
         license: licence identifier of the weights.
     """
 
@@ -56,23 +56,22 @@ def collect(
     options: CardOptions | None = None,
     strict: bool = True,
 ) -> dict[str, Any]:
-    """Gather what a card says, but for the latency (`mfac_hf.hub.latency.with_latency`).
+    """Gather the facts of a card, without the latency (`mfac_hf.hub.latency.with_latency` adds it).
 
     Args:
-        runs: result files (or their contents), one for each seed; the first is the run whose weights ``model`` holds.
-        model: these weights: a model, or a directory that ``save_pretrained`` wrote.
-        options: what neither of them tells.
-        strict: whether results may not be missing; Trainer pushes models that nothing has evaluated yet, and their
-            card says that.
+        runs: result files (or their contents), one for each seed; the first is that of the weights in ``model``.
+        model: a model, or a directory that ``save_pretrained`` wrote.
+        options: facts that neither of them tells.
+        strict: refuse runs without results. Trainer pushes models that nobody has evaluated yet; their cards say so.
 
     Returns:
         Plain JSON types: ``name``, ``model``, ``sparse``, ``weights``, ``files``, ``latency`` (None), ``runs``,
         ``dense_runs``, ``base_model``, ``caveats``, ``license``, ``mfac_hf`` (the version that gathered them).
 
     Raises:
-        MissingResultsError: no run, or a file that lacks results, or no dense result beside sparse weights.
+        MissingResultsError: there is no run, a file lacks results, or sparse weights lack dense results.
         FileNotFoundError: a result file or the model is missing.
-        ValueError: the runs are of different tasks or of other weights.
+        ValueError: the runs belong to different tasks or to other weights.
     """
     if not runs:
         raise MissingResultsError("no result file: a card needs the results.json of at least one run")
@@ -108,7 +107,7 @@ def collect(
 
 
 def _check_sparsity(run: dict[str, Any], sparsity: float) -> None:
-    """Raise ValueError where the run pruned to another sparsity than that of the weights."""
+    """Raise ValueError unless the run pruned to the sparsity of the weights."""
     steps = (run["pruning"] or {}).get("steps")
     if steps and abs(steps[-1]["sparsity"] - sparsity) > SPARSITY_TOLERANCE:
         raise ValueError(
@@ -118,7 +117,7 @@ def _check_sparsity(run: dict[str, Any], sparsity: float) -> None:
 
 
 def _check_consistent(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless all runs answer the same question and differ in their seeds."""
+    """Raise ValueError unless all runs measure the same thing, with different seeds."""
     first = runs[0]
     for run in (*runs, *dense):
         for key in ("task", "dataset", "split"):
@@ -136,7 +135,7 @@ def _check_consistent(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -
 
 
 def _hub_name(base_model: str | None) -> str | None:
-    """The name of the pretrained model if it is one on the Hub, None if it is a directory here."""
+    """Return the name of the pretrained model if it can be one on the Hub, None if it is a directory."""
     if base_model is None or Path(base_model).exists() or base_model.count("/") > 1:
         return None
     try:

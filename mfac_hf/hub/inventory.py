@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mfac_hf.pruning.mask_file import MASKS_NAME, read_masks
@@ -18,23 +19,23 @@ from mfac_hf.sparse.format import SparseFile
 
 __all__ = ["describe_weights", "file_sizes", "find_model_directory"]
 
-# Buffers that are no weights: statistics of normalisation layers and position tables.
+# Buffers, not weights: statistics of normalisation layers and tables of positions.
 _STATISTICS = re.compile(r"(running_mean|running_var|num_batches_tracked|position_ids|token_type_ids)$")
-# Files that say what a model is; `find_model_directory` downloads no more than these and the smallest weights.
+# `find_model_directory` downloads these and the smallest weight files.
 _DESCRIPTIONS = ("config.json", MASKS_NAME)
 
 
 def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any]:
-    """Count weights and zeros.
+    """Count the weights and zeros of a model.
 
     Args:
         model: a model, or a directory that holds one, sparse or dense.
 
     Returns:
-        Plain JSON types: ``numel`` and ``zeros`` of all weights; ``targets``, the same for those that pruning is meant
-        for (the names in ``masks.safetensors`` where the directory has one; else `mfac_hf.pruning.find_targets`, as
-        far as the class of the model is known; else all matrices and convolutions); and ``tensors``, a list of the
-        matrices and convolutions with ``name``, ``shape``, ``numel``, ``zeros`` and ``target``.
+        Plain JSON types: ``numel`` and ``zeros`` of all weights; ``targets``, the same for the weights that pruning
+        may remove (the names in ``masks.safetensors`` where the directory has one; else those of
+        `mfac_hf.pruning.find_targets` where the class of the model is known; else all matrices and convolutions); and
+        ``tensors``, the matrices and convolutions, each with ``name``, ``shape``, ``numel``, ``zeros`` and ``target``.
 
     Raises:
         FileNotFoundError: the directory holds no model.
@@ -52,17 +53,17 @@ def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any
             pruned[key] += value if target else 0
         if tensor.ndim > 1:
             tensors.append({"name": name, "shape": list(tensor.shape), **counts, "target": target})
-    tensors.sort(key=lambda t: _natural(str(t["name"])))  # files are in another order than models
+    tensors.sort(key=lambda t: _natural(str(t["name"])))  # files and models have other orders
     return {**total, "targets": pruned, "tensors": tensors}
 
 
 def _natural(name: str) -> list[Any]:
-    """A key that puts layer 2 before layer 10."""
+    """Make a sort key that puts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _weights(model: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, each tensor once."""
+    """Iterate over names and tensors, each tensor once."""
     if isinstance(model, nn.Module):
         yield from model.named_parameters()
         return
@@ -71,18 +72,17 @@ def _weights(model: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, T
         for name in file.records:
             yield name, file.read(name)
         return
-    yield from read_tensors(model)  # also beside a sparse file, which may be older
+    yield from read_tensors(model)  # a sparse file beside them may be older
 
 
 def _targets(model: nn.Module | str | os.PathLike[str]) -> set[str] | None:
-    """Names of the weights that pruning is meant for; None where the class of the model is not known."""
-    import torch
-    import transformers
+    """Find the names of the weights that pruning may remove; None where the class of the model is not known."""
+    if not isinstance(model, nn.Module) and (Path(model) / MASKS_NAME).is_file():
+        return set(read_masks(model))
+    import transformers  # here and below: a directory with masks need not wait for it
 
     from mfac_hf.pruning.targets import find_targets
 
-    if not isinstance(model, nn.Module) and (Path(model) / MASKS_NAME).is_file():
-        return set(read_masks(model))
     network: Any = model
     if not isinstance(model, nn.Module):
         config_file = Path(model) / "config.json"
@@ -102,8 +102,8 @@ def file_sizes(model: nn.Module | str | os.PathLike[str], sparse: bool) -> dict[
     """Return the bytes of each weight file by name.
 
     Args:
-        model: a model, whose files are those that it would be saved in; or a directory that holds one.
-        sparse: whether to count the sparse file too, as it would be written now.
+        model: a model, as it would be saved; or a directory that holds one.
+        sparse: whether to include the sparse file, as it would be written now.
     """
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, nn.Module):
@@ -120,14 +120,14 @@ def file_sizes(model: nn.Module | str | os.PathLike[str], sparse: bool) -> dict[
 
 
 def find_model_directory(source: str | os.PathLike[str], **hub: Any) -> Path:
-    """A directory with the smallest weight files of a model, and what describes them.
+    """Return a directory with the smallest weight files of a model and the files that describe it.
 
     Args:
-        source: a directory, or a name on the Hub, of which the sparse file is downloaded where there is one.
+        source: a directory; or a name on the Hub, from which the sparse file is downloaded where there is one.
         hub: ``revision``, ``token`` and further arguments of ``huggingface_hub.snapshot_download``.
 
     Raises:
-        FileNotFoundError: neither a directory with a model nor a repository with one.
+        FileNotFoundError: ``source`` is neither a directory nor a repository with a model.
     """
     path = Path(source)
     if path.exists():

@@ -1,4 +1,4 @@
-"""How long a forward pass takes on this machine, dense and with sparse layers."""
+"""Time a forward pass on this machine, dense and with sparse layers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def measure_latency(model: nn.Module, sparse: bool) -> dict[str, Any]:
 
 
 def _example(model: nn.Module, device: torch.device) -> tuple[Tensor, str, int]:
-    """An input of the model, what it is in words, and the rows that its linear layers see."""
+    """Make an input of the model; return it, its name in words, and the rows that linear layers get from it."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "vocab_size"):
         length = min(128, getattr(config, "max_position_embeddings", 128))

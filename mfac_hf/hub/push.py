@@ -1,4 +1,4 @@
-"""Push a model to the Hub in one commit: weights, small file and card, or nothing.
+"""Push a model to the Hub in one commit: weights, sparse file and card, or nothing.
 
 push_to_hub("outputs/sst2-90", "user/sst2-90", card="outputs/sst2-90/card.json")
 """
@@ -38,7 +38,7 @@ __all__ = ["PushError", "push_run", "push_to_hub"]
 Source: TypeAlias = nn.Module | str | os.PathLike[str]
 Card: TypeAlias = ModelCard | Mapping[str, Any] | str | os.PathLike[str]
 
-# What else belongs to a model; training state, predictions and pickles stay at home.
+# Files that belong to a model beside its weights; training state, predictions and pickles are never pushed.
 COMPANIONS = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *(
@@ -51,14 +51,14 @@ COMPANIONS = (
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
     *("masks.safetensors", "results.json"),
 )
-# Weight files that a repository may have from an earlier push, which from_pretrained would find first.
+# Weight files of an earlier push, which from_pretrained might find first.
 _WEIGHTS = re.compile(r"^(model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model.*|sparse\.safetensors)$")
-# A sparse file that saves less than this is not worth a second copy of the weights.
+# A sparse file is pushed beside the ordinary one where it is smaller than this share of it.
 WORTHWHILE = 0.9
 
 
 class PushError(RuntimeError):
-    """The Hub could not be reached, or refused; the message says whether anything arrived."""
+    """The Hub refused a push, or could not be reached; the message says whether anything arrived."""
 
 
 @overload
@@ -105,23 +105,23 @@ def push_to_hub(
 
     Args:
         model_or_directory_or_trainer: a model of transformers or with ``PyTorchModelHubMixin``, or any other module;
-            or a directory that ``save_pretrained`` wrote, in which nothing is changed; or a Trainer, whose model and
-            tokenizer are pushed, and which pushes our card from then on (`mfac_hf.attach_card`).
-        repo_id: ``user/name``; made if there is none.
-        card: a card; or what it is to be made from: the facts that `mfac_hf.hub.facts.collect` gathered, their file,
-            or the ``results.json`` of a run. With a Trainer it defaults to what the Trainer knows.
-        api: a client with another endpoint or token than the default one (with a Trainer, its ``hub_token``).
+            or a directory that ``save_pretrained`` wrote, in which nothing is changed; or a Trainer, which pushes its
+            model and tokenizer, and our card from then on (`mfac_hf.attach_card`).
+        repo_id: ``user/name``; made if missing.
+        card: a card; or its source: the facts that `mfac_hf.hub.facts.collect` gathered, their file, or the
+            ``results.json`` of a run. A Trainer that gets none makes it from what it knows.
+        api: a client with another endpoint or token than the default ones (of a Trainer: its ``hub_token``).
         private: whether a new repository is private. True is refused for one that exists and is public.
         revision: branch to commit to, made if missing.
         sparse_only: leave the ordinary weights out; the card then shows how to load the small file.
 
     Returns:
-        The commit; None on other ranks of a Trainer than the first, which do nothing.
+        The commit; None on a Trainer's ranks other than the first, which do nothing.
 
     Raises:
         TypeError: the first argument is none of these, or ``card`` is missing.
-        ValueError: ``repo_id`` is no valid name, or the card and the weights do not fit, or the weights of a Trainer
-            are spread over ranks.
+        ValueError: ``repo_id`` is no valid name, or the card is not that of the weights, or a Trainer's weights are
+            spread over ranks.
         MissingResultsError: results that the card needs are missing.
         FileNotFoundError: the directory holds no model.
         PushError: no network, no or a wrong token, or the Hub refused. Local files are as they were.
@@ -135,20 +135,10 @@ def push_to_hub(
         return _push_trainer(source, repo_id, card, api, private, revision, sparse_only)
     if card is None:
         raise TypeError("card is missing: give a card, the facts that it is made from, or a results.json")
-    api = api or HfApi()
     with tempfile.TemporaryDirectory() as folder:
         files = _files(source, Path(folder), sparse_only)
         text = str(_card(card, source, repo_id, sparse_only))
-        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-        operations.append(CommitOperationAdd("README.md", text.encode()))
-        with _explained(repo_id):
-            api.whoami()  # wrong tokens and dead networks show here, before anything is made
-            repo_id = _repository(api, repo_id, private, revision)
-            present = set(api.list_repo_files(repo_id, revision=revision))
-            stale = [CommitOperationDelete(name) for name in sorted(present - files.keys()) if _WEIGHTS.match(name)]
-            return api.create_commit(
-                repo_id, [*operations, *stale], commit_message="Model and card from mfac_hf", revision=revision
-            )
+        return _commit(api or HfApi(), repo_id, files, text, private, revision)
 
 
 def _push_trainer(
@@ -160,7 +150,7 @@ def _push_trainer(
     revision: str | None,
     sparse_only: bool,
 ) -> CommitInfo | None:
-    """Attach our card to a trainer, and push its model and tokenizer; what is None comes from its arguments."""
+    """Attach our card to a trainer and push its model and tokenizer; its arguments replace what is None."""
     from transformers import Trainer  # here: pushing a directory need not wait for it
 
     from mfac_hf.hub.trainer_card import attach_card, facts_of_trainer
@@ -195,9 +185,9 @@ def _push_trainer(
 
 
 def push_run(trainer: Trainer) -> None:
-    """Push the output directory of a script's run, with the card that its ``results.json`` gives, in one commit.
+    """Push the output directory of a script's run, with a card made from its ``results.json``, in one commit.
 
-    Does nothing without ``--push_to_hub``, or on other ranks than the first.
+    Without ``--push_to_hub``, and on other ranks than the first, this does nothing.
 
     Raises:
         PushError: the Hub could not be reached, or refused.
@@ -213,7 +203,7 @@ def push_run(trainer: Trainer) -> None:
 
 
 def _card(card: Card, model: Source, repo_id: str, sparse_only: bool) -> ModelCard:
-    """The card, built where facts or results are given."""
+    """Return the card, built if facts or results are given."""
     if isinstance(card, ModelCard):
         return card
     facts: Any = card if isinstance(card, Mapping) else json.loads(Path(card).read_text(encoding="utf-8"))
@@ -224,7 +214,7 @@ def _card(card: Card, model: Source, repo_id: str, sparse_only: bool) -> ModelCa
 
 
 def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
-    """Files to upload, by their names in the repository; those that have to be written first go to ``folder``."""
+    """List the files to upload by their names in the repository; write to ``folder`` those that do not exist yet."""
     directory = folder if isinstance(model, nn.Module) else Path(model)
     if isinstance(model, nn.Module):
         sparse = save_sparse(model, folder, sparse_only=sparse_only)
@@ -236,7 +226,7 @@ def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
             )
         sparse = directory / SPARSE_FILE
     else:
-        sparse = save_sparse(directory, folder)  # anew: one that lies there may be older than the weights
+        sparse = save_sparse(directory, folder)  # one that lies there may be older than the weights
     weights = [] if sparse_only else dense_files(directory)
     if sparse_only or sparse.stat().st_size < WORTHWHILE * sum(path.stat().st_size for path in weights):
         weights.append(sparse)
@@ -246,8 +236,23 @@ def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
     return {path.name: path for path in (*weights, *companions) if path.is_file()}
 
 
+def _commit(
+    api: HfApi, repo_id: str, files: Mapping[str, Path], card: str, private: bool | None, revision: str | None
+) -> CommitInfo:
+    """Upload files and card, and delete the weight files of an earlier push."""
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    operations.append(CommitOperationAdd("README.md", card.encode()))
+    with _explained(repo_id):
+        api.whoami()  # wrong tokens and dead networks show here, before anything is made
+        repo_id = _repository(api, repo_id, private, revision)
+        present = set(api.list_repo_files(repo_id, revision=revision))
+        operations += [CommitOperationDelete(name) for name in sorted(present - files.keys()) if _WEIGHTS.match(name)]
+        return api.create_commit(repo_id, operations, commit_message="Model and card from mfac_hf", revision=revision)
+
+
 def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """Make the repository and its branch where they are missing; the name with its namespace."""
+    """Make the repository and its branch where they are missing; return the name with its namespace."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise PushError(
@@ -261,7 +266,7 @@ def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | 
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Turn errors of the client into one that says what to do."""
+    """Raise a PushError that says what to do for each error of the client."""
     try:
         yield
     except PushError:

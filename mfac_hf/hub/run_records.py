@@ -1,7 +1,7 @@
-"""Result files of training and pruning runs, read into one form for cards.
+"""Result files of runs: `write_results` writes one, and `read_run` reads every kind into the form that cards need.
 
-Files are the ``results.json`` of ``scripts/run_glue.py`` and ``run_squad.py``, and the log (``PREFIX.json``) of
-``scripts/train_vision.py`` and ``prune_vision.py``.
+The kinds are the ``results.json`` of ``scripts/run_glue.py`` and ``run_squad.py``, which `write_results` writes, and
+the log (``PREFIX.json``) of ``scripts/train_vision.py`` and ``prune_vision.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mfac_hf.tasks.hub_names import GLUE, SQUAD, VISION
 
 __all__ = ["MissingResultsError", "metrics_of", "pruning_facts", "read_run", "write_results"]
 
-# What Trainer's evaluation reports beside metrics.
+# Trainer's evaluation reports these beside metrics.
 _NO_METRICS = (
     *("loss", "runtime", "samples_per_second", "steps_per_second"),
     *("model_preparation_time", "jit_compilation_time"),
@@ -42,7 +42,7 @@ SAME_SPARSITY = 1e-3  # the steps of a schedule lie further apart
 
 
 class MissingResultsError(ValueError):
-    """A card was asked for, and the result files lack what it has to say."""
+    """The result files lack something that a card has to say."""
 
 
 def read_run(
@@ -51,16 +51,15 @@ def read_run(
     """Read one result file.
 
     Args:
-        source: the file, its content, or what this function made of it.
-        sparsity: of the weights that the card is about. A vision log has a row for each step of a run, and the last
-            one of this sparsity is meant. None: the last of all.
-        strict: whether metrics are needed.
+        source: the file, its content, or what this function returned for it.
+        sparsity: sparsity of the weights that the card describes. A vision log has a row for each step of a run; the
+            last row of this sparsity counts, or with None the last of all.
+        strict: whether the file has to have metrics.
 
     Returns:
         Plain JSON types: ``task``, ``split``, ``metrics`` by name, ``dataset``, ``base_model``, ``optimizer``
         (``name`` and settings), ``training``, ``pruning``, ``dense_metrics`` (before pruning), ``seed``, ``command``,
-        ``versions``, ``device``, ``threads``, ``wall_seconds``, ``peak_memory_gib``; None for what is not recorded
-        and not needed.
+        ``versions``, ``device``, ``threads``, ``wall_seconds``, ``peak_memory_gib``; None where unknown.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -91,7 +90,7 @@ def read_run(
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics among Trainer's evaluation results, without the prefix ``eval_``."""
+    """Return the metrics among Trainer's evaluation results, without the prefix ``eval_``."""
     return {
         key.removeprefix("eval_"): value
         for key, value in results.items()
@@ -100,7 +99,7 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``results.json`` of a run with Trainer."""
+    """Read the ``results.json`` of a run with Trainer."""
     results = record.get("results", {})
     # Flags are told by name alone: no two of a script's dataclasses may share one.
     flags = {name: value for group in record.get("arguments", {}).values() for name, value in group.items()}
@@ -130,11 +129,11 @@ def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
 def pruning_facts(
     reports: Sequence[Mapping[str, Any]], flags: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
-    """What a card says of pruning steps, from their reports (``PruningReport.to_dict()``); None without any.
+    """Gather what a card says of pruning steps; None without steps.
 
     Args:
-        reports: one for each step.
-        flags: of the run; those of gradual pruning count where the steps were part of a training.
+        reports: ``PruningReport.to_dict()`` of each step.
+        flags: flags of the run; those of gradual pruning count if the steps were part of a training.
     """
     if not reports:
         return None
@@ -156,7 +155,7 @@ def pruning_facts(
 
 
 def _optimizer(flags: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The optimizer that ran: ``optim`` of TrainingArguments names another one."""
+    """Name the optimizer that ran; ``optim`` of TrainingArguments names another one."""
     if "optim_name" not in flags:
         return None
     if flags.get("num_train_epochs") == 0:
@@ -168,7 +167,7 @@ def _optimizer(flags: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> dict[str, Any]:
-    """The log of a vision run: a row for the beginning, each pruning step and each epoch."""
+    """Read the log of a vision run, which has a row for the beginning, each pruning step and each epoch."""
     arguments = record.get("arguments", {})
     rows = [row for row in record["rows"] if "accuracy" in row]
     if sparsity is not None:
@@ -179,7 +178,7 @@ def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> d
             f"{name} lacks an accuracy at sparsity {sparsity}, that of the weights; it has {seen}"
         )
     row, first = rows[-1], record["rows"][0]
-    # a pruning step saves the model after the statistics of its batch norms were estimated anew
+    # a pruning step saves the model after its batch norms were re-estimated
     anew = row.get("event") == "prune" and arguments.get("reestimate_bn") in ("after", "both")
     return {
         "task": "image-classification",
@@ -200,7 +199,7 @@ def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> d
 
 
 def _vision_dataset(source: str) -> dict[str, Any]:
-    """A folder called like a known data set is taken for a copy of it; of any other the last part is its name."""
+    """Name the data set: a folder called like a known one is taken for a copy, any other has its own name."""
     name = Path(source).name
     return {"id": VISION.get(name, name), "source": source}
 
@@ -219,7 +218,7 @@ def _vision_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 def _vision_pruning(
     arguments: Mapping[str, Any], rows: list[dict[str, Any]], last: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """How the model of row ``last`` was pruned."""
+    """Tell how the model of row ``last`` was pruned."""
     if not arguments.get("sparsities"):
         return None
     keys = ("pruner", "ngrads_schedule", "prun_batchsize", "blocksize", "prundamp", "nrecomps", "selection", "update")
@@ -244,16 +243,16 @@ def write_results(
     argv: Sequence[str] | None,
     started: float,
 ) -> Path:
-    """Write ``results.json``: what was measured, and what it takes to measure it again.
+    """Write ``results.json``: what a run measured, and what it takes to measure it again.
 
-    Beside the results: command line, effective arguments, seeds, package versions, device, wall time and peak
-    memory. Absolute paths are written relative to the working directory.
+    The latter are the command line, effective arguments, seeds, package versions, device, wall time and peak memory.
+    Absolute paths are written relative to the working directory.
 
     Args:
-        output_dir: Where the file goes; made if missing.
-        results: Metrics by name.
-        arguments: The dataclass instances that ``parse_args`` returned, ``TrainingArguments`` among them.
-        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+        output_dir: directory of the file; made if missing.
+        results: metrics by name.
+        arguments: the dataclass instances that ``parse_args`` returned, ``TrainingArguments`` among them.
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
         started: ``time.perf_counter()`` at the start of the run.
 
     Returns:

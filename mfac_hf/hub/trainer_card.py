@@ -1,4 +1,4 @@
-"""Our model card in place of Trainer's, which names the optimizer of TrainingArguments even where another one ran."""
+"""Let a Trainer write our model card: its own names the optimizer of TrainingArguments, whichever ran."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["attach_card", "facts_of_trainer"]
 def attach_card(trainer: Trainer, **card_options: Any) -> None:
     """Let ``trainer`` write our card wherever it would write its own, and with each checkpoint that it pushes.
 
-    This replaces ``create_model_card`` of the object; other trainers stay as they are. A trainer that pushes before
-    it has evaluated writes a card that says so. Call it again to add options.
+    This replaces ``create_model_card`` of this object; other trainers stay as they are. A trainer that pushes before
+    it has evaluated writes a card that says so. A second call changes the options that it gives, and no others.
 
     Args:
         trainer: the trainer that gets our card.
-        **card_options: what a trainer does not know, fields of `mfac_hf.hub.facts.CardOptions`: ``dense`` results to
+        **card_options: fields of `mfac_hf.hub.facts.CardOptions`, which a trainer does not know: ``dense`` results to
             compare with, ``caveats``, ``license``, ``name``, ``model_class``.
 
     Raises:
@@ -46,7 +46,7 @@ class _CardWriter(TrainerCallback):
     """Write the card of one trainer.
 
     Args:
-        trainer: the trainer; a callback is handed everything but this.
+        trainer: the trainer. Its events hand a callback everything but the trainer itself.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -56,7 +56,7 @@ class _CardWriter(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the card: Trainer pushes checkpoints without writing one."""
+        """Write the card: Trainer writes none before it pushes a checkpoint."""
         self.write()
 
     def write(
@@ -78,23 +78,23 @@ class _CardWriter(TrainerCallback):
 
 
 def _writer_of(trainer: Trainer) -> _CardWriter | None:
-    """The writer that `attach_card` gave to ``trainer``."""
+    """Return the writer that `attach_card` gave to ``trainer``, if it did."""
     return next((c for c in trainer.callback_handler.callbacks if isinstance(c, _CardWriter)), None)
 
 
 def _options_of(trainer: Trainer) -> CardOptions:
-    """The options that `attach_card` got for ``trainer``."""
+    """Return the options that `attach_card` got for ``trainer``."""
     writer = _writer_of(trainer)
     return CardOptions() if writer is None else writer.options
 
 
 def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None) -> dict[str, Any]:
-    """Gather what a card says of the model of ``trainer`` as it is now.
+    """Gather the facts of a card for the model of ``trainer`` as it is now.
 
     Args:
         trainer: the trainer.
-        name: the model's name, where `attach_card` got none.
-        license: the same for its licence.
+        name: name of the model, unless `attach_card` got one.
+        license: licence of the weights, unless `attach_card` got one.
 
     Returns:
         What `mfac_hf.hub.facts.collect` returns.
@@ -127,7 +127,7 @@ def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None)
 
 
 def _last_evaluation(state: TrainerState, load_best: bool) -> dict[str, float]:
-    """The metrics of the weights that the model has now; empty where these have not been evaluated."""
+    """Return the metrics of the weights that the model has now; none where nobody has evaluated them."""
     ends = [index for index, entry in enumerate(state.log_history) if "train_runtime" in entry]
     step = state.global_step
     if load_best and ends and state.best_global_step is not None:
@@ -140,7 +140,7 @@ def _last_evaluation(state: TrainerState, load_best: bool) -> dict[str, float]:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Class and settings of the optimizer that ran."""
+    """Name the optimizer that ran, and its settings."""
     optimizer = unwrap_optimizer(optimizer)
     if optimizer is None:
         return {"name": "none: the model was not trained in this run"}
