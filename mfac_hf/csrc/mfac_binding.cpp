@@ -1,7 +1,8 @@
-// Registers the CUDA kernels as torch operators (schemas: mfac_hf/ops/window.py and mfac_hf/ops/coefficients.py) through torch's stable ABI:
-// checks what an address is computed from, allocates, and queues on torch's current stream of the tensors' device.
+// Registers the CUDA kernels as torch operators through torch's stable ABI (schemas: mfac_hf/ops/window.py and
+// mfac_hf/ops/coefficients.py). Each function checks what an address is computed from, allocates, and queues its kernels on
+// torch's current stream of the tensors' device.
 //
-// With MFAC_EMULATED the kernels run on the processor, for the tests: registered for CPU, without device and stream.
+// With MFAC_EMULATED the kernels run on the processor, for the tests: they are registered for CPU and need no device and stream.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -105,7 +106,8 @@ Tensor combine(const Tensor& g, const Tensor& w, const std::optional<Tensor>& x,
 }
 
 void check_lower(const Tensor& lower) {
-  STD_TORCH_CHECK(lower.dim() == 2 && lower.size(0) == lower.size(1) && lower.is_contiguous(), "expected a contiguous square matrix");
+  STD_TORCH_CHECK(lower.dim() == 2 && lower.size(0) == lower.size(1) && lower.is_contiguous(),
+                  "expected a contiguous square matrix");
   STD_TORCH_CHECK(is_double(lower) || lower.scalar_type() == ScalarType::Float, "the matrix is float32 or float64");
 }
 

@@ -1,12 +1,12 @@
 // CPU kernels for the two passes over the gradient window: row_dots and combine (see mfac_hf/ops/window.py).
 //
-// Both read the window once and do two operations per number, so memory bandwidth is the limit: the loops take several rows at a
-// time, ask for the numbers of the next group of rows while they work on this one, touch the vector from cache, and widen
-// bfloat16 in registers. Compiled for the machine that runs it.
+// Both read the window once and do two operations for each number, so memory bandwidth is the limit: the loops take several rows
+// at a time, ask for the numbers of the next group of rows while they work on this one, read the vector from cache, and widen
+// bfloat16 in registers. They are compiled for the machine that runs them.
 //
-// Two bfloat16 lie in each 32-bit word. A shift widens the first and a mask the second, which is half the work of spreading 16-bit
-// numbers over a register (on a processor with registers of 32 bytes that took longer than memory). So a pair of vectors gets the
-// even numbers of a run and the odd ones, and vectors that meet the window are brought into the same order beforehand.
+// Each 32-bit word holds two bfloat16. A shift widens the first and a mask the second, which is half the work of spreading 16-bit
+// numbers over a register (on a processor with registers of 32 bytes that took longer than memory). So one vector of a pair gets
+// the even numbers of a run and the other the odd ones, and what is multiplied with them is brought into the same order first.
 //
 // Results do not depend on the number of threads: a thread has whole rows (row_dots) or whole columns (combine).
 
@@ -39,11 +39,11 @@ constexpr int STREAMS = 8;         // rows at once: they share every load of the
 template <typename A>
 constexpr int64_t PAIR = 2 * Lanes<A>::COUNT;
 
-// Whether a pair of vectors gets even and odd numbers, or the first half of the numbers and the second.
+// Whether a pair of vectors gets the even and the odd numbers of a run, or its first half and its second.
 template <typename G, typename A>
 constexpr bool ALTERNATES = std::is_same_v<G, BFloat16> && std::is_same_v<A, float>;
 
-// PAIR numbers of the window.
+// Reads PAIR numbers of the window.
 template <typename A, typename G>
 inline void load_pair(const G* p, Vector<A>& first, Vector<A>& second) {
   if constexpr (ALTERNATES<G, A>) {
@@ -58,14 +58,14 @@ inline void load_pair(const G* p, Vector<A>& first, Vector<A>& second) {
   }
 }
 
-// The place that number i of a vector has beside the window's pairs. What is left over after the last pair stays in order.
+// Where number i of a vector goes to meet its number of the window. What is left over after the last pair keeps its place.
 template <typename G, typename A>
 inline int64_t place_of(int64_t i, int64_t n) {
   if (!ALTERNATES<G, A> || i >= n / PAIR<A> * PAIR<A>) return i;
   return i / PAIR<A> * PAIR<A> + i % 2 * Lanes<A>::COUNT + i % PAIR<A> / 2;
 }
 
-// Ask for PAIR numbers of STREAMS rows. Never faults, also beyond the end of the window.
+// Asks memory for PAIR numbers of each of STREAMS rows. Never faults, not even beyond the end of the window.
 template <typename A, typename G>
 inline void fetch(const G* p, int64_t stride) {
 #pragma GCC unroll 8
@@ -117,7 +117,7 @@ void row_dots(const G* g, int64_t stride, int64_t m, int64_t d, const A* x, doub
         part = placed.data();
       }
       for (int64_t group = begin; group < end; ++group) {
-        // Where rows are missing the last one stands in: equal rows have equal products only if the same instructions made them.
+        // The last row stands in for missing ones: equal rows have equal products only if the same instructions made them.
         const G* rows[STREAMS];
         for (int64_t k = 0; k < STREAMS; ++k) rows[k] = g + std::min(group * STREAMS + k, m - 1) * stride + column;
         const G* next = group + 1 < end ? rows[0] + STREAMS * stride : g + begin * STREAMS * stride + column + COLUMNS;
@@ -225,7 +225,8 @@ Tensor row_dots_cpu(const Tensor& g, const Tensor& x) {
   double* result = static_cast<double*>(out.data_ptr());
   auto run = [&](auto working) {
     using A = decltype(working);
-    const bool direct = (x.stride(0) == 1 || d <= 1) && x.scalar_type() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+    const ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    const bool direct = (x.stride(0) == 1 || d <= 1) && x.scalar_type() == type;
     const std::vector<A> copy = direct ? std::vector<A>() : vector_of<A>(x);
     const A* values = direct ? static_cast<const A*>(x.data_ptr()) : copy.data();
     with_window<A>(g, [&](auto* p) { row_dots(p, g.stride(0), m, d, values, result); });
@@ -249,7 +250,8 @@ Tensor combine_cpu(const Tensor& g, const Tensor& w, const std::optional<Tensor>
     for (int64_t i = 0; i < m; ++i) weights[i] = static_cast<A>(beta * scaled[i]);
     const std::vector<A> vector = x ? vector_of<A>(*x) : std::vector<A>();
     with_window<A>(g, [&](auto* p) {
-      combine(p, g.stride(0), m, d, weights.data(), x ? vector.data() : nullptr, static_cast<A>(alpha), static_cast<A*>(out.data_ptr()));
+      combine(p, g.stride(0), m, d, weights.data(), x ? vector.data() : nullptr, static_cast<A>(alpha),
+              static_cast<A*>(out.data_ptr()));
     });
   };
   if (wide) run(double{});

@@ -8,7 +8,7 @@
 
 namespace mfac {
 
-// What a loop over a matrix has in registers: rows of two vectors each (see mfac_cpu_tile.h).
+// How much of a matrix a loop has in registers: ROWS rows of two vectors each (see mfac_cpu_tile.h).
 #ifdef __AVX512F__
 constexpr int BYTES = 64;  // of a vector: one register, or two of a processor with smaller ones
 constexpr int ROWS = 8;
@@ -17,6 +17,7 @@ constexpr int BYTES = 32;
 constexpr int ROWS = 4;
 #endif
 constexpr int64_t LINE = 64;  // bytes of a cache line
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -41,7 +42,7 @@ inline V raw_load(const void* p) {
   return v;
 }
 
-// Lanes<A>::COUNT numbers in the working precision.
+// Reads Lanes<A>::COUNT numbers and widens them to the working precision.
 template <typename A, typename G>
 inline Vector<A> load(const G* p) {
   if constexpr (std::is_same_v<A, G>) {
@@ -59,7 +60,7 @@ inline Vector<A> load(const G* p) {
   }
 }
 
-// One number in the working precision.
+// Widens one number to the working precision.
 template <typename A, typename G>
 inline A widen(G value) {
   if constexpr (std::is_same_v<G, BFloat16>) {

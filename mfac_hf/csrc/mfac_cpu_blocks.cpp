@@ -1,7 +1,8 @@
 // CPU kernels for batches of small symmetric positive definite matrices: spd_inverse and spd_solve (see mfac_hf/ops/blocks.py).
 //
-// A = U^T U by panels of ROWS rows. A tile of the current panel takes the products with all earlier panels in registers, is then
-// solved with the triangle on the diagonal, and written once. The identity, carried along as further columns, becomes U^-T.
+// A = U^T U is computed by panels of ROWS rows. A tile of the current panel takes the products with all earlier panels in
+// registers, is then solved with the triangle on the diagonal, and is written once. The identity, carried along as further
+// columns, becomes U^-T.
 //
 // Results do not depend on the number of threads: a thread has whole matrices.
 
@@ -25,8 +26,8 @@ namespace {
 constexpr int64_t WIDTH = Tile<double>::WIDTH;
 constexpr double NOTHING = std::numeric_limits<double>::quiet_NaN();
 
-// Factors the square in the first half of a tile, whose second half goes along; reciprocals of the diagonal in scale. The number of
-// the first pivot that is not positive, or 0.
+// Factors the square in the first half of a tile and takes the same steps in the second half; scale gets the reciprocals of the
+// diagonal. Returns the number of the first pivot that is not positive, or 0.
 inline int factor_tile(Tile<double>& t, double* scale) {
   static_assert(ROWS == Lanes<double>::COUNT, "the first half of a tile has as many columns as rows");
 #pragma GCC unroll 8
@@ -46,7 +47,7 @@ inline int factor_tile(Tile<double>& t, double* scale) {
   return 0;
 }
 
-// The tile at target takes the products of earlier rows and is solved with the triangle.
+// Subtracts the products of earlier rows from the tile at target and solves it with the triangle.
 inline void eliminate(double* target, const double* left, const double* right, int64_t count, const double* triangle,
                       const double* scale, int64_t stride) {
   Tile<double> t;
@@ -65,7 +66,8 @@ inline void eliminate(double* target, const double* left, const double* right, i
   write(t, target, stride);
 }
 
-// U in place of A, and U^-T in place of the identity in below unless that is null; reciprocals of the diagonal in scale.
+// Writes U over A and, unless below is null, U^-T over the identity there; scale gets the reciprocals of the diagonal. Returns
+// the number of the first pivot that is not positive, or 0.
 int64_t factor(double* a, double* below, double* scale, int64_t rows, int64_t stride) {
   for (int64_t p = 0; p < rows; p += ROWS) {
     double* panel = a + p * stride;
@@ -84,7 +86,7 @@ int64_t factor(double* a, double* below, double* scale, int64_t rows, int64_t st
   return 0;
 }
 
-// Lower tiles of X^T X with the lower triangle X, in out.
+// Writes the lower tiles of X^T X, with X lower triangular, into out.
 void square(const double* x, double* out, int64_t rows, int64_t stride) {
   for (int64_t p = 0; p < rows; p += ROWS) {
     for (int64_t c = 0; c < p + ROWS; c += WIDTH) {
@@ -95,7 +97,7 @@ void square(const double* x, double* out, int64_t rows, int64_t stride) {
   }
 }
 
-// A matrix of n rows, the rest of the workspace as in the identity.
+// Copies a matrix of n rows into a workspace, the rest of which becomes that of the identity.
 void copy_in(const double* matrix, int64_t n, double* a, int64_t rows, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i) {
     double* row = a + i * stride;

@@ -1,7 +1,7 @@
 // CPU kernel for sums of outer products in blocks: add_gram (see mfac_hf/ops/blocks.py).
 //
-// A few gradients at a time are widened to float64 for a few neighbouring blocks, which stay in a core's own cache until all tiles on
-// and below the diagonal have taken their products in registers. The half above the diagonal is written at the end.
+// A few gradients at a time are widened to float64, for a few neighbouring blocks. They stay in a core's own cache until all
+// tiles on and below the diagonal have taken their products in registers. The half above the diagonal is written at the end.
 //
 // Results do not depend on the number of threads: a thread has whole blocks.
 
@@ -33,7 +33,7 @@ inline void widen_row(const G* a, double* out, int64_t n) {
   for (; i < n; ++i) out[i] = widen<double>(a[i]);
 }
 
-// Panels of width columns and height rows, which begin in the column start of each block of size columns.
+// One panel of each block: of its `size` columns and rows, `width` columns and `height` rows from number `start` on.
 struct Panels {
   double* sums;
   int64_t blocks, height, width, size, start;

@@ -1,7 +1,7 @@
 // CPU kernels for gradients stored by their non-zero table rows: sparse_dots and sparse_combine (see mfac_hf/ops/rows.py).
 //
-// A look-up table says where a table row stands in the vector (or in the result), so nothing has to be sorted: the stored rows
-// are walked through in the order in which they lie in memory.
+// A look-up table says where a table row stands in the vector or in the result, so that no row numbers have to be compared.
+// sparse_dots walks through the stored rows in the order of memory, sparse_combine in the order of the result.
 //
 // Results do not depend on the number of threads: a thread has whole gradients (sparse_dots) or whole rows of the result
 // (sparse_combine), which it adds up in the order of the gradients.
@@ -24,10 +24,10 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t AHEAD = 8;  // slots whose values are asked for before they are needed
+constexpr int64_t AHEAD = 8;  // the values of a slot are prefetched so many slots ahead
 
-// The m gradients, n slots of h numbers each; a slot's number lies at place[rows[slot]] of what it is multiplied with or added
-// to, or nowhere if that is negative.
+// The m gradients, of n slots with h numbers each. A slot meets row place[rows[slot]] of the other operand or of the result, or
+// none where that is negative.
 template <typename V>
 struct Stored {
   const int64_t* rows;
@@ -49,8 +49,8 @@ void dots(const Stored<V>& g, const A* x, double* out) {
   });
 }
 
-// The slots that have a place, grouped by it (a counting sort, which keeps the order of the gradients): a row of the result then
-// stays in cache until it is whole. Read in the order of memory instead, the result's rows were fetched anew for each addition.
+// Groups the slots by their place (a counting sort, which keeps the order of the gradients), so that a row of the result stays in
+// cache until it is whole. In the order of memory the rows of the result were fetched anew for each addition.
 template <typename A, typename V>
 void combine(const Stored<V>& g, const A* w, int64_t count, A* out) {
   std::vector<int64_t> starts(count + 1, 0);
@@ -67,7 +67,7 @@ void combine(const Stored<V>& g, const A* w, int64_t count, A* out) {
   std::fill(out, out + count * g.h, A(0));
   const int64_t parts = std::max<int64_t>(1, torch::stable::get_num_threads()), total = starts[count];
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    // Rows of the result for about the same number of slots, not for the same number of rows: few have most.
+    // Each part gets about as many slots, not as many rows of the result: a few rows have most of the slots.
     const auto row_at = [&](int64_t part) {
       return std::lower_bound(starts.begin(), starts.end() - 1, total * part / parts) - starts.begin();
     };
@@ -100,7 +100,7 @@ void check_range(const Tensor& t, int64_t low, int64_t high, const char* name) {
                   high - 1);
 }
 
-// Calls f with the stored gradients, after a look at everything that an address is computed from.
+// Checks everything that an address is computed from, and calls f with the stored gradients.
 template <typename F>
 void with_stored(const Tensor& rows, const Tensor& values, const Tensor& place, int64_t count, F f) {
   STD_TORCH_CHECK(rows.dim() == 2 && values.dim() == 3 && place.dim() == 1,

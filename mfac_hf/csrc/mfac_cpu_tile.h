@@ -11,7 +11,7 @@
 
 namespace mfac {
 
-// ROWS rows of two vectors each: on processors with 32 registers of 64 bytes 16 of them, so that additions need not wait.
+// ROWS rows of two vectors each: half of the registers where there are 32 of 64 bytes, enough that additions need not wait.
 template <typename A>
 struct Tile {
   static constexpr int64_t WIDTH = 2 * Lanes<A>::COUNT;
@@ -56,8 +56,8 @@ inline void add_products(Tile<A>& t, const A* left, const A* right, int64_t coun
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Square matrices of n rows with room for whole tiles at both edges, at the start of a cache line, zero at first. An odd number of
-// lines lies between rows: with a power of two they would share a few places of the cache.
+// Memory for rows of n numbers, with room for whole tiles at the end of each; aligned to cache lines, and zero at first. Rows are
+// an odd number of lines apart: with a power of two they would share a few places of the cache.
 template <typename A>
 class Workspace {
  public:

@@ -1,7 +1,7 @@
 // CPU kernel for the greedy trace of single weights: greedy_trace (see mfac_hf/pruning/trace.py, whose method it follows).
 //
-// A block stays in a core's cache from its first removal to its last. Columns are computed when they are needed; every PANEL
-// removals what has gone is dropped from the matrix, and tiles in registers bring the rest up to date.
+// A block stays in a core's cache from its first removal to its last. Columns are computed when they are needed. After every
+// PANEL removals the removed coordinates are dropped from the matrix, and the rest is brought up to date by tiles in registers.
 //
 // Results do not depend on the number of threads: a thread has whole blocks.
 
@@ -24,12 +24,18 @@ namespace {
 constexpr int64_t PANEL = 16;
 constexpr float ENDLESS = std::numeric_limits<float>::infinity();
 
-// What is left of a block: n coordinates, by their place in the block; a cost of ENDLESS for those that went since the last panel.
+// What is left of a block: n_ coordinates, whose places in the block are in ids_. gone_ marks those removed since the last panel.
 template <typename A>
 class Block {
  public:
   explicit Block(int64_t size)
-      : matrix_(size, round_up(size, ROWS)), columns_(size, PANEL), diagonal_(size), weights_(size), costs_(size), ids_(size), gone_(size) {}
+      : matrix_(size, round_up(size, ROWS)),
+        columns_(size, PANEL),
+        diagonal_(size),
+        weights_(size),
+        costs_(size),
+        ids_(size),
+        gone_(size) {}
 
   void trace(const A* inverse, const A* weights, const bool* keep, int64_t size, float* costs) {
     std::fill(costs, costs + size, ENDLESS);
@@ -76,7 +82,7 @@ class Block {
       weights_[i] -= weight * column[i];
       diagonal_[i] -= column[i] * column[i];
     }
-    // Neither weight nor diagonal is left: 0 / 0.
+    // Nothing is left of either: their cost would be 0 / 0.
     weights_[p] = 0;
     diagonal_[p] = 1;
     gone_[p] = true;
@@ -120,7 +126,8 @@ class Block {
 };
 
 Tensor greedy_trace_cpu(const Tensor& inverse, const Tensor& weights, const Tensor& keep) {
-  STD_TORCH_CHECK(weights.dim() == 2 && inverse.dim() == 3 && keep.dim() == 2, "expected matrices (k, b, b), weights and mask (k, b)");
+  STD_TORCH_CHECK(weights.dim() == 2 && inverse.dim() == 3 && keep.dim() == 2,
+                  "expected matrices (k, b, b), weights and mask (k, b)");
   const int64_t blocks = weights.size(0), size = weights.size(1);
   STD_TORCH_CHECK(inverse.size(0) == blocks && inverse.size(1) == size && inverse.size(2) == size && keep.size(0) == blocks &&
                       keep.size(1) == size,

@@ -1,8 +1,8 @@
 // CUDA kernels for the two passes over the gradient window and for the paper's coefficients (see mfac_kernels.h).
 //
 // The passes are bound by memory bandwidth: threads read 16 bytes at a time (fewer only where rows are not aligned to that),
-// several rows in flight. Without warp intrinsics and dynamic shared memory the same source also compiles as C++ for the tests,
-// through a header that stands in for cuda_runtime.h.
+// several rows in flight. The source has neither warp intrinsics nor dynamic shared memory, so that it also compiles as C++ for
+// the tests, with a header that stands in for cuda_runtime.h.
 
 #include "mfac_kernels.h"
 
@@ -10,8 +10,8 @@
 
 #include <cstring>
 
-// Queue a kernel; the calling function returns the error where the launch fails. The kernel's name goes into parentheses where
-// it has a comma.
+// Queues a kernel; where the launch fails, the calling function returns the error. A kernel's name that has a comma goes into
+// parentheses.
 #ifdef __CUDACC__
 #define MFAC_LAUNCH(kernel, grid, threads, stream, ...)                                        \
   do {                                                                                         \
@@ -29,7 +29,7 @@ namespace {
 constexpr int THREADS = MFAC_THREADS;  // of a block
 constexpr int ROWS = 8;                // of the window that a block of row_dots reads side by side
 constexpr int LANES = THREADS / ROWS;  // threads that add up a row in the end
-constexpr int64_t CHUNK = 8192;        // columns of a block of row_dots: 32 of them are summed by a thread before float64
+constexpr int64_t CHUNK = 8192;        // columns of a block of row_dots: a thread sums 32 of them before float64
 constexpr int WEIGHTS = 1024;          // coefficients of combine in shared memory at a time
 constexpr int64_t MOST_BLOCKS = 65535; // in the second dimension of a grid
 static_assert(LANES * ROWS == THREADS && (THREADS & (THREADS - 1)) == 0, "threads are dealt out to rows, and halved");
@@ -65,7 +65,7 @@ __device__ inline Pack<G, COUNT> load(const G* p) {
   return *reinterpret_cast<const Pack<G, COUNT>*>(p);
 }
 
-// partial[chunk, row]: the part of a dot product that the columns of one chunk make. Grid: chunks x groups of ROWS rows.
+// partial[chunk, row] = the part of a row's dot product that the columns of one chunk give. Grid: chunks x groups of ROWS rows.
 template <typename G, typename A, int COUNT>
 __global__ void dot_chunks(const G* grads, int64_t stride, int64_t m, int64_t d, const A* x, double* partial) {
   __shared__ double sums[ROWS][THREADS];
@@ -126,7 +126,7 @@ __global__ void add_chunks(const double* partial, int64_t m, int64_t chunks, dou
   out[row] = total;
 }
 
-// A thread has COUNT columns of the result.
+// Each thread has COUNT columns of the result.
 template <typename G, typename A, int COUNT>
 __global__ void combine_columns(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, const A* x, A alpha, A* out) {
   __shared__ A shared[WEIGHTS];
@@ -159,8 +159,8 @@ __global__ void combine_columns(const G* grads, int64_t stride, int64_t m, int64
   }
 }
 
-// Block c: column c of the inverse, by forward substitution. Its numbers are made one after the other, each from a sum that the
-// block's threads share.
+// Block c computes column c of the inverse by forward substitution: one number after the other, each from a sum that the block's
+// threads share.
 template <typename A>
 __global__ void invert_columns(const A* lower, int64_t m, A* out) {
   __shared__ A sums[THREADS];
@@ -181,7 +181,7 @@ __global__ void invert_columns(const A* lower, int64_t m, A* out) {
   }
 }
 
-// A thread has one number of the product: it reads a row of the matrix, or a column of it where `transposed`.
+// Each thread has one number of the product: it reads a row of the matrix, or a column where `transposed`.
 template <typename A>
 __global__ void multiply_lower(const A* lower, bool transposed, int64_t m, const A* x, A* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
@@ -204,7 +204,8 @@ bool aligned(const G* grads, int64_t stride, int64_t m) {
 }
 
 template <int COUNT, typename G, typename A>
-int dots_of(const G* grads, int64_t stride, int64_t m, int64_t d, const A* x, double* partial, double* out, void* stream) {
+int launch_row_dots(const G* grads, int64_t stride, int64_t m, int64_t d, const A* x, double* partial, double* out,
+                    void* stream) {
   const int64_t chunks = blocks(d, CHUNK), groups = blocks(m, ROWS);
   for (int64_t group = 0; group < groups; group += MOST_BLOCKS) {
     const int64_t row = group * ROWS, now = groups - group < MOST_BLOCKS ? groups - group : MOST_BLOCKS;
@@ -218,7 +219,7 @@ int dots_of(const G* grads, int64_t stride, int64_t m, int64_t d, const A* x, do
 }
 
 template <int COUNT, typename G, typename A>
-int combination_of(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, const A* x, A alpha, A* out,
+int launch_combine(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, const A* x, A alpha, A* out,
                    void* stream) {
   MFAC_LAUNCH((combine_columns<G, A, COUNT>), dim3(static_cast<unsigned>(blocks(d, THREADS * COUNT))), THREADS, stream, grads, stride,
               m, d, weights, x, alpha, out);
@@ -270,7 +271,7 @@ int mfac_row_dots(const void* grads, int type, int64_t stride, int64_t m, int64_
   const auto run = [&](auto working) {
     using A = decltype(working);
     return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
-      return dots_of<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(x), scratch, out, stream);
+      return launch_row_dots<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(x), scratch, out, stream);
     });
   };
   return wide ? run(double{}) : run(float{});
@@ -282,7 +283,7 @@ int mfac_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t
   const auto run = [&](auto working) {
     using A = decltype(working);
     return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
-      return combination_of<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), static_cast<const A*>(x),
+      return launch_combine<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), static_cast<const A*>(x),
                                                     static_cast<A>(alpha), static_cast<A*>(out), stream);
     });
   };

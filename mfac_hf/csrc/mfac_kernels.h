@@ -25,8 +25,8 @@ MFAC_API int mfac_row_dots(const void* grads, int type, int64_t stride, int64_t 
 MFAC_API int mfac_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* weights, const void* x,
                           double alpha, void* out, bool wide, void* stream);
 
-// The paper's coefficients: the inverse of a unit lower triangular matrix (m x m, contiguous, float32 or float64), ...
+// The paper's coefficients: the inverse of a unit lower triangular matrix (m x m, contiguous; float64 where `wide`, else float32).
 MFAC_API int mfac_unit_lower_inverse(const void* lower, bool wide, int64_t m, void* out, void* stream);
 
-// ... and its product with a vector, or that of its transpose.
+// The product of a lower triangular matrix, or of its transpose, with a vector of the same type.
 MFAC_API int mfac_lower_product(const void* lower, bool wide, bool transposed, int64_t m, const void* x, void* out, void* stream);

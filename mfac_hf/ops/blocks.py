@@ -10,8 +10,7 @@ Shape suffixes: K matrices, B their rows, N gradients, D parameters, P width of 
 import torch
 from torch import Tensor
 
-from mfac_hf.ops.build import load_native
-from mfac_hf.ops.window import library
+from mfac_hf.ops.registry import operators_for, register
 
 __all__ = ["add_gram", "spd_inverse", "spd_solve"]
 
@@ -20,10 +19,6 @@ NATIVE_ROWS = 512
 
 # Bytes of the float64 copy that PyTorch multiplies at once: it should stay in a core's own cache.
 COPY_BYTES = 1 << 20
-
-library.define("add_gram(Tensor(a!) sums_KBP, Tensor grads_ND, int block_size, int start) -> ()")
-library.define("spd_inverse(Tensor matrices_KBB) -> (Tensor, Tensor)")
-library.define("spd_solve(Tensor matrices_KBB, Tensor x_KB) -> (Tensor, Tensor)")
 
 
 def add_gram(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) -> None:
@@ -40,9 +35,7 @@ def add_gram(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) ->
     """
     if block_size > NATIVE_ROWS:
         return _add_gram(sums_KBP, grads_ND, block_size, start)
-    if not torch.compiler.is_compiling():
-        load_native(grads_ND.device.type)
-    torch.ops.mfac.add_gram(sums_KBP, grads_ND, block_size, start)
+    operators_for(grads_ND).add_gram(sums_KBP, grads_ND, block_size, start)
 
 
 def blocks_of(grads_ND: Tensor, block_size: int, first: int, last: int) -> Tensor:
@@ -70,9 +63,7 @@ def spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
     """
     if matrices_KBB.shape[-1] > NATIVE_ROWS:
         return _spd_inverse(matrices_KBB)
-    if not torch.compiler.is_compiling():
-        load_native(matrices_KBB.device.type)
-    return torch.ops.mfac.spd_inverse(matrices_KBB)
+    return operators_for(matrices_KBB).spd_inverse(matrices_KBB)
 
 
 def spd_solve(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,9 +81,7 @@ def spd_solve(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]:
     """
     if matrices_KBB.shape[-1] > NATIVE_ROWS:
         return _spd_solve(matrices_KBB, x_KB)
-    if not torch.compiler.is_compiling():
-        load_native(matrices_KBB.device.type)
-    return torch.ops.mfac.spd_solve(matrices_KBB, x_KB)
+    return operators_for(matrices_KBB).spd_solve(matrices_KBB, x_KB)
 
 
 def _add_gram(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) -> None:
@@ -133,10 +122,6 @@ def _spd_solve_fake(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]
     return torch.empty_like(x_KB), matrices_KBB.new_empty(matrices_KBB.shape[0], dtype=torch.int32)
 
 
-for _name, _implementation, _fake in (
-    ("add_gram", _add_gram, _add_gram_fake),
-    ("spd_inverse", _spd_inverse, _spd_inverse_fake),
-    ("spd_solve", _spd_solve, _spd_solve_fake),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfac::{_name}", _fake, lib=library)
+register("add_gram(Tensor(a!) sums_KBP, Tensor grads_ND, int block_size, int start) -> ()", _add_gram, _add_gram_fake)
+register("spd_inverse(Tensor matrices_KBB) -> (Tensor, Tensor)", _spd_inverse, _spd_inverse_fake)
+register("spd_solve(Tensor matrices_KBB, Tensor x_KB) -> (Tensor, Tensor)", _spd_solve, _spd_solve_fake)

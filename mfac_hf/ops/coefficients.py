@@ -10,13 +10,9 @@ where no native kernel is registered.
 import torch
 from torch import Tensor
 
-from mfac_hf.ops.build import load_native
-from mfac_hf.ops.window import library
+from mfac_hf.ops.registry import operators_for, register
 
 __all__ = ["lower_product", "unit_lower_inverse"]
-
-library.define("unit_lower_inverse(Tensor lower_MM) -> Tensor")
-library.define("lower_product(Tensor lower_MM, Tensor x_M, bool transposed) -> Tensor")
 
 
 def unit_lower_inverse(lower_MM: Tensor) -> Tensor:
@@ -24,9 +20,7 @@ def unit_lower_inverse(lower_MM: Tensor) -> Tensor:
 
     What stands on and above the diagonal is not read. The result has zeros above it.
     """
-    if not torch.compiler.is_compiling():
-        load_native(lower_MM.device.type)
-    return torch.ops.mfac.unit_lower_inverse(lower_MM)
+    return operators_for(lower_MM).unit_lower_inverse(lower_MM)
 
 
 def lower_product(lower_MM: Tensor, x_M: Tensor, *, transposed: bool = False) -> Tensor:
@@ -34,9 +28,7 @@ def lower_product(lower_MM: Tensor, x_M: Tensor, *, transposed: bool = False) ->
 
     What stands above the diagonal is not read.
     """
-    if not torch.compiler.is_compiling():
-        load_native(lower_MM.device.type)
-    return torch.ops.mfac.lower_product(lower_MM, x_M, transposed)
+    return operators_for(lower_MM).lower_product(lower_MM, x_M, transposed)
 
 
 def _unit_lower_inverse(lower_MM: Tensor) -> Tensor:
@@ -57,9 +49,5 @@ def _lower_product_fake(lower_MM: Tensor, x_M: Tensor, transposed: bool) -> Tens
     return torch.empty_like(x_M)
 
 
-for _name, _implementation, _fake in (
-    ("unit_lower_inverse", _unit_lower_inverse, _unit_lower_inverse_fake),
-    ("lower_product", _lower_product, _lower_product_fake),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfac::{_name}", _fake, lib=library)
+register("unit_lower_inverse(Tensor lower_MM) -> Tensor", _unit_lower_inverse, _unit_lower_inverse_fake)
+register("lower_product(Tensor lower_MM, Tensor x_M, bool transposed) -> Tensor", _lower_product, _lower_product_fake)

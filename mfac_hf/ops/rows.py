@@ -14,15 +14,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from mfac_hf.ops.build import load_native
-from mfac_hf.ops.window import library
+from mfac_hf.ops.registry import operators_for, register
 
 __all__ = ["places", "sparse_combine", "sparse_dots"]
-
-library.define("sparse_dots(Tensor rows_MN, Tensor values_MNH, Tensor place_V, Tensor x_UH) -> Tensor")
-library.define(
-    "sparse_combine(Tensor rows_MN, Tensor values_MNH, Tensor place_V, Tensor weights_M, SymInt count) -> Tensor"
-)
 
 
 def places(rows_U: Tensor, height: int) -> Tensor:
@@ -48,9 +42,7 @@ def sparse_dots(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Tens
         IndexError, RuntimeError: if a row number is out of range (by the PyTorch implementation, by a native one);
             RuntimeError if shapes do not fit, and by a native one for a place out of range.
     """
-    if not torch.compiler.is_compiling():
-        load_native(values_MNH.device.type)
-    return torch.ops.mfac.sparse_dots(rows_MN, values_MNH, place_V, x_UH)
+    return operators_for(values_MNH).sparse_dots(rows_MN, values_MNH, place_V, x_UH)
 
 
 def sparse_combine(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, weights_M: Tensor, count: int) -> Tensor:
@@ -69,9 +61,7 @@ def sparse_combine(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, weights
     Raises:
         IndexError, RuntimeError: as `sparse_dots`.
     """
-    if not torch.compiler.is_compiling():
-        load_native(values_MNH.device.type)
-    return torch.ops.mfac.sparse_combine(rows_MN, values_MNH, place_V, weights_M, count)
+    return operators_for(values_MNH).sparse_combine(rows_MN, values_MNH, place_V, weights_M, count)
 
 
 def _sparse_dots(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Tensor) -> Tensor:
@@ -129,9 +119,13 @@ def _sparse_combine_fake(
     return values_MNH.new_empty(count, values_MNH.shape[2], dtype=dtype)
 
 
-for _name, _implementation, _fake in (
-    ("sparse_dots", _sparse_dots, _sparse_dots_fake),
-    ("sparse_combine", _sparse_combine, _sparse_combine_fake),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfac::{_name}", _fake, lib=library)
+register(
+    "sparse_dots(Tensor rows_MN, Tensor values_MNH, Tensor place_V, Tensor x_UH) -> Tensor",
+    _sparse_dots,
+    _sparse_dots_fake,
+)
+register(
+    "sparse_combine(Tensor rows_MN, Tensor values_MNH, Tensor place_V, Tensor weights_M, SymInt count) -> Tensor",
+    _sparse_combine,
+    _sparse_combine_fake,
+)

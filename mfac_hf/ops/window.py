@@ -10,7 +10,7 @@ Shape suffixes: M stored gradients, D parameters.
 import torch
 from torch import Tensor
 
-from mfac_hf.ops.build import load_native
+from mfac_hf.ops.registry import operators_for, register
 
 __all__ = ["combine", "row_dots"]
 
@@ -22,12 +22,6 @@ RUN_LENGTH = 2048
 # Elements widened at once where storage and arithmetic differ (bfloat16 windows): 4 MiB of float32, small enough for a
 # cache.
 WIDEN_ELEMENTS = 1 << 20
-
-library = torch.library.Library("mfac", "DEF")
-library.define("row_dots(Tensor grads_MD, Tensor x_D) -> Tensor")
-library.define(
-    "combine(Tensor grads_MD, Tensor weights_M, Tensor? x_D=None, float alpha=1.0, float beta=1.0) -> Tensor"
-)
 
 
 def row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
@@ -43,9 +37,7 @@ def row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
     Raises:
         ValueError, RuntimeError: if a shape is wrong (by the PyTorch implementation, by a native one).
     """
-    if not torch.compiler.is_compiling():
-        load_native(grads_MD.device.type)
-    return torch.ops.mfac.row_dots(grads_MD, x_D)
+    return operators_for(grads_MD).row_dots(grads_MD, x_D)
 
 
 def combine(
@@ -66,9 +58,7 @@ def combine(
     Raises:
         ValueError, RuntimeError: if a shape is wrong (by the PyTorch implementation, by a native one).
     """
-    if not torch.compiler.is_compiling():
-        load_native(grads_MD.device.type)
-    return torch.ops.mfac.combine(grads_MD, weights_M, x_D, alpha, beta)
+    return operators_for(grads_MD).combine(grads_MD, weights_M, x_D, alpha, beta)
 
 
 def _compute_dtype(grads_MD: Tensor, x_D: Tensor | None) -> torch.dtype:
@@ -134,7 +124,9 @@ def _combine_fake(
     return grads_MD.new_empty(grads_MD.shape[1], dtype=_compute_dtype(grads_MD, x_D))
 
 
-# CompositeExplicitAutograd answers on every device for which no native kernel is registered.
-for _name, _implementation, _fake in (("row_dots", _row_dots, _row_dots_fake), ("combine", _combine, _combine_fake)):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfac::{_name}", _fake, lib=library)
+register("row_dots(Tensor grads_MD, Tensor x_D) -> Tensor", _row_dots, _row_dots_fake)
+register(
+    "combine(Tensor grads_MD, Tensor weights_M, Tensor? x_D=None, float alpha=1.0, float beta=1.0) -> Tensor",
+    _combine,
+    _combine_fake,
+)

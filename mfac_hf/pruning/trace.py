@@ -7,8 +7,7 @@ coordinates, W windows of an N:M pattern.
 import torch
 from torch import Tensor
 
-from mfac_hf.ops.build import load_native
-from mfac_hf.ops.window import library
+from mfac_hf.ops.registry import operators_for, register
 from mfac_hf.pruning.patterns import Pattern
 
 __all__ = ["diagonal_units", "kept_units", "trace_blocks", "unit_costs"]
@@ -18,8 +17,6 @@ PANEL = 16
 
 # What is no longer in play is dropped when no more than this share is left: copying has its price too.
 DROP = 0.75
-
-library.define("greedy_trace(Tensor inverse_KBB, Tensor weights_KB, Tensor keep_KB) -> Tensor")
 
 
 def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, pattern: Pattern) -> Tensor:
@@ -42,8 +39,7 @@ def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patte
         Costs of shape (k, B / unit), float32.
     """
     if pattern.unit == pattern.window == 1:
-        load_native(inverse_KBB.device.type)
-        return torch.ops.mfac.greedy_trace(inverse_KBB, weights_KB, keep_KB)
+        return operators_for(inverse_KBB).greedy_trace(inverse_KBB, weights_KB, keep_KB)
     return _trace_blocks(inverse_KBB, weights_KB, keep_KB, pattern)
 
 
@@ -153,5 +149,6 @@ def _greedy_trace_fake(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor)
     return torch.empty_like(weights_KB, dtype=torch.float32)
 
 
-library.impl("greedy_trace", _greedy_trace, "CompositeExplicitAutograd")
-torch.library.register_fake("mfac::greedy_trace", _greedy_trace_fake, lib=library)
+register(
+    "greedy_trace(Tensor inverse_KBB, Tensor weights_KB, Tensor keep_KB) -> Tensor", _greedy_trace, _greedy_trace_fake
+)
