@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
+from mfac_hf.storage import load_tensors, save_tensors, write_json, write_text
 from mfac_hf.tasks.vision import FolderImages, VisionData, whole_batch
 from mfac_hf.tasks.vision_preprocess import AugmentedImages, Preprocess
 
-__all__ = ["RunLog", "VisionRun", "learning_rate_plan", "load_state", "save_state"]
+__all__ = ["RunLog", "VisionRun", "learning_rate_plan", "load_state"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -39,10 +40,10 @@ class VisionRun:
         data: the data set.
         preprocess: normalisation and augmentation.
         batch_size: images in a batch, over all processes.
-        seed: of everything random.
-        num_workers: processes that read images; None: none for images in memory, else up to 8.
+        seed: seed of everything random.
+        num_workers: processes that read images; None for none where images are in memory, else up to 8.
         augment: whether training images are augmented.
-        progress: whether to show bars.
+        progress: whether to show progress bars.
     """
 
     def __init__(
@@ -163,11 +164,11 @@ class VisionRun:
     def reestimate_batch_norm(self, num_images: int, salt: int = 0) -> None:
         """Replace the statistics of every batch norm by the plain average over augmented training images.
 
-        Plain images give statistics that cost 2 to 4 points of accuracy; the weights were trained on augmented ones.
+        The weights were trained on augmented images: statistics of plain ones cost 2 to 4 points of accuracy.
 
         Args:
-            num_images: about how many, over all processes; whole batches.
-            salt: another value, other images.
+            num_images: images to average over, in all processes together, rounded up to whole batches.
+            salt: each value draws other images.
         """
         norms = [m for m in self.bare_model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
@@ -220,9 +221,12 @@ class VisionRun:
         return found
 
     def save(self, path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-        """Write a state (`save_state`) on the main process; every process makes it, and may have to."""
+        """Write plain values and tensors on the main process (`mfac_hf.storage.save_tensors`).
+
+        All processes call this: the state of an optimizer is gathered from all of them.
+        """
         if self.accelerator.is_main_process:
-            save_state(path, state)
+            save_tensors(path, state)
 
     def _bar(self, batches: Any, description: str) -> Any:
         return tqdm(batches, desc=description, leave=False, disable=not self.progress)
@@ -247,7 +251,7 @@ class RunLog:
 
     Args:
         prefix: path without suffix; its directory is made when the first row comes.
-        header: what the JSON file says beside the rows.
+        header: what the JSON file holds beside the rows.
         rows: rows of the part of the run that came before.
     """
 
@@ -257,38 +261,28 @@ class RunLog:
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row and write both files anew."""
         self.rows.append(dict(row))
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        content = {**self.header, "rows": self.rows}
-        Path(f"{self.prefix}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(f"{self.prefix}.json", {**self.header, "rows": self.rows})
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with open(f"{self.prefix}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
-def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a state of plain values and tensors; a kill on the way leaves the one before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(dict(state), unfinished)
-    os.replace(unfinished, path)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, names)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(f"{self.prefix}.csv", table.getvalue())
 
 
 def load_state(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the state of a run that was cut off; None if there is none.
 
     Args:
-        path: what `save_state` wrote; the state has the run's ``arguments``.
+        path: what `VisionRun.save` wrote; the state has the run's ``arguments``.
         arguments: those of the run that wants to continue.
 
     Raises:
-        ValueError: they differ; the message names which.
+        ValueError: the arguments differ; the message names the first that does. Or the file is damaged.
     """
     if not Path(path).is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = load_tensors(path)
     before = state["arguments"]
     differing = [key for key in arguments if before.get(key) != arguments[key]]
     if differing:

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from mfac_hf.storage import save_tensors
 from mfac_hf.tasks.vision import Images, VisionData, load_vision
 from mfac_hf.tasks.vision_preprocess import Preprocess
-from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state, save_state
+from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state
 from tests.helpers.vision_runs import digits_run, small_model
 
 
@@ -88,7 +89,7 @@ def test_a_log_has_every_row_in_both_files(tmp_path):
 def test_a_state_continues_only_the_run_it_is_from(tmp_path):
     path = tmp_path / "deep" / "run.state"
     assert load_state(path, {}) is None
-    save_state(path, {"arguments": {"lr": 0.1, "seed": 1}, "epoch": 4})
+    save_tensors(path, {"arguments": {"lr": 0.1, "seed": 1}, "epoch": 4})
     assert load_state(path, {"lr": 0.1, "seed": 1})["epoch"] == 4
     with pytest.raises(ValueError, match="started with --seed 1, not 2"):
         load_state(path, {"lr": 0.1, "seed": 2})
