@@ -1,4 +1,4 @@
-"""Vision models by the names that the reference's scripts use, compatible with the published checkpoints."""
+"""Vision models by the names that the reference's scripts use; they load the published checkpoints."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def create_model(
         weights: state dict, as `read_checkpoint` returns it.
 
     Raises:
-        ValueError: for an unknown name, or weights of another model.
+        ValueError: the name is unknown, or the weights are another model's.
     """
     if name not in MODEL_NAMES:
         raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(MODEL_NAMES)}")
@@ -65,7 +65,7 @@ def create_model(
 
 
 def _resnet50(num_classes: int, in_channels: int) -> nn.Module:
-    # here, so that the CIFAR models do not wait for transformers
+    # Here, so that the CIFAR models do not wait for transformers.
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
@@ -74,7 +74,7 @@ def _resnet50(num_classes: int, in_channels: int) -> nn.Module:
         hidden_sizes=[256, 512, 1024, 2048],
         depths=[3, 4, 6, 3],
         layer_type="bottleneck",
-        downsample_in_bottleneck=False,  # the stride in the 3 x 3 convolution, as STR and torchvision have it
+        downsample_in_bottleneck=False,  # the stride is in the 3 x 3 convolution, as STR and torchvision have it
         num_labels=num_classes,  # type: ignore[call-arg]  # a property of the base class
     )
     return ResNetForImageClassification(config)

@@ -1,4 +1,4 @@
-r"""Published checkpoints: files in, state dicts of our models out.
+r"""Published checkpoints: from files to state dicts of our models.
 
 `read_checkpoint` takes ``.pth``, ``.pth.tar``, ``.th`` (pickles, read with ``weights_only=True``: tensors and plain
 values, never code) and ``.safetensors``. The weights may lie at the top or under ``state_dict`` or ``model``, with or
@@ -70,8 +70,8 @@ class Checkpoint:
         weights: state dict, without ``module.``.
         mask: pruning mask, True = keep: {name: bool tensor}, or one flat bool tensor over all pruned weights in the
             model's order, as the reference writes it; None if there is none.
-        normalization: the one that the weights were trained with, by its name in
-            `mfac_hf.tasks.vision_preprocess.NORMALIZATIONS`, where the file says so or is a published one; else None.
+        normalization: normalisation that the weights were trained with, by its name in
+            `mfac_hf.tasks.vision_preprocess.NORMALIZATIONS`; None where neither the file nor its weights tell it.
     """
 
     weights: dict[str, Tensor]
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint file (the module's text says which).
+    """Read a checkpoint file of one of the formats that the module's docstring names.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -147,7 +147,7 @@ def _check_mask(path: Path, mask: Any) -> dict[str, Tensor] | Tensor | None:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str = "the checkpoint") -> None:
-    """Load a state dict into a model, through the conversions that the module's text lists.
+    """Load a state dict into a model, converted as the module's docstring says.
 
     Counters that old checkpoints lack (``num_batches_tracked``) stay as they are.
 
@@ -183,7 +183,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str
 
 
 def _convert(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict in our models' names; one that has them comes out as it went in."""
+    """The state dict under our models' names; one that has them already stays as it is."""
     converted = dict(weights)
     for key in [key for key in converted if key.endswith(".sparseThreshold")]:
         name = key.removesuffix("sparseThreshold") + "weight"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 __all__ = ["MobileNetV1"]
 
-# output channels and stride of each depthwise-separable block
+# Output channels and stride of each depthwise-separable block.
 _BLOCKS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
 
 
@@ -30,7 +30,7 @@ class MobileNetV1(
     pipeline_tag="image-classification",
     tags=["mobilenet", "imagenet"],
 ):
-    """MobileNetV1 of full width; the images shrink 32 times.
+    """MobileNetV1 of full width, which shrinks images by a factor of 32.
 
     Args:
         num_classes: width of the classifier.

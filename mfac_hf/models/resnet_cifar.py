@@ -69,10 +69,10 @@ class ResNetCifar(
         depth: 6n + 2 layers with weights: 20, 32, 44, 56, …
         num_classes: width of the classifier.
         in_channels: channels of the images.
-        shortcut: ``"conv"`` or ``"pad"`` (see the module's text).
+        shortcut: ``"conv"`` or ``"pad"``, see the module's docstring.
 
     Raises:
-        ValueError: for a depth or a shortcut that does not exist.
+        ValueError: there is no such depth or shortcut.
     """
 
     def __init__(self, depth: int = 20, num_classes: int = 10, in_channels: int = 3, shortcut: str = "conv") -> None:

@@ -53,7 +53,7 @@ class WideResNet(
         in_channels: channels of the images.
 
     Raises:
-        ValueError: for a depth or a factor out of range.
+        ValueError: depth or factor is out of range.
     """
 
     def __init__(self, depth: int = 22, widen: int = 2, num_classes: int = 100, in_channels: int = 3) -> None:

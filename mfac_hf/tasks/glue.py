@@ -28,7 +28,7 @@ SENTENCE_WORDS = 15
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task: what to read, what to predict, and how that is judged.
+    """A task: the texts to read, the labels to predict, and the metrics that judge the predictions.
 
     Attributes:
         name: name of the configuration on the Hub.

@@ -54,7 +54,7 @@ class GlueMetric(evaluate.Metric):
 
 
 def _correlation(statistic: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Extend a correlation to constants, with which it is 0."""
+    """Extend a correlation to constants: it is 0 with one."""
 
     def value(true: np.ndarray, predicted: np.ndarray) -> float:
         return 0.0 if np.ptp(true) == 0 or np.ptp(predicted) == 0 else statistic(true, predicted)

@@ -67,7 +67,7 @@ def load_squad(
 
 
 def hold_out_articles(examples: Dataset, fraction: float, *, seed: int = HOLDOUT_SEED) -> tuple[Dataset, Dataset]:
-    """Split by article title, so that no context and no topic is on both sides.
+    """Split the rows by article, so that no context and no topic is on both sides.
 
     Args:
         examples: rows with the column ``title``.
@@ -154,7 +154,7 @@ def squad_features(
 def _window(
     name: str, parts: list[int | None], offsets: list[tuple[int, int]], answer: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """What a feature has beside the tokenizer's columns.
+    """The columns that a feature has beside the tokenizer's.
 
     Args:
         name: id of the question.

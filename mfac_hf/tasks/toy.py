@@ -120,16 +120,16 @@ def toy_dataset(num_train: int = 32768, num_validation: int = 1024, *, seed: int
     occurs twice, neither within a split nor across the two.
 
     Args:
-        num_train: Sentences in ``train``, at least 1.
-        num_validation: Sentences in ``validation``, at least 1.
-        seed: Decides every sentence and their order; equal seeds and sizes give equal data.
+        num_train: sentences in ``train``, at least 1.
+        num_validation: sentences in ``validation``, at least 1.
+        seed: decides every sentence and their order; equal seeds and sizes give equal data.
 
     Returns:
         Splits ``train`` and ``validation`` with the columns ``sentence`` (string, words separated by blanks) and
         ``label`` (`ClassLabel`: 0 negative, 1 positive).
 
     Raises:
-        ValueError: If a split would be empty.
+        ValueError: a split would be empty.
     """
     sizes = {"train": num_train, "validation": num_validation}
     for name, size in sizes.items():
@@ -169,16 +169,16 @@ def toy_model(
     Sentences can be generated in any number, so that training need not see one twice and has nothing to overfit.
 
     Args:
-        seed: Of the weights; the caller's random state is left as it was.
-        hidden_size: Width; the feed-forward width is four times as large.
-        num_layers: Number of encoder layers.
-        num_heads: Attention heads per layer.
+        seed: seed of the weights; the caller's random state is left as it was.
+        hidden_size: width; the feed-forward width is four times as large.
+        num_layers: number of encoder layers.
+        num_heads: attention heads in a layer.
 
     Returns:
         The model, on the CPU and in training mode.
 
     Raises:
-        ValueError: If ``num_heads`` does not divide ``hidden_size``.
+        ValueError: ``num_heads`` does not divide ``hidden_size``.
     """
     tokenizer = toy_tokenizer()
     config = BertConfig(

@@ -60,14 +60,14 @@ class Images(Dataset[Any]):
 class FolderImages(Dataset[Any]):
     """Images of a folder, read when they are asked for.
 
-    For training each is a random part (a fifth to all of its area, ratio 3:4 to 4:3) scaled to 224 x 224; otherwise
-    the centre of the image whose shorter side was scaled to 256. The random part follows from seed, ``epoch`` and
-    index alone, so a repeated epoch sees the same.
+    A training image is a random part of the file's (a fifth to all of its area, ratio 3:4 to 4:3) scaled to 224 x 224;
+    another is the centre of the image whose shorter side was scaled to 256. Seed, ``epoch`` and index alone decide the
+    random part, so a repeated epoch sees the same images.
 
     Args:
         files: data set with the columns ``image`` (not decoded) and ``label``.
-        training: whether parts are random.
-        seed: of the random parts.
+        training: whether the parts are random.
+        seed: seed of the random parts.
     """
 
     def __init__(self, files: Any, *, training: bool, seed: int = 0) -> None:
@@ -127,7 +127,7 @@ class VisionData:
         test: images to evaluate on.
         num_classes: number of labels.
         in_channels: channels of an image.
-        normalization: the one that suits the images where no checkpoint says otherwise, by its name in
+        normalization: normalisation of the images where no checkpoint names another, by its name in
             `mfac_hf.tasks.vision_preprocess.NORMALIZATIONS`.
         padding: pixels around an image from which random crops are taken.
         flip: whether a mirrored image keeps its label.
@@ -154,11 +154,11 @@ def load_vision(source: str = "digits", *, seed: int = 0) -> VisionData:
         source: ``"digits"`` (1,797 images of 8 x 8 that come with scikit-learn, a fifth of them held out);
             ``"cifar10"``, ``"cifar100"`` or any name on the Hub; a local directory laid out like the Hub repository;
             or a directory with the folders ``train`` and ``val`` that hold one folder of images for each class.
-        seed: of the random parts that a folder's training images are cropped to.
+        seed: seed of the random parts that a folder's training images are cropped to.
 
     Raises:
-        FileNotFoundError: no such data set.
-        ValueError: splits or columns are missing, images cannot be read or differ in size.
+        FileNotFoundError: there is no such data set.
+        ValueError: splits or columns are missing, or images cannot be read or differ in size.
     """
     if source == "digits":
         return _digits()

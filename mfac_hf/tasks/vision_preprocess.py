@@ -14,7 +14,7 @@ from mfac_hf.tasks.vision import Split, VisionData
 
 __all__ = ["NORMALIZATIONS", "AugmentedImages", "Preprocess"]
 
-# mean and standard deviation by channel of pixels in 0..1; the last two are those of the training splits
+# Mean and standard deviation of pixels in 0..1, by channel; the last two are those of the training splits.
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0,), (1.0,)),
     "half": ((0.5,), (0.5,)),
@@ -32,7 +32,7 @@ class Preprocess:
         normalization: key of ``NORMALIZATIONS``; the data's own if None.
 
     Raises:
-        ValueError: for an unknown normalisation, or one for another number of channels.
+        ValueError: the normalisation is unknown, or for another number of channels.
     """
 
     def __init__(self, data: VisionData, normalization: str | None = None) -> None:
@@ -65,14 +65,14 @@ class Preprocess:
         return images.sub_(self._mean.to(device)).div_(self._std.to(device))
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Random arguments of `crop` for n images: top (N,), left (N,) and, for every other one, mirrored (N,)."""
+        """Random arguments of `crop` for n images: top (N,), left (N,) and mirrored (N,), true for half."""
         device = generator.device
         top_N, left_N = torch.randint(0, 2 * self.padding + 1, (2, n), generator=generator, device=device)
         mirrored_N = torch.rand(n, generator=generator, device=device) < (0.5 if self.flip else 0.0)
         return top_N, left_N, mirrored_N
 
     def crop(self, images_NCHW: Tensor, top_N: Tensor, left_N: Tensor, mirrored_N: Tensor) -> Tensor:
-        """The part of each image, padded with black, that starts at (top, left); mirrored where asked for."""
+        """The part of each image, padded with black, that starts at (top, left); mirrored where that is true."""
         n, _, height, width = images_NCHW.shape
         device = images_NCHW.device
         rows_NH = top_N[:, None] + torch.arange(height, device=device)
@@ -90,8 +90,8 @@ class AugmentedImages(Dataset[Any]):
 
     Args:
         images: a split.
-        preprocess: says how far.
-        seed: of the crops.
+        preprocess: says how far crops may reach, and whether images are mirrored.
+        seed: seed of crops and mirroring.
     """
 
     def __init__(self, images: Split, preprocess: Preprocess, seed: int) -> None:

@@ -1,1 +1,1 @@
-"""What the training scripts share: arguments, runs and their results."""
+"""What the scripts share: flags, runs and results."""

@@ -1,4 +1,4 @@
-"""Arguments and optimizer construction that the training scripts share."""
+"""Flags that the training scripts share, recipes of such flags, and the optimizer that they build."""
 
 from __future__ import annotations
 

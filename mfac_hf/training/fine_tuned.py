@@ -1,4 +1,4 @@
-"""A fine-tuned model with its task: data to prune it on, and the metric that tells what is left of it."""
+"""A fine-tuned model with its task: data to prune it on, and the metric that judges the result."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class FineTuned:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which data of a task: the arguments of `load_fine_tuned` by the same names."""
+    """Which data of a task to load; the fields are arguments of `load_fine_tuned`."""
 
     dataset_name: str | None
     max_seq_length: int | None
@@ -77,13 +77,13 @@ class _Selection:
                 raise ValueError(f"{name} is {count}; expected at least 1")
 
     def limit(self, train: Dataset, evaluation: Dataset) -> tuple[Dataset, Dataset]:
-        """As many of the examples as are wanted."""
+        """Draw as many of the examples as are wanted."""
         return _draw(train, self.max_train_samples), _draw(evaluation, self.max_eval_samples)
 
 
 @dataclass(frozen=True)
 class _TaskData:
-    """Features to take gradients of, features to evaluate on, and how that is judged."""
+    """Features to take gradients of, features to evaluate on, and the metric."""
 
     train: Dataset
     evaluation: Dataset
@@ -112,12 +112,12 @@ def load_fine_tuned(
         dataset_name: name on the Hub, or a directory in the same layout; default: the official data set.
         max_seq_length: tokens of an input; default: 128 for GLUE and 384 for SQuAD, where windows share a third of it
             and questions take at most a sixth.
-        max_train_samples: so many examples of the training split, drawn at random but always the same; None for all.
-        max_eval_samples: so many of the evaluation examples, likewise.
-        holdout_fraction: evaluate on this fraction of the training split, which then gives no gradients, and leave the
-            validation split alone: for choosing options.
+        max_train_samples: number of training examples, drawn at random but always the same ones; None for all.
+        max_eval_samples: number of evaluation examples, drawn likewise.
+        holdout_fraction: for choosing options: fraction of the training split to evaluate on, in place of the
+            validation split; it then gives no gradients.
         eval_batch_size: examples in a forward pass of an evaluation.
-        use_cpu: stay on the CPU, also where there is a GPU.
+        use_cpu: whether to stay on the CPU where there is a GPU.
         cache_dir: directory for downloads.
 
     Raises:
@@ -151,7 +151,7 @@ def load_fine_tuned(
 
 
 def _load_model(model_name: str, task: str, cache_dir: str | None) -> PreTrainedModel:
-    """The model, whose head has to be trained and to suit the task."""
+    """Load the model, and see that its head is trained and suits the task."""
     kind = AutoModelForQuestionAnswering if task in SQUAD else AutoModelForSequenceClassification
     model, loading = kind.from_pretrained(model_name, cache_dir=cache_dir, output_loading_info=True)
     if loading["missing_keys"]:
@@ -165,7 +165,7 @@ def _load_model(model_name: str, task: str, cache_dir: str | None) -> PreTrained
 
 
 def _draw(examples: Dataset, count: int | None) -> Dataset:
-    """So many examples, drawn at random but always the same."""
+    """Draw this number of examples at random, but always the same ones; None for all."""
     if count is None or count >= len(examples):
         return examples
     return examples.shuffle(seed=glue.HOLDOUT_SEED).select(range(count))

@@ -111,7 +111,7 @@ class GradualArguments:
 def build_pruning_callback(
     pruning_args: PruningArguments, gradual_args: GradualArguments, training_args: TrainingArguments
 ) -> MFACPruningCallback | None:
-    """The callback for gradual pruning; None without pruning, and for pruning without training.
+    """The callback for gradual pruning; None where nothing is pruned, or pruned without training.
 
     Raises:
         ValueError: a flag is out of range or missing.

@@ -1,4 +1,4 @@
-"""What studies and demonstrations share: a log that a study goes on from, and how results are shown."""
+"""What studies share: their file, a log of results that is not computed twice, and how results are shown."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure | None:
-    """An empty figure (inches); None, and a printed line, where matplotlib is not installed."""
+    """An empty figure of this size in inches; where matplotlib is not installed, None and a printed line."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: matplotlib is not installed (pip install 'mfac_hf[plots]')")
         return None

@@ -79,7 +79,7 @@ class TrainerRun:
     def load_model(
         self, auto_class: Any, max_seq_length: int, **config_options: Any
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the model and its tokenizer; the seed decides a head that the model lacks.
+        """Load the model and its tokenizer; a head that the model lacks is drawn by the seed.
 
         Args:
             auto_class: the class of `transformers` whose head the task needs.
@@ -104,9 +104,9 @@ class TrainerRun:
         return build_optimizer(model, self.optimizer_args, self.training_args) if self.trains else None
 
     def select_best_by(self, metric: str) -> None:
-        """Let ``--load_best_model_at_end`` go by this metric, unless the flags name another one."""
+        """Let ``--load_best_model_at_end`` choose by this metric, unless the flags name another one."""
         args = self.training_args
-        # TrainingArguments puts "loss" where nothing was given; "eval_loss" still asks for it
+        # TrainingArguments puts "loss" where nothing was given; "eval_loss" still asks for the loss.
         if args.load_best_model_at_end and args.metric_for_best_model == "loss":
             args.metric_for_best_model, args.greater_is_better = metric, True
 
@@ -114,12 +114,12 @@ class TrainerRun:
         """Train the trainer's model, or prune it without training, as the flags say, and save it with its masks.
 
         Returns:
-            Trainer's ``train_*`` metrics. After pruning also ``pruning`` (sparsity overall and of each tensor, and the
-            reports) and, with ``--do_eval`` for pruning without training, ``before_pruning`` (the model's metrics as
-            it was).
+            Trainer's ``train_*`` metrics; after pruning also ``pruning``: sparsity overall and of each tensor, and the
+            reports. Pruning without training adds, with ``--do_eval``, ``before_pruning``: the metrics of the dense
+            model.
 
         Raises:
-            ValueError: the model cannot be pruned so (`prune_one_shot`); nothing is written then.
+            ValueError: the model cannot be pruned as the flags say (`prune_one_shot`); nothing is written then.
         """
         MFACLoggingCallback.attach(trainer)
         if self.prunes_only:
@@ -136,7 +136,7 @@ class TrainerRun:
         return results
 
     def _prune(self, trainer: Trainer) -> dict[str, Any]:
-        options = self.pruning_args.options(self.training_args.seed)  # wrong flags are told before the evaluation
+        options = self.pruning_args.options(self.training_args.seed)  # here: refuses wrong flags before the evaluation
         results: dict[str, Any] = {}
         if self.training_args.do_eval:
             results["before_pruning"] = trainer.evaluate()

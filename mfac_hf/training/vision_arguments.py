@@ -143,10 +143,10 @@ def split_images(images: Any, count: int, seed: int, name: str = "count") -> tup
 def masks_of(checkpoint: Checkpoint, model: nn.Module) -> MaskSet | None:
     """The masks of a checkpoint, by parameter name; None if it has none.
 
-    A flat mask, as the reference writes it, goes over the weights whose name has ``conv`` or ``fc`` in it.
+    A flat mask, as the reference writes it, covers the weights whose names contain ``conv`` or ``fc``.
 
     Raises:
-        ValueError: masks of another model.
+        ValueError: the masks are another model's.
     """
     mask = checkpoint.mask
     if isinstance(mask, Tensor):
@@ -167,7 +167,7 @@ def masks_of(checkpoint: Checkpoint, model: nn.Module) -> MaskSet | None:
 
 
 def vision_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """The weights to prune: those of `find_targets`, for a CIFAR ResNet without its 1 x 1 shortcuts.
+    """The weights to prune: those of `find_targets`, less the 1 x 1 shortcuts of a CIFAR ResNet.
 
     The shortcuts are one weight in a hundred, and pruning them costs more than pruning others. The reference leaves
     them alone too, so sparsities mean the same there and here.
@@ -182,7 +182,7 @@ def vision_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> d
 
 
 def initial_masks(checkpoint: Checkpoint | None, model: nn.Module, patterns: Sequence[str] | None = None) -> MaskSet:
-    """Masks of the weights to prune, for which zeros and what the checkpoint's masks prune count as pruned.
+    """Masks of the weights to prune; zeros, and what the checkpoint's masks prune, are pruned already.
 
     Args:
         checkpoint: what the model was loaded from, if anything.
@@ -199,7 +199,7 @@ def initial_masks(checkpoint: Checkpoint | None, model: nn.Module, patterns: Seq
 
 
 def sparse_masks(checkpoint: Checkpoint | None, model: nn.Module) -> MaskSet:
-    """Masks of a sparse model: the checkpoint's, else the zeros of its convolutions and linear layers.
+    """Masks of a sparse model: those of the checkpoint or, where it has none, the zeros among the weights to prune.
 
     Raises:
         ValueError: the model is dense, or the masks are another model's.

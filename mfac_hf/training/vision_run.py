@@ -1,4 +1,4 @@
-"""What training and pruning a vision model share: one loop on `accelerate`, evaluation, batch norm, logs, states."""
+"""A run on a vision model, as training and pruning share it: epochs, evaluation, batch norm, logs and states."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Batch = tuple[Tensor, Tensor]
 class VisionRun:
     """A model, its data and an `Accelerator`: one code path for CPU, GPU and several processes.
 
-    Order and augmentation of the training images follow from the seed and the epoch alone, so an epoch that is
-    repeated after a kill is the same to the bit.
+    The seed and the epoch alone decide order and augmentation of the training images, so an epoch that is repeated
+    after a kill is the same to the bit.
 
     Args:
         model: takes images (N, C, H, W), returns logits or an output with ``logits``.
@@ -108,7 +108,7 @@ class VisionRun:
         return F.cross_entropy(self.logits(model, batch), batch[1])
 
     def gradient_loader(self) -> DataLoader[Any]:
-        """The training images as a pruner draws them; not prepared, each process takes its own."""
+        """Training images for a pruner; the loader is not prepared, since each process draws its own images."""
         images = AugmentedImages(self.data.train, self.preprocess, self.seed) if self.augment else self.data.train
         return DataLoader(images, collate_fn=whole_batch)
 
@@ -191,7 +191,7 @@ class VisionRun:
 
     @contextmanager
     def reestimated_batch_norm(self, num_images: int, salt: int = 0, *, keep: bool = False) -> Iterator[None]:
-        """Within the block, the model has re-estimated batch norms; afterwards its own again.
+        """Re-estimate the batch norms for a block of code; afterwards the model has its own statistics again.
 
         Args:
             num_images: images to re-estimate with.
