@@ -1,6 +1,6 @@
 """The machine that a run is on: its processor, its memory, and what it takes to repeat the run.
 
-The command line imports this before torch, so torch is imported where it is needed.
+`mfac --help` imports this, so functions import torch and other slow modules themselves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 # Smaller buffers have few pages, or share the first and the last with others.
 HUGE_PAGES_MIN_BYTES = 16 << 20
 
-# Whose versions a result file records.
+# A result file records their versions.
 RECORDED_PACKAGES = "mfac_hf torch transformers datasets accelerate evaluate numpy scipy scikit-learn".split()
 
 
@@ -54,9 +54,9 @@ def cpu_name() -> str:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device, in bytes.
+    """Return the bytes of memory that a process can still take on a device.
 
-    On a CPU the least that the system and its control group allow.
+    On a CPU that is the smaller of what the system and what its control group allow.
     """
     if device.type == "cuda":
         import torch
@@ -90,7 +90,7 @@ def prefer_huge_pages(buffer: Tensor) -> None:
 
 
 def describe_run(argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
-    """What it takes to repeat a run, and the memory that it took so far.
+    """Record what it takes to repeat a run, and the memory that it took so far.
 
     Args:
         argv: arguments without the program's name; ``sys.argv[1:]`` if None.
@@ -139,7 +139,7 @@ def _without_tokens(command: Sequence[str]) -> list[str]:
 
 
 def package_version(package: str) -> str | None:
-    """Look up the version of an installed distribution without importing it; None where it is not installed."""
+    """Look up the version of a distribution without importing it; None where it is not installed."""
     import importlib.metadata  # here: it takes a third of the time of `mfac --help`
 
     try:
@@ -155,12 +155,12 @@ def _device(device: torch.device) -> str:
 
 
 def peak_memory() -> int:
-    """Most bytes of memory that this process has held at once."""
+    """Return the most bytes of memory that this process has held at once."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:  # no Linux
         # macOS counts bytes, others kilobytes
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    # Not getrusage: there a process begins with the peak of the one that started it.
+    # Not getrusage, in which a process begins with the peak of the one that started it.
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

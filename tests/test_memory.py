@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mfac_hf import MFAC, machine, memory, memory_estimate
+from mfac_hf import MFAC, memory, memory_estimate
 from mfac_hf.fisher.columns import DenseColumns
-from mfac_hf.machine import available_bytes
 from mfac_hf.memory import require_memory
 
 GIB = 1 << 30
@@ -126,30 +125,6 @@ def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * 6 * 4)
     optimizer.step()
     assert late.any() and optimizer._window.pushed == 2
-
-
-def write_limits(folder, limit, used, **counters):
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{used}\n")
-    if counters:
-        (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in counters.items()))
-
-
-def test_available_memory_respects_a_container(monkeypatch, tmp_path):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
-    system = available_bytes(cpu)
-    assert system > 1 << 20
-    write_limits(tmp_path, 1000, 400)
-    assert available_bytes(cpu) == 600
-    write_limits(tmp_path, 1000, 400, anon=100, inactive_file=250, active_file=50)
-    assert available_bytes(cpu) == 850  # files that were read, such as the data set, make way
-    write_limits(tmp_path, 1000, 1400, inactive_file=0)
-    assert available_bytes(cpu) == 0
-    write_limits(tmp_path, "max", 400)
-    assert available_bytes(cpu) > 1 << 20
-    write_limits(tmp_path, 1 << 60, 400)
-    assert available_bytes(cpu) < 1 << 60  # no more than the machine has
 
 
 @pytest.mark.skipif(

@@ -11,10 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from mfac_hf import save_sparse
 from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import CardOptions, collect
-from mfac_hf.hub.inventory import describe_weights
 from mfac_hf.hub.latency import with_latency
 from mfac_hf.hub.run_records import MissingResultsError
-from tests.helpers.models import CONFIG, prune
+from tests.helpers.models import CONFIG
 from tests.helpers.results import log, run
 
 
@@ -120,60 +119,10 @@ def test_vision_model():
     assert "m-fac" not in other.data.tags and "Citation" not in str(other)
 
 
-def test_missing_results_are_refused(facts, bert, tmp_path):
-    bert.save_pretrained(tmp_path / "model")
-    with pytest.raises(MissingResultsError, match="no result file"):
-        collect([], model=tmp_path / "model")
-    with pytest.raises(MissingResultsError, match=r"89.7% of the weights are zero, .*the dense model are missing"):
-        collect([run(1, 0.8)], model=tmp_path / "model")
-    with pytest.raises(MissingResultsError, match="lacks command"):
-        collect([run(1, 0.8)], model=tmp_path / "model", options=CardOptions(dense=[run(1, 0.9, command=None)]))
+def test_missing_facts_are_refused(facts):
     for key in ("runs", "weights", "files"):
         with pytest.raises(MissingResultsError, match=f"facts of the card lack {key}"):
             build_card({**facts, key: None})
-
-
-def test_results_of_something_else_are_refused(bert, tmp_path):
-    bert.save_pretrained(tmp_path)
-
-    def refused(message, runs, dense=()):
-        with pytest.raises(ValueError, match=message):
-            collect(runs, model=tmp_path, options=CardOptions(dense=dense))
-
-    reports = [{"options": {}, "sparsity": 0.5, "steps": []}]
-    refused(
-        "the run pruned to 0.5000 and the weights have a sparsity of 0.8975",
-        [run(1, 0.8, pruning={"reports": reports})],
-        [run(1, 0.9)],
-    )
-    refused(r"repeat a seed: \[1, 1\]", [run(1, 0.8), run(1, 0.7)], [run(1, 0.9)])
-    other = run(1, 0.9)
-    other["results"]["evaluated_on"] = ["held_out"]
-    refused("do not belong together: split 'validation' and 'held_out'", [run(1, 0.8)], [other])
-    other = run(1, 0.9)
-    other["results"]["eval_f1"] = 0.5
-    refused("different metrics", [run(1, 0.8)], [other])
-
-
-def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):
-    save_sparse(bert, tmp_path / "sparse", sparse_only=True)
-    bert.save_pretrained(tmp_path / "dense")
-    counts = describe_weights(bert)
-    assert describe_weights(tmp_path / "sparse") == describe_weights(tmp_path / "dense") == counts
-    assert counts["numel"] == sum(p.numel() for p in bert.parameters())
-    assert counts["zeros"] == sum(int((p == 0).sum()) for p in bert.parameters())
-    targets = [t["name"] for t in counts["tensors"] if t["target"]]
-    assert len(targets) == 12 and all(".encoder.layer." in name for name in targets)
-    with pytest.raises(FileNotFoundError, match="holds no model"):
-        describe_weights(tmp_path)
-
-
-def test_model_without_a_class_is_refused(tmp_path):
-    save_sparse(prune(nn.Linear(3, 3)), tmp_path)
-    with pytest.raises(ValueError, match="does not say of which class it is"):
-        collect([run(1, 0.8)], model=tmp_path)
-    with pytest.raises(ValueError, match="'mfac_hf.nothing.Net' cannot be imported"):
-        collect([run(1, 0.8)], model=tmp_path, options=CardOptions(model_class="mfac_hf.nothing.Net"))
 
 
 def test_latency_in_words(facts):

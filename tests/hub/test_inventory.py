@@ -1,0 +1,32 @@
+"""Weights and files are counted alike in a model, its ordinary file and its sparse file."""
+
+import pytest
+
+from mfac_hf import save_sparse
+from mfac_hf.hub.inventory import describe_weights, file_sizes
+
+
+def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):
+    save_sparse(bert, tmp_path / "sparse", sparse_only=True)
+    bert.save_pretrained(tmp_path / "dense")
+    counts = describe_weights(bert)
+    assert describe_weights(tmp_path / "sparse") == describe_weights(tmp_path / "dense") == counts
+    assert counts["numel"] == sum(p.numel() for p in bert.parameters())
+    assert counts["zeros"] == sum(int((p == 0).sum()) for p in bert.parameters())
+    targets = [t["name"] for t in counts["tensors"] if t["target"]]
+    assert len(targets) == 12 and all(".encoder.layer." in name for name in targets)
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        describe_weights(tmp_path)
+
+
+def test_file_sizes_are_those_on_the_disk(bert, tmp_path):
+    save_sparse(bert, tmp_path / "both")
+    save_sparse(bert, tmp_path / "small", sparse_only=True)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "both").glob("*.safetensors")}
+    assert file_sizes(tmp_path / "both", sparse=True) == sizes
+    assert file_sizes(tmp_path / "both", sparse=False) == {"model.safetensors": sizes["model.safetensors"]}
+    assert file_sizes(tmp_path / "small", sparse=True) == {"sparse.safetensors": sizes["sparse.safetensors"]}
+    of_model = file_sizes(bert, sparse=True)
+    assert of_model["sparse.safetensors"] == sizes["sparse.safetensors"]
+    # the tensors alone: a file has a header besides
+    assert of_model["model.safetensors"] == sum(4 * p.numel() for p in bert.parameters()) < sizes["model.safetensors"]
