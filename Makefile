@@ -1,7 +1,7 @@
 # make demo     set up .venv if it is missing, then run the demonstration (no network, minutes on two cores)
 # make demo-vision   train and prune a small ResNet on scikit-learn's digits (no network, under a minute)
 # make test     set up .venv if it is missing, then run every test, the slow ones included
-# make lint     check format, lint and types          make format   rewrite the files in place
+# make lint     check format, lint, types and imports         make format   rewrite the files in place
 # make clean    remove build products and caches; .venv and outputs/ stay
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -39,6 +39,7 @@ lint: $(DEV_READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(DEV_READY)
 	$(RUN) -m ruff format .

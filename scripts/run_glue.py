@@ -25,8 +25,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+from mfac_hf.hub_names import GLUE
 from mfac_hf.tasks import glue, glue_metric
-from mfac_hf.tasks.hub_names import GLUE
 from mfac_hf.training.arguments import flag
 from mfac_hf.training.trainer_run import TrainerRun
 

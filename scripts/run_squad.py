@@ -28,8 +28,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
+from mfac_hf.hub_names import SQUAD
 from mfac_hf.tasks import squad
-from mfac_hf.tasks.hub_names import SQUAD
 from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
 from mfac_hf.training.arguments import flag

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mfac_hf.hub.run_records import UNTRAINED, MissingResultsError
-from mfac_hf.tasks.hub_names import GLUE, SQUAD
+from mfac_hf.hub_names import GLUE, SQUAD
 
 __all__ = ["build_card"]
 

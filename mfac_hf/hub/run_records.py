@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mfac_hf.hub_names import GLUE, SQUAD, VISION
 from mfac_hf.machine import describe_run, relative_paths
-from mfac_hf.tasks.hub_names import GLUE, SQUAD, VISION
 
 __all__ = ["MissingResultsError", "metrics_of", "pruning_facts", "read_run", "write_results"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mfac_hf.tasks.hub_names import VISION
+from mfac_hf.hub_names import VISION
 
 __all__ = ["FolderImages", "Images", "Split", "VisionData", "load_vision", "whole_batch"]
 

@@ -20,9 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from mfac_hf.hub_names import GLUE, SQUAD
 from mfac_hf.tasks import glue, squad
 from mfac_hf.tasks.glue_metric import make_compute_metrics
-from mfac_hf.tasks.hub_names import GLUE, SQUAD
 from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation
 
 __all__ = ["TASKS", "FineTuned", "load_fine_tuned"]

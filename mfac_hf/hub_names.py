@@ -1,4 +1,4 @@
-"""Names that the tasks' data sets have on the Hub; importing this loads nothing else."""
+"""Names of data sets on the Hub, which tasks load and model cards cite; importing this loads nothing else."""
 
 __all__ = ["GLUE", "SQUAD", "VISION"]
 
