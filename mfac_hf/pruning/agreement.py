@@ -1,4 +1,4 @@
-"""What ranks that prune copies of the same model agree on: the first one decides."""
+"""Agreement of ranks that prune copies of the same model: the first one decides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["follow_first_rank", "of_first_rank", "sum_over_ranks"]
 
 
 def of_first_rank(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """What the first rank passed; it has to be picklable. Without a group, the value itself."""
+    """Return the value that the first rank passed, which has to be picklable; without a group, this value."""
     if group is None:
         return value
     values = [value]
@@ -22,7 +22,7 @@ def of_first_rank(value: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 def sum_over_ranks(value: float, device: torch.device, group: dist.ProcessGroup | None) -> float:
-    """Sum of what the ranks passed. Without a group, the value itself."""
+    """Return the sum of the values that the ranks passed; without a group, this value."""
     if group is None:
         return value
     total = torch.tensor(value, dtype=torch.float64, device=device)
@@ -33,7 +33,7 @@ def sum_over_ranks(value: float, device: torch.device, group: dist.ProcessGroup 
 def follow_first_rank(
     weights: Mapping[str, Tensor], keep: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
-    """Overwrite weights and masks (bool) by the first rank's: other hardware may have rounded otherwise."""
+    """Overwrite weights and bool masks with those of the first rank: another machine may have rounded differently."""
     if group is None:
         return
     for name in weights:

@@ -30,29 +30,30 @@ __all__ = ["magnitude_step", "mfac_step", "plan_groups"]
 
 
 def plan_groups(parameters: Mapping[str, Tensor], options: PruningOptions, source: GradientSource) -> list[list[str]]:
-    """Divide targets into groups whose Fishers fit into memory together.
+    """Divide targets into groups whose Fishers fit into memory together; without blocks there is one group.
 
     Args:
         parameters: the targets, by name.
-        options: block size, number of gradients and budget. Without blocks all targets are one group.
+        options: block size, number of gradients and budget.
         source: of the gradients.
 
     Raises:
         MemoryError: a single target exceeds the budget; the message has the numbers and the ways out.
-        ValueError: the Fisher has no blocks, and the ranks take a share of the gradients each.
+        ValueError: the Fisher has no blocks, and each rank takes a share of the gradients.
     """
     if options.block_size is None:
         if source.process_group is not None:
             raise ValueError(
-                "without blocks (block_size None) every rank needs all gradients: a source without a group"
+                "without blocks (block_size None) every rank needs all gradients, and this source shares them among "
+                "ranks: give a block_size, or a source without a process group"
             )
         return [list(parameters)]
     device = next(iter(parameters.values())).device
     budget = options.memory_budget
     if budget is None:
-        # New weights, costs and the backward passes need room as well.
+        # New weights, costs and backward passes need room as well.
         budget = available_bytes(device) // 2 if device.type in ("cpu", "cuda") else sys.maxsize
-    # Ranks that add up their sums need whole blocks, also of few gradients.
+    # Ranks that add up their sums hold whole blocks, however few the gradients.
     shared = source.process_group is not None
     num_grads = max(options.num_grads, options.block_size) if shared else options.num_grads
     groups: list[list[str]] = []
@@ -144,7 +145,7 @@ def mfac_step(
 def _costs(
     step: _Step, groups: Sequence[Sequence[str]], dampings: Dampings
 ) -> tuple[dict[float, dict[str, Tensor]], float]:
-    """Costs of all units, by damping and target, and the mean squared entry of a gradient (of the first group)."""
+    """Return costs by damping and target, and the mean squared entry of a gradient, taken from the first group."""
     scale = 0.0
     costs: dict[float, dict[str, Tensor]] = {}
     for names in groups:
@@ -163,7 +164,7 @@ def _costs(
 
 
 class _Step:
-    """Weights and masks of the targets as vectors, and the Fishers of the group that is visited.
+    """Weights and masks of the targets as vectors, and the Fishers of the group that was visited last.
 
     Args:
         parameters: the targets, by name.
@@ -187,11 +188,11 @@ class _Step:
         self.fishers: dict[str, BlockedFisher] = {}
 
     def visit(self, names: Sequence[str]) -> float:
-        """Make the Fishers of these targets, in place of the last ones; return the mean squared entry of a gradient.
+        """Make the Fishers of these targets in place of the present ones; return the mean squared entry of a gradient.
 
         Pruned weights count for nothing.
         """
-        self.fishers = {}  # before there are others
+        self.fishers = {}  # frees the present ones first
         self.fishers = {name: self._empty_fisher(self.parameters[name]) for name in names}
         everything = {name: bool(self.kept[name].all()) for name in names}
         total = 0.0
@@ -220,13 +221,13 @@ class _Step:
         )
 
     def costs(self, name: str, damping: float) -> Tensor:
-        """Cost of each unit of a target."""
+        """Return the cost of each unit of a target."""
         self.fishers[name].damping = damping
         costs = obs.greedy_costs if self.options.selection == "greedy" else obs.diagonal_costs
         return costs(self.weights[name], self.kept[name], self.fishers[name], self.pattern)
 
     def update(self, proposal: Proposal, name: str) -> None:
-        """Add the new weights of a target to a proposal, and what they cost."""
+        """Add the new weights of a target to a proposal, and the loss increase that they should cause."""
         assert proposal.damping is not None and proposal.predicted_loss_increase is not None
         weights_D, kept_D, keep_D = self.weights[name], self.kept[name], proposal.keep[name]
         fisher = self.fishers[name]
@@ -240,7 +241,7 @@ class _Step:
 
 
 def _select(costs: dict[str, Tensor], kept: dict[str, Tensor], level: Level, pattern: Pattern) -> dict[str, Tensor]:
-    """New masks, at one sparsity over all targets or at one for each."""
+    """Return the masks at a level."""
     if not isinstance(level, Mapping):
         return obs.select(costs, kept, level, pattern=pattern)
     return {
@@ -250,7 +251,7 @@ def _select(costs: dict[str, Tensor], kept: dict[str, Tensor], level: Level, pat
 
 
 def _quadratic_loss(step_D: Tensor, fisher: BlockedFisher) -> float:
-    r""":math:`\tfrac12 \delta^\top F \delta`, the loss increase that the Fisher expects of a step."""
+    r"""Return :math:`\tfrac12 \delta^\top F \delta`, the loss increase that the Fisher expects of a step."""
     total = 0.0
     for first, last in fisher.chunks():
         step_KB = torch.zeros(last - first, fisher.block_size, dtype=torch.float64, device=fisher.device)
@@ -263,7 +264,7 @@ def _quadratic_loss(step_D: Tensor, fisher: BlockedFisher) -> float:
 def _flat(
     parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights (float32; pruned ones zero) and masks as vectors on the parameters' device."""
+    """Return weights (float32; pruned ones zero) and masks as vectors on the parameters' device."""
     kept = {name: masks[name].to(p.device).flatten() for name, p in parameters.items()}
     weights = {name: p.detach().flatten().float().masked_fill(~kept[name], 0) for name, p in parameters.items()}
     return weights, kept

@@ -35,13 +35,13 @@ class Dampings:
 
     @classmethod
     def of_options(cls, options: PruningOptions) -> Dampings:
-        """The damping of the options; for ``"auto"`` all of `SWEEP`."""
+        """Make the damping of the options, or for ``"auto"`` all of `SWEEP`."""
         if isinstance(options.damping, str):
             return cls(SWEEP, relative=True)
         return cls((options.damping,))
 
     def absolute(self, mean_square: float) -> list[float]:
-        """The numbers to add to the Fisher's diagonal, given the mean squared entry of a gradient.
+        """Return the numbers to add to the Fisher's diagonal, given the mean squared entry of a gradient.
 
         Raises:
             ValueError: they are relative to gradients that are all zero.
@@ -53,7 +53,7 @@ class Dampings:
         return [factor * mean_square for factor in self.values]
 
     def after(self, chosen: Proposal) -> Dampings:
-        """What the later sub-steps try: of relative dampings the one that was chosen."""
+        """Return what later sub-steps try: relative dampings narrow down to the chosen one."""
         if not self.relative or chosen.relative_damping is None:
             return self
         return Dampings((chosen.relative_damping,), relative=True)

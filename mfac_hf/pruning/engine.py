@@ -48,18 +48,21 @@ def prune_to(
     progress: bool = True,
     process_group: dist.ProcessGroup | None = None,
 ) -> PruningReport:
-    """Take a model from the sparsity of its masks to a higher one, in place.
+    """Prune a model in place from the sparsity of its masks to a higher one.
 
-    An exception, also an interruption by the keyboard, leaves weights and masks as they were.
+    An exception, and an interruption by the keyboard too, leaves weights and masks as they were.
 
     Args:
         model: the model.
-        masks: of its targets; updated.
+        masks: masks of its targets; they are updated.
         source: of the gradients; None will do for magnitude pruning without ``loss_samples``.
         sparsity: share of the weights under the masks to be zero (with scope ``"uniform"`` in each tensor).
         options: how to prune.
         progress: whether to show a progress bar.
         process_group: ranks that prune copies of the same model, and must all call this; the first one decides.
+
+    Returns:
+        The report of what was done.
 
     Raises:
         ValueError: masks of another model, a sparsity that falls or is out of reach, too few examples, a pattern that
@@ -94,12 +97,12 @@ def prune_to(
 
 
 def substep_sparsity(start: float, end: float, step: int, steps: int) -> float:
-    """Sparsity after sub-step ``step`` of ``steps``, geometric in the density."""
+    """Return the sparsity after sub-step ``step`` of ``steps``, geometric in the density."""
     return 1 - (1 - start) * ((1 - end) / (1 - start)) ** (step / steps)
 
 
 def substep_seed(seed: int, step: int) -> int:
-    """Seed of the gradients of sub-step ``step``, which counts from 1: other examples each time."""
+    """Return the seed of the gradients of a sub-step, counted from 1, so that each draws other examples."""
     return seed * 10_007 + step
 
 
@@ -132,7 +135,7 @@ class _Substeps:
     process_group: dist.ProcessGroup | None
 
     def run(self, masks: MaskSet, sparsity: float) -> list[dict[str, Any]]:
-        """Prune model and masks to a sparsity; return what `PruningReport` says of each sub-step."""
+        """Prune model and masks to a sparsity; return ``PruningReport.steps``."""
         records = []
         levels, dampings = list(_levels(masks, sparsity, self.options)), Dampings.of_options(self.options)
         for step, level in enumerate(levels, 1):
@@ -161,7 +164,7 @@ class _Substeps:
     def propose(
         self, step: int, masks: Mapping[str, Tensor], levels: Sequence[Level], dampings: Dampings
     ) -> list[Proposal]:
-        """New weights and masks at each of these levels, for each damping; the model does not change."""
+        """Return new weights and masks for each damping at each of these levels; the model does not change."""
         options = self.options
         if options.method == "magnitude":
             return magnitude_step(self.parameters, masks, levels, options)
@@ -188,7 +191,7 @@ def _check(
     sparsity: float,
     options: PruningOptions,
 ) -> None:
-    """Raise what can be raised before work begins."""
+    """Refuse what can be refused before work begins."""
     check_targets(masks, parameters, sparsity, options)
     if source is None:
         if options.method == "mfac":
@@ -205,7 +208,7 @@ def _groups(
     options: PruningOptions,
     process_group: dist.ProcessGroup | None,
 ) -> list[list[str]]:
-    """Names of the targets whose Fishers are in memory together, the same on all ranks; none without a Fisher."""
+    """Return the names of targets in groups (`plan_groups`), the same on all ranks; no group for magnitude pruning."""
     if options.method == "magnitude":
         return []
     assert source is not None  # _check
@@ -213,10 +216,10 @@ def _groups(
 
 
 def _levels(masks: MaskSet, sparsity: float, options: PruningOptions) -> Iterator[Level]:
-    """The sparsity that each sub-step reaches, overall or by tensor; none where nothing is left to do."""
+    """Yield the level that each sub-step reaches; none where nothing is left to prune."""
     if round(sparsity * masks.numel) == masks.numel - sum(int(keep.sum()) for keep in masks.values()):
         return
-    # Magnitudes do not change from one sub-step to the next.
+    # Magnitudes would be the same in each sub-step.
     steps = 1 if options.method == "magnitude" else options.recomputations
     before, by_name = masks.sparsity, masks.sparsities()
     for step in range(1, steps + 1):
@@ -227,7 +230,7 @@ def _levels(masks: MaskSet, sparsity: float, options: PruningOptions) -> Iterato
 
 
 def _loss(source: GradientSource | None, model: nn.Module, options: PruningOptions) -> float | None:
-    """Loss on the held-out examples; None where there are none."""
+    """Return the loss on the held-out examples; None where there are none."""
     loss = source.loss(model) if source is not None else None
     if loss is None and options.method == "mfac" and options.damping == "auto":
         raise ValueError("damping='auto' is judged on held-out examples, and this source of gradients has none")
@@ -236,7 +239,7 @@ def _loss(source: GradientSource | None, model: nn.Module, options: PruningOptio
 
 @contextmanager
 def _all_or_nothing(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Put the weights back where anything at all goes wrong."""
+    """Put the weights back where anything at all goes wrong inside the block."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         yield

@@ -75,7 +75,7 @@ def full_step(
 def _select(
     costs_D: Tensor, kept: Mapping[str, Tensor], at: Mapping[str, Tensor], sparsity: float
 ) -> dict[str, Tensor]:
-    """New masks in host memory, by name: the cheapest of the weights that are left go."""
+    """Return new masks in host memory, by name: the cheapest of the weights that are left go."""
     costs = {name: torch.full(keep.shape, float("inf")) for name, keep in kept.items()}
     sizes = [len(index) for index in at.values()]
     for name, part_D in zip(at, costs_D.split(sizes), strict=True):
@@ -85,7 +85,7 @@ def _select(
 
 
 def _spread(values_D: Tensor, parameters: Mapping[str, nn.Parameter], at: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values at their places, zeros elsewhere: for each parameter a flat tensor of its device and dtype."""
+    """Return a flat tensor like each parameter: the values at their places, zeros elsewhere."""
     spread = {}
     for (name, index), part_D in zip(at.items(), values_D.split([len(index) for index in at.values()]), strict=True):
         parameter = parameters[name]
@@ -95,7 +95,7 @@ def _spread(values_D: Tensor, parameters: Mapping[str, nn.Parameter], at: Mappin
 
 
 def _collect(parameters: Mapping[str, nn.Parameter], at: Mapping[str, Tensor], gradients: GradientSet) -> Tensor:
-    """Gradients of the weights at the given places, (m, d) in host memory, float32."""
+    """Return the gradients of the weights at the given places, (m, d) in host memory, float32."""
     dim, num_grads = sum(len(index) for index in at.values()), gradients.num_grads
     needed, free = 4 * num_grads * dim, available_bytes(torch.device("cpu"))
     if needed > free:

@@ -1,4 +1,4 @@
-"""Gradients for the Fisher of a model, from a data loader of its own."""
+"""Gradients for the Fisher of a model, of examples drawn from a data set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Consumer = Callable[[str, Tensor], None]
 
-# Examples of one forward pass where it serves several gradients: more hardly helps on a CPU.
+# Examples in a forward pass that serves several gradients; more hardly help on a CPU.
 _CHUNK = 32
-# Numbers of gradients that wait to be consumed together.
+# Entries of gradients that wait to be handed over together.
 _BUFFER = 1 << 26
-# Rounding of another batch size and padding; a loss that is no mean over examples is off by far more.
+# Relative error that rounding in another batch size explains; a loss that is no mean over examples is far above it.
 _SAME = 1e-3
 
 
@@ -42,30 +42,30 @@ class GradientSource(Protocol):
     process_group: dist.ProcessGroup | None
 
     def check(self, num_grads: int) -> None:
-        """Raise ValueError unless there are so many gradients for each sub-step."""
+        """Raise ValueError unless ``num_grads`` gradients can be drawn."""
 
     def collect(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
     ) -> None:
         """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
 
-        The same seed gives the same gradients, also for other parameters.
+        The same seed gives the gradients of the same examples, for whichever parameters.
         """
 
     def loss(self, model: nn.Module) -> float | None:
-        """Loss on held-out examples; None where there are none."""
+        """Return the loss on held-out examples; None where there are none."""
 
 
 @dataclass(frozen=True)
 class GradientSet:
-    """The gradients of one sub-step: drawn again from their seed, they are the same.
+    """The gradients of one sub-step. They are not kept: each time they are collected, the same ones are drawn again.
 
     Attributes:
-        source: that draws them.
-        model: whose gradients they are.
-        num_grads: how many, of ranks that take a share each together.
+        source: draws them.
+        model: the model whose gradients they are.
+        num_grads: how many there are; ranks that take a share each have so many together.
         seed: of the draw.
-        advance: is told how many were taken here; None if nobody counts.
+        advance: called with the number of gradients that were taken, for a progress bar.
     """
 
     source: GradientSource
@@ -93,19 +93,18 @@ class GradientSet:
 class DataLoaderGradients:
     """Gradients of the loss on examples of a data loader's data set.
 
-    The given loader is only asked for its ``dataset`` and ``collate_fn``: examples are drawn by a loader of this
-    object's own, and the states of all random generators, the model's mode (gradients are taken in evaluation mode)
-    and the parameters' ``.grad`` and ``requires_grad`` are afterwards as they were. Training that goes on is not
-    changed by it.
+    Of the given loader only ``dataset`` and ``collate_fn`` are used; a loader of this object's own draws the examples.
+    Gradients are taken in evaluation mode. Afterwards the model's mode, the states of all random generators and the
+    parameters' ``.grad`` and ``requires_grad`` are as before, so that training goes on unchanged.
 
     Args:
         dataloader: a ``torch.utils.data.DataLoader`` (or Trainer's) over a data set with a length.
-        loss_fn: ``loss_fn(model, batch)`` gives the loss of a collated batch, the mean over its examples; without it
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the examples of a collated batch; default
             ``model(**batch).loss``.
         batch_size: examples that each gradient is the mean of.
         loss_samples: examples held out for :meth:`loss`; they give no gradients.
         seed: of the choice of the held-out examples.
-        process_group: ranks that share the work: each takes a part of the gradients, of examples of its own.
+        process_group: ranks that share the work; each takes a part of the gradients, of examples of its own.
 
     Raises:
         ValueError: a data set without a length, or too small to hold examples out.
@@ -138,29 +137,31 @@ class DataLoaderGradients:
         self._separable: dict[tuple[str, ...], bool] = {}
 
     def check(self, num_grads: int) -> None:
-        """Raise ValueError unless the data set has examples for so many gradients."""
+        """Raise ValueError unless the data set has examples for ``num_grads`` gradients."""
         if (available := len(self.pool) // self.batch_size) < num_grads:
             raise ValueError(
                 f"{num_grads} gradients of {self.batch_size} example(s) each were asked for, and {len(self.pool)} "
                 f"examples give {available}; lower num_grads or grad_batch_size, or use more data"
             )
         if self.process_group is not None and num_grads < self.process_group.size():
-            raise ValueError(f"{num_grads} gradients for {self.process_group.size()} ranks; each needs at least one")
+            raise ValueError(
+                f"{num_grads} gradients for {self.process_group.size()} ranks; each rank needs one: raise num_grads"
+            )
 
     def collect(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
     ) -> None:
         """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
 
-        Per-sample gradients come from one backward pass for many examples (`mfac_hf.pruning.per_sample`) where the
-        first two examples show that this gives the same as a pass for each; a log line says where it does not.
+        One backward pass serves many examples (`mfac_hf.pruning.per_sample`) where it gives the first two of them the
+        same gradients as a pass for each; a log line says where it does not.
 
         Args:
             model: the model.
             parameters: some of its parameters, by name.
-            num_grads: gradients to take, of as many distinct batches; of ranks that share the work together.
-            seed: of the choice of examples and of whatever collating draws.
-            consume: takes the gradients; nothing is kept here.
+            num_grads: gradients to take, each of a batch of its own; ranks that share the work take so many together.
+            seed: of the choice of examples, and of whatever collating draws.
+            consume: takes the gradients; none is kept here.
 
         Raises:
             ValueError: too few examples, a model that returns no loss, or a loss or gradient that is not finite.
@@ -188,7 +189,7 @@ class DataLoaderGradients:
     def _one_by_one(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], indices: Sequence[int], consume: Consumer
     ) -> None:
-        """A backward pass for each gradient; several are handed over together."""
+        """Take each gradient by a backward pass of its own; several are handed over together."""
         room = max(1, min(_CHUNK, _BUFFER // sum(p.numel() for p in parameters.values())))
         waiting: list[list[Tensor]] = []
         for batch, _ in self._batches(model, indices, self.batch_size):
@@ -199,9 +200,9 @@ class DataLoaderGradients:
             _hand_over(parameters, waiting, consume)
 
     def loss(self, model: nn.Module) -> float | None:
-        """Mean loss on the held-out examples, in evaluation mode; None where there are none.
+        """Return the mean loss on the held-out examples, in evaluation mode; None where there are none.
 
-        It may be infinite or NaN: that of a model from which too much was taken.
+        A model that lost too much may have an infinite loss, or NaN.
         """
         if not self.held_out:
             return None
@@ -224,7 +225,7 @@ class DataLoaderGradients:
         return loss
 
     def _batches(self, model: nn.Module, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Any, int]]:
-        """Batches on the model's device, and their sizes."""
+        """Yield batches on the model's device, and their sizes."""
         device = next(model.parameters()).device
         loader: DataLoader[Any] = DataLoader(
             self.dataset, batch_size, sampler=list(indices), collate_fn=self.collate_fn
@@ -233,7 +234,7 @@ class DataLoaderGradients:
             yield to_device(batch, device), min(batch_size, len(indices) - number * batch_size)
 
     def _compare(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], indices: Sequence[int]) -> bool:
-        """Whether one backward pass for several examples gives what a pass for each gives; judged by the first two."""
+        """Return whether one backward pass gives the first two examples what a pass for each gives them."""
         single = [
             _gradients(parameters, self._loss_of(model, batch)) for batch, _ in self._batches(model, indices[:2], 1)
         ]
@@ -249,12 +250,13 @@ class DataLoaderGradients:
             return False
         if error > _SAME**2 * norm:
             off = (error / norm) ** 0.5 if norm else float("inf")
-            logger.info("a backward pass for each example: together they give others (relative error %.1e)", off)
+            logger.info("a backward pass for each example: one for all gives others (relative error %.1e)", off)
             return False
         return True
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return the loss that the model itself computes for a batch; ValueError where it returns none."""
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
         raise ValueError(
@@ -265,7 +267,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> list[Tensor]:
-    """Gradient of one loss, flat, for each parameter; zeros for one that the loss does not depend on."""
+    """Return the flat gradient of one loss for each parameter; zeros where the loss does not depend on it."""
     gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
     return [
         torch.zeros(p.numel(), device=p.device) if gradient is None else gradient.flatten().float()
@@ -286,7 +288,7 @@ def _finite(name: str, rows: Tensor) -> Tensor:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch on a device: tensors inside mappings, lists and tuples."""
+    """Return the batch on a device, with the tensors inside mappings, lists and tuples."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -298,7 +300,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, parameters: Mapping[str, nn.Parameter], seed: int) -> Iterator[None]:
-    """Evaluation mode, seeded generators and gradients of the parameters, for the time being."""
+    """Inside the block: evaluation mode, seeded generators, gradients of the parameters. After it all is as before."""
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     python, numpy = random.getstate(), np.random.get_state()

@@ -1,4 +1,4 @@
-"""Files of masks: a safetensors file with one bit a weight.
+"""Files of masks: safetensors with one bit for each weight.
 
 It has a uint8 tensor for each parameter, of ceil(numel / 8) bytes: the mask in C order, the first weight in the
 highest bit, 1 = keep, and zeros after the last weight. The header holds ``format``, ``version`` and ``shapes`` (JSON).

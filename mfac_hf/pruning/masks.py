@@ -1,4 +1,4 @@
-"""Masks: which weights of a model are kept, and what keeps the others at zero."""
+"""Masks: which weights of a model are kept. They hold the others at zero."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["MaskSet", "masks_from_sparse_model", "shortened"]
 class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name: bool tensors of the parameter's shape, True where a weight is kept.
 
-    A mapping that is read like a dictionary and changes only by :meth:`update`, which never brings a pruned weight
-    back. A weight that several modules share has one mask, under the first of its names.
+    The mapping is read like a dictionary. It changes only by :meth:`update`, which never brings a pruned weight back.
+    A weight that several modules share has one mask, under the first of its names.
 
-    Training keeps pruned weights at exactly zero when their gradients are zero (:meth:`attach`), the optimizer
-    remembers nothing of them (:meth:`clear_optimizer_state`), and what an optimizer moves all the same (AdamW does,
-    by rounding and by what it has averaged) is set back after its step (:meth:`apply`).
+    Three things keep pruned weights at exactly zero in training: their gradients are zero (:meth:`attach`), the
+    optimizer remembers nothing of them (:meth:`clear_optimizer_state`), and those that it moves all the same (AdamW
+    does, by rounding and by its averages) are set back after its step (:meth:`apply`).
 
     Args:
         masks: {parameter name: bool tensor}.
 
     Raises:
-        TypeError: a mask that is no bool tensor.
-        ValueError: no mask at all.
+        TypeError: a mask is no bool tensor.
+        ValueError: there is no mask at all.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -66,7 +66,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def dense(cls, model: nn.Module, names: Iterable[str]) -> MaskSet:
-        """Masks that keep everything.
+        """Make masks that keep everything.
 
         Raises:
             ValueError: a name that is no parameter of the model, or none at all.
@@ -75,10 +75,10 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_model(cls, model: nn.Module, names: Iterable[str]) -> MaskSet:
-        """Masks of an already sparse model: its zeros stay pruned.
+        """Make masks of an already sparse model: its zeros stay pruned.
 
-        A tensor of zeros only is taken for one that has not been trained yet (LoRA's second factor begins so), and
-        is kept whole; so is the padding row of an embedding, which is zero by definition.
+        A tensor that has only zeros counts as not trained yet (LoRA's second factor begins so) and is kept whole. So
+        is the padding row of an embedding, which is zero by definition.
 
         Raises:
             ValueError: a name that is no parameter of the model, or none at all.
@@ -94,7 +94,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     @property
     def numel(self) -> int:
-        """Weights under a mask, kept or not."""
+        """Number of weights under a mask, kept or not."""
         return sum(keep.numel() for keep in self.values())
 
     @property
@@ -103,19 +103,19 @@ class MaskSet(Mapping[str, Tensor]):
         return 1 - sum(int(keep.sum()) for keep in self.values()) / self.numel
 
     def sparsities(self) -> dict[str, float]:
-        """Share of pruned weights by parameter name."""
+        """Return the share of pruned weights by parameter name."""
         return {name: 1 - int(keep.sum()) / keep.numel() for name, keep in self.items()}
 
     def copy(self) -> MaskSet:
-        """Masks that later updates of these leave alone; attached to nothing."""
+        """Return a copy that later updates leave alone, attached to nothing."""
         return MaskSet({name: keep.clone() for name, keep in self.items()})
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Take over masks that prune more; parameters that are not named keep theirs.
+        """Take masks that prune more in place of the present ones; parameters that are not named keep theirs.
 
         Raises:
-            ValueError: an unknown name, another shape, or a mask that would bring pruned weights back. Nothing
-                changes then.
+            ValueError: an unknown name, another shape, or a mask that would bring pruned weights back. Then nothing
+                changes.
         """
         for name, keep in masks.items():
             if name not in self:
@@ -136,7 +136,7 @@ class MaskSet(Mapping[str, Tensor]):
         self.parameters(model)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The model's parameters that have masks, by name.
+        """Return the model's parameters that have masks, by name.
 
         Raises:
             ValueError: the masks belong to another model; the message names what differs.
@@ -157,7 +157,7 @@ class MaskSet(Mapping[str, Tensor]):
         return found
 
     def parameter_masks(self, model: nn.Module) -> dict[Tensor, Tensor]:
-        """The masks by parameter, on its device: what ``MFAC(masks=...)`` and ``MFAC.set_masks`` take.
+        """Return the masks by parameter, on its device, as ``MFAC(masks=...)`` and ``MFAC.set_masks`` take them.
 
         Raises:
             ValueError: the masks belong to another model.
@@ -175,7 +175,7 @@ class MaskSet(Mapping[str, Tensor]):
             parameter.masked_fill_(~keep, 0)
 
     def nonzeros(self, model: nn.Module) -> dict[str, int]:
-        """How many pruned weights are not zero, by parameter name; empty where the model agrees with its masks.
+        """Count the pruned weights that are not zero, by parameter name; empty where the model agrees with the masks.
 
         Raises:
             ValueError: the masks belong to another model.
@@ -188,8 +188,8 @@ class MaskSet(Mapping[str, Tensor]):
     def attach(self, model: nn.Module) -> None:
         """Zero the gradients of pruned weights as they accumulate, from now until :meth:`detach`.
 
-        Clipping then does not count them. The hooks follow later updates of the masks. Frozen parameters get no
-        gradient and no hook.
+        Clipping then does not count them. The hooks follow later updates of the masks. Frozen parameters have no
+        gradient and get no hook.
 
         Raises:
             ValueError: the masks belong to another model.
@@ -209,7 +209,7 @@ class MaskSet(Mapping[str, Tensor]):
         return zero_pruned
 
     def detach(self) -> None:
-        """Take the hooks of :meth:`attach` away; does nothing where there are none."""
+        """Remove the hooks of :meth:`attach`, if there are any."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -219,11 +219,11 @@ class MaskSet(Mapping[str, Tensor]):
         """Zero what an optimizer remembers of pruned weights.
 
         That is every floating-point state of the parameter's shape, such as AdamW's ``exp_avg`` and ``exp_avg_sq`` or
-        a ``momentum_buffer``. An `MFAC` gets the masks as well, and its window loses the pruned columns.
+        a ``momentum_buffer``. An `MFAC` gets the masks too, and its window drops the pruned columns.
 
         Args:
             model: the model.
-            optimizer: its optimizer, also as accelerate wraps it.
+            optimizer: its optimizer, bare or as accelerate wraps it.
 
         Raises:
             ValueError: the masks belong to another model.
@@ -264,11 +264,11 @@ class MaskSet(Mapping[str, Tensor]):
 
 
 def masks_from_sparse_model(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Masks that keep a sparse model sparse: True where a weight is not zero, for ``MFAC(masks=...)``.
+    """Return masks that keep a sparse model sparse, True where a weight is not zero, for ``MFAC(masks=...)``.
 
     Only weights of two or more dimensions that have both zeros and non-zeros get a mask. Biases and normalisation
-    parameters are often initialised with zeros, and so are whole matrices (such as LoRA's second factor): a mask read
-    off their values would freeze them for ever.
+    parameters often begin with zeros, and so do whole matrices (such as LoRA's second factor): a mask read from their
+    values would freeze them for ever.
 
     Args:
         model: model with exact zeros where weights were pruned.
@@ -277,7 +277,7 @@ def masks_from_sparse_model(model: nn.Module) -> dict[Tensor, Tensor]:
         {parameter: bool tensor of its shape, True = keep}; trainable parameters only.
 
     Raises:
-        ValueError: if no weight has a zero among non-zeros: the model is dense.
+        ValueError: no weight has a zero among non-zeros: the model is dense.
     """
     matrices = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
     found = MaskSet.from_model(model, matrices).parameter_masks(model) if matrices else {}
@@ -288,7 +288,7 @@ def masks_from_sparse_model(model: nn.Module) -> dict[Tensor, Tensor]:
 
 
 def _resolve(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Parameters by name; a shared one once, under the first of its names in the model."""
+    """Return parameters by name; a shared one once, under the first of its names in the model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = {p: name for name, p in reversed(parameters.items())}
     names = list(names)
@@ -298,7 +298,7 @@ def _resolve(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
 
 
 def shortened(items: Iterable[str], separator: str = ", ", limit: int = 5) -> str:
-    """The first items of a list for a message, and how many more there are."""
+    """Join the first items of a list for a message, and say how many more there are."""
     items = list(items)
     rest = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + rest

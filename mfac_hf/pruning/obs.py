@@ -1,16 +1,16 @@
-r"""Optimal Brain Surgeon on flat tensors: what pruning costs, what to prune, and how the rest makes up for it.
+r"""Optimal Brain Surgeon on flat tensors: costs of pruning, selection, and the update of what is left.
 
 With the quadratic model of the loss around trained weights, :math:`\tfrac12 \delta^\top F \delta`, removing the set Q
 and moving the survivors S as well as possible costs :math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q`.
 
-1. *Costs*, one for each unit of the pattern (a weight, or a group that goes together), infinite for what is pruned
-   already or has to stay: `magnitude_costs`, `diagonal_costs` (each unit as if it went alone, the paper's saliency
-   :math:`w_i^2 / (2 [F^{-1}]_{ii})`) or `greedy_costs`.
+1. *Costs*, one for each unit of the pattern (a weight, or a group that goes together), are infinite for units that are
+   pruned already or have to stay: `magnitude_costs`, `diagonal_costs` (each unit as if it went alone, the paper's
+   saliency :math:`w_i^2 / (2 [F^{-1}]_{ii})`) or `greedy_costs`.
 2. `select` takes the cheapest units up to a sparsity. Costs are computed once and serve every sparsity.
-3. `joint_update` moves the survivors to the exact minimum of the model; `summed_update` is the paper's.
+3. `joint_update` moves the survivors to the exact minimum of the quadratic model; `summed_update` is the paper's.
 
 The greedy trace removes one unit after the other in each block, always the cheapest given all earlier removals, and
-downdates the inverse each time. The cost of a unit is the largest loss increment up to its removal, so the cheapest
+downdates the inverse each time. The cost of a unit is the largest loss increment up to its removal; hence the cheapest
 units of all blocks together are the first ones of each block's trace.
 
 Sources: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS
@@ -40,30 +40,30 @@ __all__ = [
 
 SCOPES = ("global", "uniform")
 
-# Bytes of inverse matrices that the trace works on at once: they should stay in a shared cache.
+# Bytes of inverse matrices that the trace works on at once: they should fit into a shared cache.
 TRACE_BYTES = 1 << 24
 
-# float32 keeps three digits of a trace where downdating shrinks no diagonal entry by more than this.
+# A trace in float32 keeps three digits where downdating shrinks no diagonal entry by more than this factor.
 FLOAT32_SHRINKAGE = 2e3
 
 
 def magnitude_costs(weights_D: Tensor, keep_D: Tensor, pattern: Pattern) -> Tensor:
-    """Squared weights, added up over each unit: shape (units,), float32; infinite for pruned units."""
+    """Return the sum of squared weights of each unit: shape (units,), float32; infinite for pruned units."""
     _check_flat(weights_D, keep_D)
     costs_U = weights_D.detach().double().square().view(-1, pattern.unit).sum(dim=1).float()
     return pattern.restrict(costs_U.masked_fill(~kept_units(keep_D, pattern), float("inf")))
 
 
 def diagonal_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | FullFisher, pattern: Pattern) -> Tensor:
-    r"""Cost of each unit as if it went alone: shape (units,), float32; infinite for pruned units.
+    r"""Return the cost of each unit as if it went alone: shape (units,), float32; infinite for pruned units.
 
     :math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q`; for single weights :math:`w_i^2 / (2 [F^{-1}]_{ii})`.
 
     A full Fisher serves single weights only, and its gradients have to be zero where weights are pruned.
 
     Raises:
-        ValueError: if shapes differ, or for groups with a full Fisher.
-        FloatingPointError: if a block is not positive definite.
+        ValueError: shapes differ, or the pattern has groups and the Fisher is full.
+        FloatingPointError: a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
     if isinstance(fisher, FullFisher):
@@ -81,13 +81,13 @@ def diagonal_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | Fu
 
 
 def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, pattern: Pattern) -> Tensor:
-    """Cost of each unit in the greedy trace of its block: shape (units,), float32; infinite for what has to stay.
+    """Return the cost of each unit in the greedy trace of its block: shape (units,), float32.
 
-    Within a block costs increase strictly in the order of removal.
+    Within a block, costs increase strictly in the order of removal. They are infinite for units that have to stay.
 
     Raises:
-        ValueError: if shapes differ.
-        FloatingPointError: if a block is not positive definite.
+        ValueError: shapes differ.
+        FloatingPointError: a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
     size = fisher.block_size
@@ -108,22 +108,24 @@ def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, patte
 def select(
     costs: dict[str, Tensor], keep: dict[str, Tensor], sparsity: float, *, pattern: Pattern, scope: str = "global"
 ) -> dict[str, Tensor]:
-    """Masks at a sparsity: the cheapest units go, on top of what is pruned already.
+    """Return masks at a sparsity: the cheapest units go, besides those that are pruned already.
+
+    Of units with the same cost the first ones go.
 
     Args:
         costs: {name: (units,)} from one of the functions above.
         keep: {name: bool, (d,)} what is kept so far.
         sparsity: share of zeros afterwards: exactly ``round(sparsity * d)`` weights (to whole units), over all tensors
             together or in each.
-        pattern: that the costs were computed for.
-        scope: ``"global"`` ranks all tensors together, ``"uniform"`` each alone.
+        pattern: the pattern that the costs were computed for.
+        scope: ``"global"`` ranks all tensors together, ``"uniform"`` ranks each alone.
 
     Returns:
         {name: bool, (d,)}: new masks.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1), below what is pruned already, or above what the pattern allows; for
-            an unknown scope. Ties go to the first of the units.
+        ValueError: a sparsity outside [0, 1), below what is pruned already or above what the pattern allows, or an
+            unknown scope.
     """
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity is {sparsity!r}; expected a number from 0 up to, not including, 1")
@@ -163,16 +165,16 @@ def _select(
 
 
 def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher | FullFisher) -> Tensor:
-    r"""Weights after removing all of Q = keep & ~new_keep at once: :math:`\delta_S = F_{SS}^{-1} F_{SQ} w_Q`.
+    r"""Return the weights after removing Q = keep & ~new_keep at once: :math:`\delta_S = F_{SS}^{-1} F_{SQ} w_Q`.
 
-    The exact minimum of the quadratic model over the survivors S, in each block (or over all of a full Fisher).
+    They are the exact minimum of the quadratic model over the survivors S, in each block (a full Fisher is one).
 
     Returns:
         Shape (d,), in the dtype of ``weights_D``; exactly zero where ``new_keep_D`` is False.
 
     Raises:
-        ValueError: if shapes differ.
-        FloatingPointError: if a block is not positive definite.
+        ValueError: shapes differ.
+        FloatingPointError: a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
     if isinstance(fisher, FullFisher):
@@ -190,17 +192,17 @@ def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: 
 def summed_update(
     weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: BlockedFisher | FullFisher, pattern: Pattern
 ) -> Tensor:
-    r"""Weights after the paper's update: the sum over removed units Q of :math:`-F^{-1} e_Q ([F^{-1}]_{QQ})^{-1} w_Q`.
+    r"""Return the weights after the paper's update, :math:`-\sum_Q F^{-1} e_Q ([F^{-1}]_{QQ})^{-1} w_Q`.
 
-    Each unit's update as if it went alone; what they do to each other is left out. A full Fisher serves single weights
-    only, and its gradients have to be zero where weights are pruned.
+    Each removed unit Q asks for its update as if it went alone; what units do to each other is left out. A full Fisher
+    serves single weights only, and its gradients have to be zero where weights are pruned.
 
     Returns:
         Shape (d,), in the dtype of ``weights_D``; exactly zero where ``new_keep_D`` is False.
 
     Raises:
-        ValueError: if shapes differ.
-        FloatingPointError: if a block is not positive definite.
+        ValueError: shapes differ, or the pattern has groups and the Fisher is full.
+        FloatingPointError: a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
     if isinstance(fisher, FullFisher):
@@ -221,8 +223,8 @@ def summed_update(
 def _check_single(pattern: Pattern) -> None:
     if pattern.unit > 1:
         raise ValueError(
-            f"pattern is {pattern.name!r}, and the full Fisher serves single weights: give a block_size, a multiple "
-            f"of {pattern.unit}"
+            f"pattern is {pattern.name!r}, and the full Fisher serves single weights only: give a block_size that is "
+            f"a multiple of {pattern.unit}"
         )
 
 
@@ -236,7 +238,7 @@ def _check_flat(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | FullF
 
 
 def _cut(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Weights (float64, zero where not kept) and mask of some blocks, (k, B) each; beyond the end nothing is kept."""
+    """Return weights (float64, zero where not kept) and mask of some blocks, (k, B) each; padding is not kept."""
     size = fisher.block_size
     keep_KB = torch.zeros(last - first, size, dtype=torch.bool, device=fisher.device)
     weights_KB = torch.zeros(last - first, size, dtype=torch.float64, device=fisher.device)
@@ -247,7 +249,7 @@ def _cut(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, first: int, l
 
 
 def _masked(fisher_KBB: Tensor, keep_KB: Tensor) -> Tensor:
-    """Matrices in which coordinates that are not kept are decoupled, with 1 on the diagonal."""
+    """Return the matrices with the coordinates that are not kept decoupled, and 1 on their diagonal."""
     if bool(keep_KB.all()):
         return fisher_KBB
     masked_KBB = fisher_KBB * keep_KB.unsqueeze(1) * keep_KB.unsqueeze(2)

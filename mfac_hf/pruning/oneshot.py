@@ -1,4 +1,4 @@
-"""Pruning of a trained model in one go."""
+"""Pruning of a trained model in one go, without training."""
 
 from __future__ import annotations
 
@@ -43,39 +43,41 @@ def prune_one_shot(
 ) -> PruningReport:
     """Prune a trained model without training it any further.
 
-    ``prune_one_shot(model, trainer.get_train_dataloader(), 0.5)``. The model is changed in place; an exception leaves
-    it as it was. Zeros of an already sparse model stay pruned and count. ``report.masks`` keeps the model sparse in
-    training that follows (`MaskSet`).
+    ``prune_one_shot(model, trainer.get_train_dataloader(), 0.5)`` changes the model in place; an exception leaves it
+    as it was. Zeros of an already sparse model stay pruned and count. ``report.masks`` keeps the model sparse in
+    training that follows (`MaskSet`). `PruningOptions` says more of the options.
 
     Args:
         model: the model, on the device where it is to be pruned.
-        dataloader: over training data. Only its data set and collate function are used. None will do for magnitude.
+        dataloader: loader of training data, of which the data set and the collate function are used; None will do for
+            magnitude pruning.
         sparsity: share of the target weights to be zero, in [0, 1).
         method: ``"mfac"``, or ``"magnitude"``.
         targets: regular expressions of parameter names; default: `find_targets`.
-        num_grads: gradients that each Fisher is made of.
+        num_grads: gradients that each Fisher is the average of.
         grad_batch_size: examples that each gradient is the mean of.
-        block_size: weights of a block of the Fisher; None: all targets together.
-        damping: of the Fisher, or ``"auto"``.
+        block_size: weights of a block of the Fisher; None for one Fisher of all targets together.
+        damping: number added to the Fisher's diagonal, or ``"auto"``.
         recomputations: sub-steps, with new gradients in each.
         selection: ``"greedy"``, or ``"diagonal"`` as in the paper.
         update: ``"joint"``, or ``"sum"`` as in the paper.
-        pattern: ``"unstructured"``, ``"2:4"``, ``"block4"``.
-        scope: ``"global"`` or ``"uniform"``.
-        loss_fn: ``loss_fn(model, batch)``, the mean loss of a batch; default ``model(**batch).loss``.
+        pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
+        scope: ``"global"`` ranks all targets together, ``"uniform"`` prunes each alike.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss of a batch; default ``model(**batch).loss``.
         loss_samples: held-out examples on which the loss is measured.
         seed: of the choice of examples.
-        pages: pieces that the gradients are worked on in where ``block_size`` is None.
-        memory_budget: bytes for the Fisher; default half of what is free.
+        pages: pieces in which the gradients go to the device where ``block_size`` is None.
+        memory_budget: bytes for the Fisher's blocks; default half of what is free.
         progress: whether to show a progress bar.
 
     Returns:
-        What was done; `PruningOptions` explains the options further, `PruningReport` the report.
+        The report of what was done.
 
     Raises:
         ValueError: an option out of range, targets that match nothing or an embedding, too few examples, a pattern
             that does not fit, a loss that is not finite.
-        MemoryError: the Fisher of a single target does not fit.
+        MemoryError: the Fisher of a single target does not fit into ``memory_budget``.
+        FloatingPointError: the damping is too small for the Fisher to be inverted.
     """
     options = PruningOptions(
         method=method,

@@ -1,4 +1,4 @@
-"""What a pruning step is asked to do, and its report."""
+"""Options of a pruning, and its report."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ AUTO_LOSS_SAMPLES = 256
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """How to prune. The sparsity to reach is an argument of its own.
+    """How to prune. The sparsity to reach is not among the options.
 
-    The defaults here are those of the library; as attributes of the class (``PruningOptions.num_grads``) they are
-    those of everything that has the same option.
+    The defaults stand here and nowhere else: whatever has the same option reads them as attributes of the class, such
+    as ``PruningOptions.num_grads``.
 
     Attributes:
         method: ``"mfac"``, or ``"magnitude"`` as the baseline, which needs no gradients.
@@ -41,22 +41,22 @@ class PruningOptions:
         grad_batch_size: examples that each gradient is the mean of; 1 for per-sample gradients.
         block_size: B, weights of a block of the Fisher; None for one Fisher of all targets together, for which
             selection is ``"diagonal"`` and the gradients are kept in host memory.
-        damping: added to the Fisher's diagonal, in units of a squared gradient entry; it has to scale with the
-            gradients, and those of single examples are larger than those of batches. ``"auto"`` tries several in
-            the first sub-step and keeps, relative to the gradients, the one with which these alone would lead to the
-            lowest loss on ``loss_samples`` held-out examples.
+        damping: number added to the Fisher's diagonal, in units of a squared gradient entry. It has to scale with the
+            gradients, and those of single examples are larger than those of batches. ``"auto"`` tries several
+            numbers in the first sub-step, as if that were the only one, and takes the one with the lowest loss on
+            ``loss_samples`` held-out examples; later sub-steps scale it with their gradients.
         recomputations: sub-steps, with new gradients in each.
-        selection: ``"greedy"`` removes one weight after the other and updates the costs of the rest, ``"diagonal"``
-            takes all costs from one inverse (the paper).
-        update: what the surviving weights do: ``"joint"`` is the exact minimum for the removed set, ``"sum"`` adds up
-            what each removed weight alone would ask for (the paper).
+        selection: ``"greedy"`` removes one weight after the other and updates the costs of the rest; ``"diagonal"``
+            takes all costs from one inverse, as the paper does.
+        update: how the surviving weights move: ``"joint"`` to the exact minimum for the removed set; ``"sum"`` by the
+            sum of what each removed weight alone would ask for, as the paper does.
         pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
         scope: ``"global"`` ranks the weights of all targets together, ``"uniform"`` prunes every target alike.
         loss_samples: held-out examples on which the loss is measured before and after; 0 for none, which
             ``damping="auto"`` raises to 256. They give no gradients.
         seed: of the choice of examples.
-        pages: pieces in which the gradients go to the device where ``block_size`` is None; changes nothing else.
-        memory_budget: bytes for the Fisher's blocks; beyond it the targets are treated in groups, each with a pass
+        pages: pieces in which the gradients go to the device where ``block_size`` is None; the result is the same.
+        memory_budget: bytes for the Fisher's blocks. Targets that need more are visited in groups, each with a pass
             over the same gradients. None: half of what is free on the model's device.
 
     Raises:
@@ -103,7 +103,7 @@ class PruningOptions:
             raise ValueError(f"memory_budget is {self.memory_budget}; expected a number of bytes, or None")
 
     def _check_full(self) -> None:
-        """What the Fisher of all targets together does not offer."""
+        """Refuse what the Fisher of all targets together does not offer."""
         for name, only in {"selection": "diagonal", "pattern": "unstructured", "scope": "global"}.items():
             if getattr(self, name) != only:
                 raise ValueError(
@@ -118,19 +118,19 @@ class PruningReport:
     """What a pruning step did.
 
     Attributes:
-        options: those that were given, as a dictionary.
-        num_weights: weights that were open to pruning.
+        options: the `PruningOptions`, as a dictionary.
+        num_weights: weights of the targets, pruned or not.
         sparsity_before: share of them that was pruned before.
         sparsity: share that is pruned now.
-        sparsities: the same for each tensor.
-        predicted_loss_increase: sum over the sub-steps of the quadratic model's loss increase; None for magnitude.
-        loss_before: loss on the held-out examples, if it was measured.
-        loss_after: the same after pruning.
+        sparsities: share that is pruned now, by target.
+        predicted_loss_increase: what the quadratic model expects of all sub-steps together; None for magnitude.
+        loss_before: loss on the held-out examples before the pruning; None if it was not measured.
+        loss_after: the same after the pruning.
         num_grads: gradients taken in all sub-steps together.
-        steps: of each sub-step: ``sparsity``, ``predicted_loss_increase``, ``damping``, ``damping_losses`` (what a
-            sweep saw), ``num_grads``, ``groups`` (of targets) and ``seconds``.
+        steps: for each sub-step ``sparsity``, ``predicted_loss_increase``, ``damping``, ``damping_losses`` (of all
+            dampings that were tried), ``num_grads``, ``groups`` (of targets) and ``seconds``.
         seconds: wall time.
-        masks: what is kept now.
+        masks: which weights are kept now.
     """
 
     options: dict[str, Any]
@@ -160,10 +160,10 @@ def check_sparsity(sparsity: float, current: float = 0.0) -> None:
 
 
 def parse_damping(text: str, flag: str) -> float | Literal["auto"]:
-    """The damping that a flag of the command line names.
+    """Read the damping from a flag of the command line; `PruningOptions` checks whether it is positive.
 
     Raises:
-        ValueError: it is neither a number nor ``auto``; whether it is positive is for `PruningOptions` to check.
+        ValueError: the text is neither a number nor ``auto``.
     """
     if text == "auto":
         return "auto"

@@ -1,8 +1,8 @@
 """Sparsity patterns: which weights may be pruned together, and how many of a group.
 
-A pattern concerns the rows of a weight matrix, that is, all weights of one output: (out, in) of a linear layer,
-(out, in * height * width) of a convolution. Weights are flat and row-major, so a group of consecutive weights of a row
-is a group of consecutive positions.
+A pattern runs along the rows of a weight matrix. A row has all weights of one output: the matrix is (out, in) of a
+linear layer, (out, in * height * width) of a convolution. Weights are flat and row-major, so consecutive weights of a
+row have consecutive positions.
 
 Shape suffixes: D weights, U units, G groups.
 """
@@ -21,10 +21,10 @@ class Pattern:
     """A sparsity pattern.
 
     Attributes:
-        name: as `parse` reads it.
+        name: the name that `parse` reads.
         unit: consecutive weights that are pruned together, as one unit (4 for ``"block4"``, else 1).
         window: M of N:M, else 1.
-        kept: N of N:M: units that stay in each window of M at full sparsity; else 0.
+        kept: N of N:M, the units that stay in each window of M at full sparsity; else 0.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Pattern:
 
     @classmethod
     def parse(cls, name: "str | Pattern") -> "Pattern":
-        """The pattern of this name.
+        """Return the pattern of this name.
 
         ``"unstructured"``; ``"N:M"`` (such as ``"2:4"``: N of every M consecutive weights stay); or ``"blockK"`` (such
         as ``"block4"``: K consecutive weights stay or go together).
 
         Raises:
-            ValueError: for another name, or numbers that make no pattern.
+            ValueError: another name, or numbers that make no pattern.
         """
         if isinstance(name, Pattern):
             return name
@@ -60,22 +60,22 @@ class Pattern:
 
     @property
     def span(self) -> int:
-        """Consecutive weights that one constraint covers: widths and block sizes have to be multiples of it."""
+        """Number of consecutive weights under one constraint; widths and block sizes have to be multiples of it."""
         return max(self.unit, self.window)
 
     @property
     def max_sparsity(self) -> float:
-        """Largest sparsity that the pattern allows: `1 - N/M`, or 1."""
+        """Largest sparsity that the pattern allows: 1 - N/M for N:M, else 1."""
         return 1 - self.kept / self.window
 
     def check(self, name: str, weight: Tensor, keep: Tensor | None = None, block_size: int | None = None) -> None:
-        """Raise a ValueError that says what to do where this pattern does not fit a tensor.
+        """Raise ValueError, with the way out, where this pattern does not fit a tensor.
 
         Args:
-            name: of the tensor, for the message.
-            weight: of shape (out, ...).
-            keep: bool mask of what is kept so far, of as many entries.
-            block_size: of its Fisher matrix.
+            name: name of the tensor, for the message.
+            weight: tensor of shape (out, ...).
+            keep: bool mask of what is kept so far, with as many entries; None if all is kept.
+            block_size: block size of its Fisher matrix; None without blocks.
         """
         width = weight.numel() // weight.shape[0] if weight.ndim > 1 else weight.numel()
         if width % self.span:
@@ -100,10 +100,10 @@ class Pattern:
             )
 
     def restrict(self, costs_U: Tensor) -> Tensor:
-        """Costs with infinity for the units that have to stay: in each window the N dearest.
+        """Return the costs with infinity for the units that have to stay: the N dearest of each window.
 
         Args:
-            costs_U: cost of pruning each unit, infinite for those that are pruned already.
+            costs_U: cost of pruning each unit, infinite for units that are pruned already.
         """
         if self.window == 1:
             return costs_U

@@ -1,4 +1,4 @@
-r"""Gradients of every example of a batch from one backward pass.
+r"""Gradients of each example of a batch from one backward pass.
 
 A linear layer computes :math:`y_{nt} = W x_{nt}` for each example n and position t. The gradient of its weight is a
 sum over both, and keeping n apart costs one product more:
@@ -8,10 +8,10 @@ sum over both, and keeping n apart costs one product more:
 A convolution is the same over the patches of its input. Since examples do not meet in a model in evaluation mode, the
 gradient of the batch's mean loss at :math:`y_{nt}` is that of :math:`\ell_n`, divided by the size of the batch.
 
-That holds where the loss is the mean over examples and every use of a weight is a call of its layer with examples in
+This holds where the loss is the mean over examples, and every use of a weight is a call of its layer with examples in
 the first dimension. Other models need a backward pass for each example; `mfac_hf.pruning.gradients` compares the two.
-So does extractive question answering where examples are padded to the longest of their batch: its softmax runs over
-all positions, padding among them, and the same example in another batch has another loss.
+Extractive question answering needs one where examples are padded to the longest of their batch: its softmax runs over
+all positions, padding among them, so that an example has another loss in another batch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = ["batch_gradients"]
 def batch_gradients(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor], batch_size: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gradients of each example of one batch, N x numel, parameter by parameter.
+    """Yield the gradients of each example of one batch, N x numel, parameter by parameter.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         parameters: weights of linear layers and two-dimensional convolutions, by name.
         loss: runs the model on the batch and returns the mean loss over its examples.
         batch_size: number of examples, N.
 
     Yields:
-        Name and rows, float32, of each parameter.
+        The name of each parameter, and its rows in float32.
 
     Raises:
         NotImplementedError: the gradients cannot be told apart this way; the message says why.
@@ -75,14 +75,14 @@ def batch_gradients(
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether :func:`_rows` knows the gradient of the layer's weight."""
+    """Return whether :func:`_rows` knows the gradient of the layer's weight."""
     if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, (nn.Linear, Conv1D))
 
 
 def _rows(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """Gradients of one call's weight, example by example, from its input and its output's gradient."""
+    """Return the gradients of a layer's weight, example by example, from one input and the gradient of its output."""
     if isinstance(layer, nn.Conv2d):
         groups = layer.groups
         padding: Any = layer.padding  # numbers: _is_plain

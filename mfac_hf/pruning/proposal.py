@@ -1,4 +1,4 @@
-"""What a sub-step of pruning proposes: new weights and masks of the targets."""
+"""Proposals of a sub-step of pruning: new weights and masks of the targets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = ["Level", "Proposal", "write_weights"]
 
-# A sparsity: of all targets together, or of each by name.
+# A sparsity of all targets together, or of each by name.
 Level = Mapping[str, float] | float
 
 
@@ -22,7 +22,7 @@ class Proposal:
         level: the sparsity that they have.
         weights: exactly zero where they are pruned.
         keep: the masks.
-        damping: that the Fisher had; None without one.
+        damping: damping of the Fisher; None without one.
         predicted_loss_increase: what the quadratic model of the loss expects; None without one.
         relative_damping: the damping in units of the mean squared entry of a gradient; None where it is not known.
     """

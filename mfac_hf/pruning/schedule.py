@@ -1,8 +1,8 @@
-r"""When to prune, and to which sparsity.
+r"""Schedules: when to prune, and to which sparsity.
 
-A schedule is a list of points (position, sparsity), positions counted in steps or epochs: at the beginning of that
-step or epoch the model is pruned to that sparsity. With :math:`\tau` running from 0 at ``start`` to 1 at ``end``, the
-curves are
+A schedule is a list of points (position, sparsity). Positions count steps or epochs; at the beginning of that step or
+epoch the model is pruned to that sparsity. With :math:`\tau` running from 0 at ``start`` to 1 at ``end``, the curves
+are
 
 .. math:: s_{linear} = s_1 + (s_0 - s_1)(1 - \tau), \qquad s_{cubic} = s_1 + (s_0 - s_1)(1 - \tau)^3, \qquad
           1 - s_{geometric} = (1 - s_0)^{1 - \tau} (1 - s_1)^\tau
@@ -27,13 +27,13 @@ class SparsitySchedule:
     """Points at which to prune; build one with :meth:`from_list`, :meth:`linear`, :meth:`cubic` or :meth:`geometric`.
 
     Attributes:
-        points: ((position, sparsity), ...): whole positions >= 0 that rise, sparsities in (0, 1) that rise. A point
+        points: ((position, sparsity), ...) with rising whole positions >= 0 and rising sparsities in (0, 1). A point
             that does not raise the sparsity asks for nothing and is left out.
         unit: ``"step"`` (optimizer steps) or ``"epoch"``.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1), one below its predecessor, positions that do not rise, an unknown
-            unit, or if there is nothing to prune at all.
+        ValueError: a sparsity outside [0, 1) or below its predecessor, positions that do not rise, an unknown unit, or
+            nothing to prune at all.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -68,13 +68,13 @@ class SparsitySchedule:
     def from_list(
         cls, sparsities: Sequence[float], *, every: int = 1, start: int = 0, unit: Unit = "epoch"
     ) -> SparsitySchedule:
-        """The given sparsities one after another, the first at ``start``, ``every`` steps or epochs apart.
+        """Take the given sparsities one after another, the first at ``start``, ``every`` steps or epochs apart.
 
         >>> SparsitySchedule.from_list([0.5, 0.75, 0.875], every=2).points
         ((0, 0.5), (2, 0.75), (4, 0.875))
 
         Raises:
-            ValueError: as for the class, and for ``every`` < 1.
+            ValueError: as for the class, and ``every`` < 1.
         """
         _check_whole("every", every, 1)
         _check_whole("start", start, 0)
@@ -84,7 +84,7 @@ class SparsitySchedule:
     def linear(
         cls, *, initial: float = 0.0, final: float, start: int = 0, end: int, every: int = 1, unit: Unit = "step"
     ) -> SparsitySchedule:
-        """From ``initial`` at ``start`` to ``final`` at ``end``, by the same amount each time.
+        """Rise from ``initial`` at ``start`` to ``final`` at ``end``, by the same amount each time.
 
         >>> SparsitySchedule.linear(final=0.5, end=4, every=2).points
         ((2, 0.25), (4, 0.5))
@@ -98,7 +98,7 @@ class SparsitySchedule:
             unit: what positions count.
 
         Raises:
-            ValueError: as for the class, and for ``every`` < 1 or ``start`` >= ``end``.
+            ValueError: as for the class, and ``every`` < 1 or ``start`` >= ``end``.
         """
         return cls._curve(lambda rest: final + (initial - final) * rest, initial, final, start, end, every, unit)
 
@@ -106,7 +106,7 @@ class SparsitySchedule:
     def cubic(
         cls, *, initial: float = 0.0, final: float, start: int = 0, end: int, every: int = 1, unit: Unit = "step"
     ) -> SparsitySchedule:
-        """Fast at first and slow near ``final`` (Zhu and Gupta, 2017); arguments as in :meth:`linear`.
+        """Rise fast at first and slowly near ``final`` (Zhu and Gupta, 2017); arguments as in :meth:`linear`.
 
         >>> SparsitySchedule.cubic(final=0.5, end=4, every=2).points
         ((2, 0.4375), (4, 0.5))
@@ -117,7 +117,7 @@ class SparsitySchedule:
     def geometric(
         cls, *, initial: float = 0.0, final: float, start: int = 0, end: int, every: int = 1, unit: Unit = "step"
     ) -> SparsitySchedule:
-        """Removes the same share of the weights that are left each time; arguments as in :meth:`linear`.
+        """Remove the same share of the weights that are left each time; arguments as in :meth:`linear`.
 
         >>> SparsitySchedule.geometric(final=0.75, end=4, every=2).points
         ((2, 0.5), (4, 0.75))
@@ -139,16 +139,16 @@ class SparsitySchedule:
         every: int,
         unit: Unit,
     ) -> SparsitySchedule:
-        """Points on a curve; ``sparsity`` takes 1 - tau."""
+        """Put points on a curve; ``sparsity`` takes 1 - tau."""
         _check_whole("every", every, 1)
         _check_whole("start", start, 0)
         _check_whole("end", end, 0)
         if start >= end:
             raise ValueError(f"the schedule starts at {unit} {start} and ends at {unit} {end}; expected start < end")
-        cls(((start, initial), (end, final)), unit)  # refuses what is out of range before a curve is put through it
+        cls(((start, initial), (end, final)), unit)  # refuses ends that are out of range or fall
         positions = [*range(start, end, every), end]
         values = [sparsity((end - position) / (end - start)) for position in positions]
-        # Both ends exactly as asked for, and no fall by a rounding error.
+        # Rounding must move neither end, and make no value fall.
         values = [initial, *(min(max(value, initial), final) for value in values[1:-1]), final]
         return cls(tuple(zip(positions, accumulate(values, max), strict=True)), unit)
 
@@ -158,12 +158,12 @@ class SparsitySchedule:
         return self.points[-1][1]
 
     def sparsity_at(self, position: float) -> float:
-        """The sparsity that is due at the beginning of this step or epoch: that of the last point reached, or 0."""
+        """Return the sparsity that is due at the beginning of a step or epoch: that of the last point so far, or 0."""
         reached = bisect_right(self.points, (math.floor(position), 1.0))
         return self.points[reached - 1][1] if reached else 0.0
 
     def in_steps(self, steps_per_epoch: int) -> SparsitySchedule:
-        """A schedule by epochs as one by steps."""
+        """Return the schedule by steps; ``steps_per_epoch`` plays no part where it is one already."""
         points = tuple((position * steps_per_epoch, sparsity) for position, sparsity in self.points)
         return self if self.unit == "step" else SparsitySchedule(points, "step")
 

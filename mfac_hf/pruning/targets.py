@@ -19,22 +19,22 @@ _LINEAR = (nn.Linear, Conv1D)
 def find_targets(model: nn.Module, patterns: Sequence[str] | str | None = None) -> dict[str, nn.Parameter]:
     r"""Choose the weights to prune.
 
-    Without patterns, of a Hugging Face transformer the linear layers inside its stacks of layers: attention and
-    feed-forward, but no embeddings, normalisation, biases, pooler, task head or language-model head. Of any other
-    model (convolutional networks) the weights of all convolutions and linear layers, the classifier's among them.
+    By default the targets of a Hugging Face transformer are the linear layers inside its stacks of layers: attention
+    and feed-forward, but no embeddings, normalisation, biases, pooler, task head or language-model head. Those of any
+    other model (a convolutional network) are the weights of all convolutions and linear layers, with the classifier.
 
     Args:
-        model: a model.
+        model: the model.
         patterns: regular expressions, searched in parameter names such as
-            ``bert.encoder.layer.0.attention.self.query.weight``; weights of linear layers and convolutions that any of
-            them hits are targets, also outside the stacks. ``r"attention\."`` takes the attention alone.
+            ``bert.encoder.layer.0.attention.self.query.weight``. The targets are then the weights of linear layers and
+            convolutions that any of them hits, also outside the stacks. ``r"attention\."`` takes the attention alone.
 
     Returns:
-        {name: parameter} in the model's order; a weight that several modules share once, under its first name.
+        {name: parameter} in the model's order. A weight that several modules share is one target, by its first name.
 
     Raises:
-        ValueError: nothing to prune, a pattern that is no regular expression, that hits no weight or an embedding, or
-            a target that is not of a floating-point type; the message lists candidates.
+        ValueError: there is nothing to prune; a pattern is no regular expression, or hits no weight or an embedding; a
+            target is not of a floating-point type. The message lists candidates.
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = {m.weight for m in model.modules() if isinstance(m, (*_LINEAR, *_CONVOLUTIONS))} - embeddings
@@ -58,7 +58,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | str | None = None) 
 
 
 def _stacked_linear(model: nn.Module, candidates: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Of a Hugging Face model, the linear layers inside the stacks (module lists) of its encoder or decoder."""
+    """Return the linear layers inside the stacks (module lists) of a Hugging Face model; none of another model."""
     encoder = getattr(model, "base_model", None)
     if not isinstance(encoder, nn.Module):
         return {}
@@ -73,6 +73,7 @@ def _stacked_linear(model: nn.Module, candidates: dict[str, nn.Parameter]) -> di
 
 
 def _matches(pattern: str, candidates: dict[str, nn.Parameter], embeddings: list[str]) -> list[str]:
+    """Return the names of the candidates that a pattern hits; it has to hit one, and no embedding."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:

@@ -1,4 +1,4 @@
-"""The greedy trace: in which order a block loses its weights, and what each removal costs.
+"""Greedy trace: the order in which a block loses its weights, and the cost of each removal.
 
 Shape suffixes: K blocks, B block size, U units of a tensor, G units of a block, A units still in play, R removed
 coordinates, W windows of an N:M pattern.
@@ -12,21 +12,21 @@ from mfac_hf.pruning.patterns import Pattern
 
 __all__ = ["diagonal_units", "kept_units", "trace_blocks", "unit_costs"]
 
-# Removals between two products that bring the inverse matrices up to date.
+# Removals from one product that brings the inverse matrices up to date to the next.
 PANEL = 16
 
-# What is no longer in play is dropped when no more than this share is left: copying has its price too.
+# Units that are no longer in play are dropped once this share or less is left: copying has its price too.
 DROP = 0.75
 
 
 def trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, pattern: Pattern) -> Tensor:
-    r"""Greedy traces of a batch of blocks; ``inverse_KBB`` and ``weights_KB`` may be overwritten.
+    r"""Trace a batch of blocks; ``inverse_KBB`` and ``weights_KB`` may be overwritten.
 
-    To remove coordinate p is one step of Gaussian elimination on the inverse: with the column :math:`u = H e_p /
+    The removal of coordinate p is one step of Gaussian elimination on the inverse: with the column :math:`u = H e_p /
     \sqrt{H_{pp}}`, :math:`H \leftarrow H - u u^\top` and :math:`w \leftarrow w - u\, w_p / \sqrt{H_{pp}}`, at the cost
-    :math:`w_p^2 / (2 H_{pp})`. A group goes one coordinate after the other. Columns are computed when they are needed,
-    from the matrix as it was and the columns removed since; every few removals a product brings the matrix up to date,
-    and what is no longer in play is dropped from it. Single weights have a native kernel on a CPU
+    :math:`w_p^2 / (2 H_{pp})`. A group goes one coordinate after the other. A column is computed when it is needed,
+    from the last full matrix and the columns removed since. Every few removals a product brings the matrix up to date,
+    and units that are no longer in play are dropped from it. Single weights have a native kernel on a CPU
     (``torch.ops.mfac.greedy_trace``).
 
     Args:
@@ -60,7 +60,7 @@ def _trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patt
     ids_KA = torch.arange(size // unit, device=device).repeat(blocks, 1)
     while (most := int(in_play_KG.sum(dim=1).max())) > 0:
         if most <= DROP * in_play_KG.shape[1]:
-            # Blocks that have less in play carry others along.
+            # A block with fewer in play keeps some others, so that all blocks have the same size.
             order_KA = in_play_KG.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
             in_play_KG, ids_KA = in_play_KG.gather(1, order_KA), ids_KA.gather(1, order_KA)
             at_KB = (order_KA.unsqueeze(2) * unit + torch.arange(unit, device=device)).flatten(1)
@@ -78,7 +78,7 @@ def _trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patt
             for i in range(unit):
                 at_K1 = unit_K1 * unit + i
                 column_KB = rows_SB.index_select(0, (starts_K1 * width + at_K1).squeeze(1))
-                # A few columns of zeros more: products of very few columns are slow.
+                # Never fewer than eight columns, if need be of zeros: products of very few are slow.
                 earlier_KRB = columns_KRB[:, : max(removed, 8)]
                 factors_KR1 = earlier_KRB.gather(2, at_K1.unsqueeze(1).expand(-1, earlier_KRB.shape[1], 1))
                 column_KB -= torch.bmm(factors_KR1.mT, earlier_KRB).squeeze(1)
@@ -89,7 +89,7 @@ def _trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patt
                 column_KAu = column_KB.unflatten(1, (-1, unit))
                 diagonal_KAuu.addcmul_(column_KAu.unsqueeze(3), column_KAu.unsqueeze(2), value=-1)
                 removed += 1
-            # What went has neither weight nor diagonal left: 0 / 0.
+            # A unit that went has no weight and no diagonal left; its cost would be 0 / 0.
             diagonal_KAuu.scatter_(1, unit_K1[:, :, None, None].expand(-1, 1, unit, unit), identity_K1uu)
             barred_KA.scatter_(1, unit_K1, float("inf"))
             cost_K1 = torch.maximum(cost_K1.float(), torch.nextafter(running_K1, endless))
@@ -105,7 +105,7 @@ def _trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patt
 
 
 def _submatrices(matrices_KBB: Tensor, at_KA: Tensor) -> Tensor:
-    """Rows and columns ``at_KA`` of each matrix: shape (k, a, a)."""
+    """Return rows and columns ``at_KA`` of each matrix: shape (k, a, a)."""
     blocks, size, _ = matrices_KBB.shape
     starts_K1 = size * torch.arange(blocks, device=at_KA.device).unsqueeze(1)
     rows_KAB = matrices_KBB.view(-1, size).index_select(0, (starts_K1 + at_KA).flatten()).unflatten(0, at_KA.shape)
@@ -113,7 +113,7 @@ def _submatrices(matrices_KBB: Tensor, at_KA: Tensor) -> Tensor:
 
 
 def diagonal_units(matrices_KBB: Tensor, unit: int) -> Tensor:
-    """Diagonal (unit, unit) blocks, copied: shape (k, g, unit, unit)."""
+    """Return a copy of the diagonal (unit, unit) blocks: shape (k, g, unit, unit)."""
     return torch.stack(
         [matrices_KBB[:, i::unit, j::unit].diagonal(dim1=1, dim2=2) for i in range(unit) for j in range(unit)],
         dim=2,
@@ -121,7 +121,7 @@ def diagonal_units(matrices_KBB: Tensor, unit: int) -> Tensor:
 
 
 def unit_costs(diagonal_KGuu: Tensor, weights_KGu: Tensor) -> Tensor:
-    r""":math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q` of each unit, by elimination within it: shape (k, g)."""
+    r"""Return :math:`\tfrac12 w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q` of each unit, by elimination within it: (k, g)."""
     unit = weights_KGu.shape[2]
     if unit == 1:
         return weights_KGu.squeeze(2).square() / (2 * diagonal_KGuu[:, :, 0, 0])
@@ -137,7 +137,7 @@ def unit_costs(diagonal_KGuu: Tensor, weights_KGu: Tensor) -> Tensor:
 
 
 def kept_units(keep_D: Tensor, pattern: Pattern) -> Tensor:
-    """Whether a unit is kept, (units,): all of its weights are, or none."""
+    """Return whether each unit is kept, (units,): all of its weights are, or none."""
     return keep_D.view(-1, pattern.unit).any(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Gradients for the Fisher of a model, from the window that its optimizer holds anyway."""
+"""Gradients for the Fisher of a model, from the window of its optimizer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["WindowGradients"]
 
 
 class WindowGradients:
-    """The newest gradients in the window of an `MFAC`: no backward pass is needed.
+    """The newest gradients in the window of an `MFAC`, which need no backward pass.
 
-    They are those of training: of batches, averaged over accumulation and ranks, clipped, with coupled weight decay,
-    and taken at the weights of the last steps.
+    They are the gradients of training: of batches, averaged over accumulation and ranks, clipped, with coupled weight
+    decay, and taken at the weights of the last steps.
 
     Args:
-        optimizer: whose window, also as accelerate wraps it.
-        losses: source of the loss on held-out examples; None where it is not asked for.
+        optimizer: the optimizer, bare or as accelerate wraps it.
+        losses: source of the loss on held-out examples; None where nobody asks for it.
 
     Raises:
-        ValueError: the optimizer is no `MFAC`, or one whose window is spread over ranks.
+        ValueError: the optimizer is no `MFAC`, or its window is spread over ranks.
     """
 
     def __init__(self, optimizer: Any, losses: GradientSource | None) -> None:
@@ -43,11 +43,11 @@ class WindowGradients:
         self.process_group: dist.ProcessGroup | None = None
 
     def check(self, num_grads: int) -> None:
-        """Raise ValueError unless the window holds so many gradients."""
+        """Raise ValueError unless the window holds ``num_grads`` gradients."""
         self._check(num_grads, round(self.optimizer.window_stats()["window_fill"] * self._size))
 
     def check_at_step(self, num_grads: int, step: int) -> None:
-        """Raise ValueError unless the window can hold so many gradients when training gets to this step."""
+        """Raise ValueError unless the window can hold ``num_grads`` gradients when training gets to this step."""
         self._check(num_grads, min(step, self._size))
 
     @property
@@ -67,12 +67,12 @@ class WindowGradients:
         """Hand the newest ``num_grads`` gradients of each parameter to ``consume(name, rows)``, n x numel, float32.
 
         Raises:
-            ValueError: the window holds fewer, or none of a parameter (which is frozen, or not the optimizer's).
+            ValueError: the window holds fewer, or none of a parameter (it is frozen, or not in the optimizer).
         """
         self.check(num_grads)
         for name, parameter in parameters.items():
             consume(name, self.optimizer.stored_gradients(parameter)[-num_grads:].to(parameter.device).float())
 
     def loss(self, model: nn.Module) -> float | None:
-        """Loss on held-out examples; None where there are none."""
+        """Return the loss on held-out examples; None where there are none."""
         return None if self.losses is None else self.losses.loss(model)
