@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.masks import MaskSet
 
 __all__ = [
     "Method",
+    "PruningKeywords",
     "PruningOptions",
     "PruningReport",
     "Scope",
@@ -111,6 +112,25 @@ class PruningOptions:
                 )
         if isinstance(self.damping, str):
             raise ValueError("damping is 'auto'; without blocks (block_size None) it has to be a number")
+
+
+class PruningKeywords(TypedDict, total=False):
+    """The fields of `PruningOptions` as keyword arguments, for functions that pass them on."""
+
+    method: Method
+    num_grads: int
+    grad_batch_size: int
+    block_size: int | None
+    damping: float | Literal["auto"]
+    recomputations: int
+    selection: Selection
+    update: Update
+    pattern: str
+    scope: Scope
+    loss_samples: int
+    seed: int
+    pages: int
+    memory_budget: int | None
 
 
 @dataclass

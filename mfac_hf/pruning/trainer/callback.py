@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,7 +17,7 @@ from mfac_hf.hub.trainer_card import attach_card
 from mfac_hf.pruning.engine import check_targets, prune_to
 from mfac_hf.pruning.gradients import GradientSource
 from mfac_hf.pruning.masks import MaskSet, shortened
-from mfac_hf.pruning.options import PruningOptions, PruningReport
+from mfac_hf.pruning.options import PruningKeywords, PruningOptions, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
 from mfac_hf.pruning.trainer.checkpoint import Progress, checkpoint_folder, read_checkpoint, write_checkpoint
@@ -33,6 +33,9 @@ from mfac_hf.pruning.trainer.support import (
     without_fp16,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["MFACPruningCallback"]
 
 logger = logging.getLogger(__name__)
@@ -42,38 +45,37 @@ class MFACPruningCallback(TrainerCallback):
     """Prune a model step by step while Trainer trains it.
 
     ``trainer.add_callback(MFACPruningCallback(SparsitySchedule.cubic(final=0.9, start=100, end=900, every=100)))`` is
-    all that a script needs. At the beginning of a step that the schedule names, when all gradients are clear, weights
-    are chosen and removed, and the others make up for them (`mfac_hf.pruning.engine`). From then on pruned weights
-    have no gradient and the optimizer has no memory of them; whatever it does, they are exactly zero after its step,
-    and so in each evaluation and checkpoint. With `MFAC` the window shrinks along.
+    all that a script needs. At the beginning of a step that the schedule names, when no gradient has accumulated,
+    weights are selected and removed, and the others make up for them (`mfac_hf.pruning.engine`). From then on pruned
+    weights have no gradient, and the optimizer has no memory of them. Whatever the optimizer does, they are exactly
+    zero after its step, and so in each evaluation and checkpoint. The window of `MFAC` shrinks with the model.
 
-    Whenever the sparsity rises, Trainer's record of the best model is cleared: ``load_best_model_at_end`` then means
-    the best model of the final sparsity. Each checkpoint gets the masks and ``pruning.json``; a run that was killed,
-    also in a pruning step, goes on from there to the same bits.
+    Whenever the sparsity rises, Trainer's record of the best model is cleared, so that ``load_best_model_at_end``
+    loads the best model of the final sparsity. Each checkpoint gets the masks and ``pruning.json``. A run that was
+    killed, even in the middle of a pruning, goes on from its last checkpoint to the same bits.
 
     Args:
         schedule: when to prune, and to which sparsity of the targets.
-        targets: regular expressions for parameter names; None for the linear layers of the encoder.
-        loss_fn: ``loss_fn(model, inputs)`` for the gradients of the pruner; None takes the loss that the model
-            returns.
-        gradients: ``"data"`` takes the pruner's gradients from the training data; ``"optimizer"`` takes those that the
+        targets: regular expressions of parameter names; default: `mfac_hf.pruning.find_targets`.
+        loss_fn: ``loss_fn(model, inputs)`` for the gradients of the pruner; default: the loss that the model returns.
+        gradients: ``"data"`` takes the pruner's gradients from the training data, ``"optimizer"`` takes those that the
             window of `MFAC` holds, at no cost.
-        evaluate: log the loss over Trainer's evaluation data before and after each pruning.
+        evaluate: whether to log the loss over Trainer's evaluation data before and after each pruning.
         lr_cycle: c in (0, 1): from one pruning to the next, and from the last to the end, the learning rate of
-            Trainer's schedule is multiplied by a factor that falls from 1 to c. None leaves it alone.
+            Trainer's schedule is multiplied by a factor that falls from 1 to c. None leaves it as it is.
         distillation: dense teacher whose outputs the pruned model learns.
         resume_from: checkpoint that training resumes from, where it does not lie in the output directory.
-        **options: fields of `PruningOptions`: method, num_grads, block_size, damping, recomputations, pattern, scope
-            and more.
+        **options: fields of `PruningOptions`, such as method, num_grads, block_size, damping, recomputations, pattern
+            and scope.
 
     Attributes:
         masks: `MaskSet` of the targets; None before training.
-        reports: a `PruningReport` for each pruning.
+        reports: a `PruningReport` of each pruning.
         sparsity: share of the targets' weights that is pruned.
 
     Raises:
-        TypeError: for an option that does not exist.
-        ValueError: for one out of range.
+        TypeError: an option that does not exist.
+        ValueError: an option out of range.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class MFACPruningCallback(TrainerCallback):
         lr_cycle: float | None = None,
         distillation: Distillation | None = None,
         resume_from: str | os.PathLike[str] | None = None,
-        **options: Any,
+        **options: Unpack[PruningKeywords],
     ) -> None:
         if not isinstance(schedule, SparsitySchedule):
             raise TypeError(f"schedule is a {type(schedule).__name__}; expected a SparsitySchedule")
@@ -104,7 +106,7 @@ class MFACPruningCallback(TrainerCallback):
         self.options = PruningOptions(**options)
         self.masks: MaskSet | None = None
         self.reports: list[PruningReport] = []
-        self._steps = schedule  # the same, in steps
+        self._steps = schedule  # the same by steps, once training has begun
         self._reached = 0.0  # the last sparsity of the schedule that was reached
         self._pending_log: dict[str, float] = {}  # of the last pruning, for the next log
 
@@ -116,8 +118,8 @@ class MFACPruningCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> MFACPruningCallback:
         """Add this callback in front of the reporters of ``trainer``, so that TensorBoard and others see its logs.
 
-        With ``trainer.add_callback`` it comes last: its logs are then in ``state.log_history`` alone. A trainer that
-        pushes to the Hub gets our card as well (`mfac_hf.attach_card`).
+        With ``trainer.add_callback`` it comes last, and its logs are in ``state.log_history`` alone. A trainer that
+        pushes to the Hub gets our card too (`mfac_hf.attach_card`).
         """
         trainer.callback_handler.callbacks.insert(0, self)
         attach_card(trainer)
@@ -126,10 +128,10 @@ class MFACPruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the targets, or where an interrupted run stopped; refuse what cannot work before anything changes."""
+        """Begin a run or go on with an interrupted one; refuse what cannot work before the model changes."""
         model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
         if self.masks is not None:
-            self.masks.detach()  # an error ended the training before
+            self.masks.detach()  # an error ended an earlier training
         refuse_unsupported(args, state, model)
         if self.evaluate and kwargs["eval_dataloader"] is None and not args.eval_on_start:
             raise ValueError(
@@ -156,7 +158,7 @@ class MFACPruningCallback(TrainerCallback):
     def _load_or_begin(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module
     ) -> tuple[Path | None, MaskSet, Progress]:
-        """Checkpoint, masks and progress of the run that is resumed; of a new one no checkpoint and its beginning."""
+        """Return the checkpoint that is resumed (None in a new run), the masks and the progress."""
         targets = find_targets(model, self.targets)
         if not state.global_step:
             progress = Progress(dataclasses.asdict(self.schedule), target=0.0, teacher=None, reports=[])
@@ -172,10 +174,10 @@ class MFACPruningCallback(TrainerCallback):
         self.distillation.begin(model)
         if folder is not None and self.distillation.given is None and progress.reports:
             self.distillation.load(folder.parent, model, progress.teacher)
-            self._save_teacher(args)  # for the next resume, should the output directory be another
+            self._save_teacher(args)  # for the next resume: this output directory may be another one
 
     def _source(self, args: TrainingArguments, optimizer: Any, dataloader: DataLoader) -> GradientSource | None:
-        """Where gradients come from; a new one for each pruning, which then depends on nothing that came before."""
+        """Make a new source of gradients for each pruning, so that it does not depend on earlier ones."""
         return gradient_source(self.options, self.gradients, optimizer, dataloader, self.loss_fn, all_ranks(args))
 
     def on_step_begin(
@@ -195,7 +197,7 @@ class MFACPruningCallback(TrainerCallback):
             self._save_teacher(args)
         with without_fp16(model, args):
             self._prune(sparsity, args, state, model, optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"])
-        # What was best so far had more weights.
+        # The best model so far has more weights.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         logger.info("step %d: pruned to a sparsity of %.4f", state.global_step, self.sparsity)
 
@@ -213,7 +215,7 @@ class MFACPruningCallback(TrainerCallback):
         losses = {}
         if self.evaluate:
             losses["pruning/loss_before"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
-        # Other examples each time, and the same ones after a resume.
+        # Each pruning draws other examples, and the same ones after a resume.
         options = dataclasses.replace(self.options, seed=self.options.seed + state.global_step)
         report = prune_to(
             model,
@@ -240,14 +242,14 @@ class MFACPruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the factor of the cycle on the learning rates, for this step alone."""
+        """Scale the learning rates by the factor of the cycle, for this step alone."""
         if self.lr_cycle is not None:
             self.lr_cycle.scale(kwargs["optimizer"], state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set pruned weights back to zero, and the learning rates to what the scheduler made them."""
+        """Set pruned weights back to zero, and the learning rates back to those of the scheduler."""
         assert self.masks is not None
         self.masks.apply(kwargs["model"])
         if self.lr_cycle is not None:
@@ -256,7 +258,7 @@ class MFACPruningCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Have the step of a pruning logged."""
+        """Let Trainer log the step of a pruning."""
         if self._pending_log and args.logging_strategy != "no":
             control.should_log = True
         return control
@@ -270,7 +272,7 @@ class MFACPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the sparsity to each training log, and after a pruning that of each tensor."""
-        if logs is None or "loss" not in logs:  # evaluations return their log as their metrics
+        if logs is None or "loss" not in logs:  # an evaluation returns its log as its metrics
             return
         values = {"pruning/sparsity": self.sparsity, **self._pending_log}
         if self.lr_cycle is not None:
@@ -280,7 +282,7 @@ class MFACPruningCallback(TrainerCallback):
         state.log_history[-1].update(values)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put masks and progress into the checkpoint."""
+        """Write masks and progress into the checkpoint."""
         assert self.masks is not None
         if not args.should_save:
             return
@@ -295,7 +297,7 @@ class MFACPruningCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the model which training ends with has the sparsity that was reached."""
+        """Check that the model at the end of training has the sparsity that was reached."""
         assert self.masks is not None
         self.masks.detach()
         if self.distillation is not None:

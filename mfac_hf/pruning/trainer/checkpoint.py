@@ -1,4 +1,4 @@
-"""What a pruning run needs to go on after an interruption: masks and a small JSON file in Trainer's checkpoints."""
+"""State of a pruning run in Trainer's checkpoints: masks and a small JSON file, from which it resumes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Progress:
     """How far a pruning run has come.
 
     Attributes:
-        schedule: the schedule's fields.
+        schedule: the fields of the schedule.
         target: the last sparsity of the schedule that was reached; 0 before the first.
-        teacher: fingerprint of the teacher of a distillation; None without one.
-        reports: of the pruning steps so far, as dictionaries.
+        teacher: fingerprint of the teacher that was taken; None without one.
+        reports: the report of each pruning so far, as a dictionary.
         weights: fingerprint of the weights under masks.
     """
 
@@ -43,7 +43,7 @@ class Progress:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of tensors, in their order: two that are equal to the bit have the same."""
+    """Return the SHA-256 of the bytes of tensors, in their order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -51,7 +51,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where Trainer saves at this step."""
+    """Return the folder that Trainer saves in at this step."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
@@ -74,15 +74,24 @@ def read_checkpoint(
 ) -> tuple[Path, MaskSet, Progress]:
     """Find the checkpoint from which Trainer has just loaded the model, and read what :func:`write_checkpoint` added.
 
-    Trainer tells its callbacks no path. It is ``given``, or else the directory in ``args.resume_from_checkpoint``, or
-    ``checkpoint-<step>`` in the output directory; the fingerprint of the weights shows whether it is the right one.
+    Trainer does not tell callbacks where it loaded from. The folder is ``given``, or else the directory in
+    ``args.resume_from_checkpoint``, or ``checkpoint-<step>`` in the output directory; the fingerprint of the weights
+    shows whether it is the right one.
+
+    Args:
+        args: arguments of the training.
+        state: state of the training.
+        model: the model that Trainer has loaded.
+        schedule: schedule of this run, which has to be that of the checkpoint.
+        targets: names of the targets of this run, which have to be those of the checkpoint.
+        given: the folder, if the user named it.
 
     Returns:
         The folder, the masks (on the devices of their parameters) and the progress.
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no pruning state.
-        ValueError: model, masks, schedule and the names of the targets do not belong together.
+        ValueError: model, masks, schedule and targets do not belong together.
     """
     named = args.resume_from_checkpoint
     folder = given or (Path(named) if named and Path(named).is_dir() else checkpoint_folder(args, state))

@@ -4,10 +4,10 @@ In training mode the loss that the model returns becomes
 
 .. math:: (1 - h)\, L + h\, T^2\, \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big)
 
-with the hardness h, the temperature T and the logits of teacher and student (Hinton, Vinyals and Dean, 2015). Heads
-with several logits, such as the start and the end of an answer, take the mean of their terms; regression takes the
-mean squared difference of the outputs instead. In evaluation mode the loss stays the task's own: evaluations, and the
-Fisher matrix of the pruner, do not see the teacher.
+with the hardness h, the temperature T, and the logits :math:`z_t` of the teacher and :math:`z_s` of the student
+(Hinton, Vinyals and Dean, 2015). Heads with several logits, such as the start and the end of an answer, take the mean
+of their terms. Regression takes the mean squared difference of the outputs. In evaluation mode the loss stays the
+task's own, so that neither evaluations nor the Fisher matrix of the pruner see the teacher.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Distillation:
 
     Args:
         hardness: share h of the teacher in the loss, in (0, 1]; 1 leaves the labels out.
-        temperature: T > 0, softens both distributions; plays no part in regression.
+        temperature: T > 0, which softens both distributions; it plays no part in regression.
         teacher: a model that takes the student's inputs and returns logits of the same names and shapes, or a
-            directory to load one of the student's class from; it is frozen. None: a copy of the student, taken just
+            directory to load one of the student's class from; it is frozen. None takes a copy of the student just
             before its first weight is pruned; until then the loss stays the task's own.
 
     Raises:
-        ValueError: for a hardness or temperature out of range.
+        ValueError: a hardness or temperature out of range.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Distillation:
         self.temperature = temperature
         self.given = teacher
         self.teacher: nn.Module | None = None
-        self.mark: str | None = None  # fingerprint of a teacher that was taken
+        self.mark: str | None = None  # fingerprint of a teacher that is a copy
         self._handle: Any = None
 
     def begin(self, model: nn.Module) -> None:
@@ -85,11 +85,11 @@ class Distillation:
                 raise FileNotFoundError(f"no directory {self.given} to load a teacher from; save_pretrained makes one")
             teacher = from_pretrained(self.given)
         if teacher is model:
-            raise ValueError("the teacher is the model in training itself; pass a copy, or none to have one taken")
+            raise ValueError("the teacher is the model in training itself; pass a copy, or None to have one taken")
         self._attach(model, teacher)
 
     def take(self, model: nn.Module) -> None:
-        """Make a copy of the model, as it is now, the teacher."""
+        """Take a copy of the model, as it is now, for the teacher."""
         self.end()
         teacher = _copy(model)
         self.mark = fingerprint(teacher.parameters())
@@ -107,13 +107,13 @@ class Distillation:
         """Bring back a teacher that :meth:`save` wrote.
 
         Args:
-            directory: where it lies.
+            directory: the directory that it lies in.
             model: the student, whose structure the teacher has.
-            expected: its ``mark``; None if the run so far had no teacher.
+            expected: the teacher's ``mark``; None if the run so far had no teacher.
 
         Raises:
-            FileNotFoundError: there is no teacher.
-            ValueError: it is another one, or there never was one.
+            FileNotFoundError: there is no teacher in the directory.
+            ValueError: it is another teacher, or the run so far had none.
         """
         if expected is None:
             raise ValueError(
@@ -139,40 +139,21 @@ class Distillation:
         self._handle = model.register_forward_hook(self._distil, with_kwargs=True)
 
     def end(self) -> None:
-        """Give the model its own loss back; the teacher stays."""
+        """Give the model back its own loss; the teacher stays."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def _distil(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Replace the loss in the model's output, in training mode."""
         if not model.training:
             return None
         assert self.teacher is not None
-        if not isinstance(output, MutableMapping) or output.get("loss") is None:
-            returned = list(output) if isinstance(output, MutableMapping) else type(output).__name__
-            raise ValueError(
-                f"distillation changes the loss that the model returns, but this one returned {returned}. Let it "
-                "return a dictionary with 'loss' and logits: pass labels, and use neither label smoothing nor "
-                "compute_loss_func"
-            )
-        heads = [name for name in output if name.endswith("logits") and isinstance(output[name], Tensor)]
-        if not heads:
-            raise ValueError(f"distillation needs logits, but the model returned {list(output)}")
+        heads = _heads(output)
         with torch.no_grad():
             wanted = self.teacher(*args, **kwargs)
-        for name in heads:
-            if name not in wanted or wanted[name].shape != output[name].shape:
-                found = tuple(wanted[name].shape) if name in wanted else "none"
-                raise ValueError(
-                    f"{name} has shape {tuple(output[name].shape)} in the student and {found} in the teacher; "
-                    "the teacher needs the same head and tokens"
-                )
-        labels = kwargs.get("labels")
-        config = getattr(model, "config", None)
-        problem = getattr(config, "problem_type", None)
-        if problem == "multi_label_classification":
-            raise ValueError("distillation is not defined here for multi_label_classification; leave it out")
-        regression = problem == "regression" or getattr(config, "num_labels", None) == 1
+        _check_shapes(heads, output, wanted)
+        labels, regression = kwargs.get("labels"), _is_regression(model)
         terms = [
             distillation_loss(
                 output[name],
@@ -184,13 +165,48 @@ class Distillation:
             for name in heads
         ]
         loss = output["loss"]
-        term = torch.stack(terms).mean() * _scale(loss, output[heads[0]], labels, kwargs.get("num_items_in_batch"))
+        factor = _normalisation(loss, output[heads[0]], labels, kwargs.get("num_items_in_batch"))
+        term = torch.stack(terms).mean() * factor
         output["loss"] = (1 - self.hardness) * loss + self.hardness * term.to(loss.dtype)
         return output
 
 
+def _heads(output: Any) -> list[str]:
+    """Return the names of the logits in a model's output; ValueError where it has no loss or no logits."""
+    if not isinstance(output, MutableMapping) or output.get("loss") is None:
+        returned = list(output) if isinstance(output, MutableMapping) else type(output).__name__
+        raise ValueError(
+            f"distillation changes the loss that the model returns, but this one returned {returned}. Let it return a "
+            "dictionary with 'loss' and logits: pass labels, and use neither label smoothing nor compute_loss_func"
+        )
+    heads = [name for name in output if name.endswith("logits") and isinstance(output[name], Tensor)]
+    if not heads:
+        raise ValueError(f"distillation needs logits, but the model returned {list(output)}")
+    return heads
+
+
+def _check_shapes(heads: list[str], student: Any, teacher: Any) -> None:
+    """Raise ValueError unless the teacher's output has the student's logits."""
+    for name in heads:
+        if name not in teacher or teacher[name].shape != student[name].shape:
+            found = tuple(teacher[name].shape) if name in teacher else "none"
+            raise ValueError(
+                f"{name} has shape {tuple(student[name].shape)} in the student and {found} in the teacher; "
+                "the teacher needs the same head and tokens"
+            )
+
+
+def _is_regression(model: nn.Module) -> bool:
+    """Return whether the model's task is regression; ValueError for multi-label classification."""
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        raise ValueError("distillation is not defined here for multi_label_classification; leave it out")
+    return problem == "regression" or getattr(config, "num_labels", None) == 1
+
+
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy that computes with its own weights, and under the same mixed precision."""
+    """Return a copy that computes with its own weights, under the same mixed precision."""
     teacher = copy.deepcopy(model)
     wrapped = vars(teacher).get("forward")  # accelerate binds a method; a plain function would call the student
     if wrapped is not None and getattr(wrapped, "__self__", None) is not teacher:
@@ -204,7 +220,9 @@ def _copy(model: nn.Module) -> nn.Module:
 def distillation_loss(
     student: Tensor, teacher: Tensor, *, temperature: float, regression: bool = False, counted: Tensor | None = None
 ) -> Tensor:
-    r"""Mean over rows of :math:`T^2\,\mathrm{KL}(\mathrm{softmax}(z_t/T)\,\|\,\mathrm{softmax}(z_s/T))`, in float32.
+    r"""Return the mean of :math:`T^2\,\mathrm{KL}(\mathrm{softmax}(z_t/T)\,\|\,\mathrm{softmax}(z_s/T))` over rows.
+
+    It is computed in float32.
 
     Args:
         student: logits (..., classes), with a gradient.
@@ -228,22 +246,24 @@ def distillation_loss(
 
 
 def _counted(logits: Tensor, labels: Any) -> Tensor | None:
-    """The rows of token or sequence logits that have a label."""
+    """Return which rows of token or sequence logits have a label; None where the labels are of another kind."""
     if not isinstance(labels, Tensor) or labels.shape != logits.shape[:-1] or labels.is_floating_point():
         return None
     return labels != _IGNORED_LABEL
 
 
-def _scale(loss: Tensor, logits: Tensor, labels: Any, num_items: Any) -> Any:
-    """What turns a mean over this batch into the model's own normalisation.
+def _normalisation(loss: Tensor, logits: Tensor, labels: Any, num_items: Any) -> Any:
+    """Return the factor from a mean over this batch to the model's own normalisation.
 
-    When gradients accumulate, Trainer tells the model how many labels there are in all batches of the step. Some
-    models divide their summed loss by it, others (BERT's classifier) take a mean all the same; only the value shows
-    which.
+    When gradients accumulate, Trainer tells the model how many labels all batches of the step have. Some models divide
+    their summed loss by that number, others (BERT's classifier) take the mean of the batch; only the value of the loss
+    shows which.
     """
     counted = _counted(logits, labels)
     if num_items is None or counted is None:
         return 1.0
-    mean = functional.cross_entropy(logits.detach().float().flatten(0, -2), labels.flatten(), ignore_index=-100)
+    mean = functional.cross_entropy(
+        logits.detach().float().flatten(0, -2), labels.flatten(), ignore_index=_IGNORED_LABEL
+    )
     share = counted.sum() / num_items
     return torch.where((loss.detach() - mean).abs() <= (loss.detach() - share * mean).abs(), 1.0, share)

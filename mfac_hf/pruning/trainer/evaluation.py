@@ -1,4 +1,4 @@
-"""The loss of a model over a data loader, in the middle of its training."""
+"""Loss of a model over a data loader, in the middle of its training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def mean_loss(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> float:
-    """Mean loss over the examples of a data loader, in evaluation mode; model and random states are left as they were.
+    """Return the mean loss over the examples of a data loader, in evaluation mode; model and random states stay.
 
     Args:
         model: the model.
-        dataloader: batches; its last may be smaller.
-        loss_fn: ``loss_fn(model, batch)``, a mean over examples; default ``model(**batch).loss``.
-        process_group: ranks that have a share of the examples each; the mean is that of all.
+        dataloader: loader of batches, of which the last may be smaller.
+        loss_fn: ``loss_fn(model, batch)`` returns a mean over examples; default ``model(**batch).loss``.
+        process_group: ranks that have a share of the examples each; the mean is over all examples.
     """
     device = next(model.parameters()).device
     totals = torch.zeros(2, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""A learning rate that starts anew with each pruning, on top of any scheduler."""
+"""Cycles of the learning rate that start anew with each pruning, on top of any scheduler."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["LearningRateCycle"]
 
 
 class LearningRateCycle:
-    r"""Multiplies the learning rates by a factor that falls linearly between prunings.
+    r"""A factor for the learning rates that falls linearly from one pruning to the next.
 
     With prunings at steps :math:`t_1 < t_2 < \dots` and the end of training as the last :math:`t`, the factor of step
     :math:`t` in :math:`[t_i, t_{i+1})` is :math:`1 - (1 - c)(t - t_i)/(t_{i+1} - t_i)`; before :math:`t_1` it is 1.
 
-    The factor is on the optimizer's groups only while it steps: schedulers, some of which compute the next rate from
-    the one they find, never see it.
+    The optimizer's groups have scaled rates only while it steps. Schedulers, some of which compute the next rate from
+    the present one, never see them.
 
     Args:
-        lowest: c in (0, 1), where each cycle ends.
+        lowest: c in (0, 1), at which each cycle ends.
 
     Raises:
         ValueError: c is out of range.
@@ -33,12 +33,12 @@ class LearningRateCycle:
         self._scheduled: list[Any] = []
 
     def begin(self, prunings: Sequence[int], max_steps: int) -> None:
-        """Take the steps at which there will be a pruning, and the number of steps of the training."""
+        """Set the steps at which there will be a pruning, and the number of steps of the training."""
         self._marks = [step for step in prunings if step < max_steps] + [max_steps]
         self._scheduled = []
 
     def factor(self, step: int) -> float:
-        """The factor of a step."""
+        """Return the factor of a step."""
         passed = bisect_right(self._marks, step)
         if not 0 < passed < len(self._marks):
             return 1.0
@@ -46,7 +46,7 @@ class LearningRateCycle:
         return 1 - (1 - self.lowest) * (step - begin) / (end - begin)
 
     def scale(self, optimizer: Any, step: int) -> None:
-        """Multiply the learning rates of the optimizer's groups."""
+        """Multiply the learning rates of the optimizer's groups by the factor of a step."""
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.factor(step)

@@ -1,4 +1,4 @@
-"""The pruner inside a Trainer: what is supported, where gradients come from, and the model without float16."""
+"""What the pruning callback asks of a Trainer: checks, schedule in steps, gradients, and the model without float16."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def all_ranks(args: TrainingArguments) -> dist.ProcessGroup | None:
-    """The processes of a distributed training; None for one process."""
+    """Return the processes of a distributed training; None for a single process."""
     return dist.group.WORLD if args.world_size > 1 else None
 
 
@@ -47,8 +47,8 @@ def refuse_unsupported(args: TrainingArguments, state: TrainerState, model: nn.M
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process for {args.n_gpu} GPUs (nn.DataParallel) is not supported; start one for each with torchrun, "
-            "or show it one with CUDA_VISIBLE_DEVICES"
+            f"one process for {args.n_gpu} GPUs (nn.DataParallel) is not supported; start a process for each with "
+            "torchrun, or show this one a single GPU with CUDA_VISIBLE_DEVICES"
         )
     if state.is_hyper_param_search and args.save_strategy != "no":
         raise ValueError(
@@ -59,7 +59,7 @@ def refuse_unsupported(args: TrainingArguments, state: TrainerState, model: nn.M
 def schedule_in_steps(
     schedule: SparsitySchedule, args: TrainingArguments, state: TrainerState, dataloader: DataLoader[Any]
 ) -> SparsitySchedule:
-    """The schedule by steps of a training; a warning where the training ends before it.
+    """Return the schedule by steps; warn where the training ends before it.
 
     Raises:
         ValueError: the schedule counts epochs, and the data have no length.
@@ -85,7 +85,7 @@ def gradient_source(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
     process_group: dist.ProcessGroup | None,
 ) -> GradientSource | None:
-    """Where gradients and held-out losses come from: the training data, the optimizer's window, or nowhere."""
+    """Make the source of gradients and held-out losses that the options ask for; None where they need neither."""
     data = None
     if (gradients == "data" and options.method == "mfac") or options.loss_samples:
         data = DataLoaderGradients(
@@ -105,10 +105,10 @@ def check_source(
     """Raise ValueError or MemoryError where there will be too few gradients or too little memory for their Fisher.
 
     Args:
-        source: of the gradients.
-        options: of the prunings.
+        source: of the gradients; None where none are needed.
+        options: options of the prunings.
         parameters: the targets, by name.
-        first_step: of training at which there will be a pruning.
+        first_step: the step of training at which the first pruning will be.
     """
     if source is None or options.method == "magnitude":
         return
@@ -121,7 +121,7 @@ def check_source(
 
 @contextlib.contextmanager
 def without_fp16(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
-    """The model as it was before accelerate made it compute in float16, in which gradients underflow unscaled."""
+    """Let the model compute as before accelerate made it use float16, in which unscaled gradients underflow."""
     wrapped = vars(model).get("forward")
     if not args.fp16 or wrapped is None:
         yield
