@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from mfac_hf.cli.errors import CommandError
-from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.options import Method, PruningOptions, Scope, Selection, Update
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.options import PruningReport
@@ -55,7 +55,7 @@ def _add_method(group: Any) -> None:
         default = getattr(PruningOptions(), flag.replace("-", "_"))
         group.add_argument(f"--{flag}", **{"default": default, **settings}, help=f"{text} (default: %(default)s)")
 
-    add("method", "inverse Fisher, or magnitude as the baseline", choices=("mfac", "magnitude"))
+    add("method", "inverse Fisher, or magnitude as the baseline", choices=get_args(Method))
     group.add_argument(
         "--targets", nargs="+", metavar="REGEX", help="parameters to prune (default: linear layers of the encoder)"
     )
@@ -65,10 +65,10 @@ def _add_method(group: Any) -> None:
     add("block-size", "weights in a block of the Fisher", type=int)
     # Not the library's number: it has to scale with the gradients, which a user of the command never sees.
     add("damping", "added to the Fisher's diagonal; auto tries several on held-out training examples", default="auto")
-    add("selection", "how weights are chosen; diagonal is the paper's way", choices=("greedy", "diagonal"))
-    add("update", "how the other weights make up for them; sum is the paper's way", choices=("joint", "sum"))
+    add("selection", "how weights are chosen; diagonal is the paper's way", choices=get_args(Selection))
+    add("update", "how the other weights make up for them; sum is the paper's way", choices=get_args(Update))
     add("pattern", "unstructured, 2:4 (any N:M), block4 (any length)")
-    add("scope", "rank the weights of all targets together, or prune each alike", choices=("global", "uniform"))
+    add("scope", "rank the weights of all targets together, or prune each alike", choices=get_args(Scope))
     add("seed", "seed that chooses the examples", type=int)
 
 
