@@ -101,7 +101,8 @@ def _collect(parameters: Mapping[str, nn.Parameter], at: Mapping[str, Tensor], g
     if needed > free:
         raise MemoryError(
             f"{num_grads} gradients of {dim:,} weights take {needed / GIB:.1f} GiB of host memory, and "
-            f"{free / GIB:.1f} are free. Ways out: fewer num_grads, fewer targets, or blocks (block_size=128)"
+            f"{free / GIB:.1f} are free. Ways out: fewer num_grads, fewer targets, or blocks "
+            f"(block_size={PruningOptions.block_size})"
         )
     grads_MD = torch.empty(num_grads, dim)
     places, start = {}, 0

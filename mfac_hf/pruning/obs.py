@@ -20,11 +20,14 @@ joint cost of a group is also in Kurtic et al., "The Optimal BERT Surgeon", EMNL
 Shape suffixes: D weights of a tensor, U units of a tensor, K blocks, B block size, G units of a block.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from mfac_hf.fisher.blocked import BlockedFisher, inverse_blocks, solve_blocks
 from mfac_hf.fisher.full import FullFisher
+from mfac_hf.pruning.options import Scope
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.trace import diagonal_units, kept_units, trace_blocks, unit_costs
 
@@ -38,7 +41,7 @@ __all__ = [
     "summed_update",
 ]
 
-SCOPES = ("global", "uniform")
+SCOPES = get_args(Scope)
 
 # Bytes of inverse matrices that the trace works on at once: they should fit into a shared cache.
 TRACE_BYTES = 1 << 24
@@ -106,7 +109,7 @@ def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, patte
 
 
 def select(
-    costs: dict[str, Tensor], keep: dict[str, Tensor], sparsity: float, *, pattern: Pattern, scope: str = "global"
+    costs: dict[str, Tensor], keep: dict[str, Tensor], sparsity: float, *, pattern: Pattern, scope: Scope = "global"
 ) -> dict[str, Tensor]:
     """Return masks at a sparsity: the cheapest units go, besides those that are pruned already.
 

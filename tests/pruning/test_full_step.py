@@ -85,22 +85,6 @@ def test_several_steps_reach_the_sparsity_and_keep_what_was_pruned():
     assert not any(bool((masks[name] & ~before[name]).any()) for name in masks) and not masks.nonzeros(model)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"selection": "greedy"}, "selection is 'greedy'; without blocks .* only 'diagonal'"),
-        ({"pattern": "2:4"}, "pattern is '2:4'"),
-        ({"scope": "uniform"}, "scope is 'uniform'"),
-        ({"damping": "auto"}, "damping is 'auto'; without blocks"),
-        ({"pages": 0}, "pages is 0"),
-        ({"block_size": 0}, "block_size is 0; expected an integer of at least 1, or None"),
-    ],
-)
-def test_what_the_full_fisher_does_not_offer_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(OPTIONS, **options)
-
-
 def test_gradients_that_do_not_fit_are_refused(monkeypatch):
     model, source, masks = problem()
     monkeypatch.setattr("mfac_hf.pruning.full_step.available_bytes", lambda device: 1000)

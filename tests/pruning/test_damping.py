@@ -1,0 +1,77 @@
+"""Automatic damping: the lowest held-out loss decides, and later sub-steps follow their gradients."""
+
+import pytest
+import torch
+
+from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
+from mfac_hf.pruning.damping import Dampings, best_proposal
+from mfac_hf.pruning.proposal import Proposal
+from tests.helpers.pruning_network import Spy, one_shot
+
+
+def test_automatic_damping_takes_the_lowest_held_out_loss(model, trained):
+    report = one_shot(model, 0.7, damping="auto", loss_samples=24, recomputations=1)
+    tried = {entry["damping"]: entry["loss"] for entry in report.steps[0]["damping_losses"]}
+    assert len(tried) == 5 == len(set(tried.values()))
+    assert report.steps[0]["damping"] == min(tried, key=tried.get)
+    assert report.loss_after == min(tried.values())  # the model is that of the choice, not of the last trial
+    for damping, loss in tried.items():
+        model.load_state_dict(trained)
+        fixed = one_shot(model, 0.7, damping=damping, loss_samples=24, recomputations=1)
+        assert fixed.loss_after == pytest.approx(loss, rel=1e-4)
+
+
+def test_later_substeps_keep_the_damping_relative_to_their_gradients(model):
+    masks, source = MaskSet.dense(model, find_targets(model)), Spy(loss_samples=24)
+    options = PruningOptions(num_grads=16, block_size=8, damping="auto", recomputations=3)
+    report = prune_to(model, masks, source, 0.9, options, progress=False)
+    relative = []
+    for step, (rows, weights_) in zip(report.steps, source.collections, strict=True):
+        kept = {name: (weights_[name] != 0).flatten() for name in masks}
+        squares = torch.cat([torch.cat(parts)[:, kept[name]].flatten() for name, parts in rows.items()]).square()
+        relative.append(step["damping"] / float(squares.mean()))
+    assert relative[0] == pytest.approx(min((1e-3, 1e-2, 1e-1, 1, 10), key=lambda value: abs(value - relative[0])))
+    assert relative == pytest.approx([relative[0]] * 3, rel=1e-4)
+    assert [len(step["damping_losses"]) for step in report.steps] == [5, 0, 0]
+    assert len({step["damping"] for step in report.steps}) == 3
+
+
+def proposal(damping, weights, level=0.5):
+    return Proposal(level, weights, {}, damping=damping, relative_damping=damping / 2)
+
+
+def test_dampings_are_absolute_or_follow_the_gradients():
+    fixed, auto = (Dampings.of_options(PruningOptions(damping=damping)) for damping in (1e-4, "auto"))
+    assert fixed.absolute(7.0) == [1e-4] and fixed.after(proposal(1e-4, {})) == fixed
+    assert auto.absolute(2.0) == [2e-3, 2e-2, 0.2, 2.0, 20.0]
+    assert auto.after(proposal(0.2, {})).absolute(30.0) == [3.0]
+    with pytest.raises(ValueError, match="all gradients are zero"):
+        auto.absolute(0.0)
+
+
+def test_the_proposal_is_judged_at_the_last_level_and_taken_at_the_first():
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    class Distance:
+        """A held-out loss: how far the weight is from 3; no number beyond 9."""
+
+        def loss(self, model):
+            return abs(float(model.weight.detach()) - 3) if float(model.weight.detach()) < 9 else float("nan")
+
+    model, values = Line(), {1e-3: 9.0, 1e-2: 5.0, 1e-1: 4.0, 1.0: float("inf"), 10.0: 8.0}
+    proposals = []
+    for damping, value in values.items():
+        # At the first level another damping would win.
+        proposals.append(proposal(damping, {"weight": torch.tensor([3.0 if damping == 10 else 0.0])}, level=0.3))
+        proposals.append(proposal(damping, {"weight": torch.tensor([value])}, level=0.6))
+    with torch.no_grad():
+        chosen, tried = best_proposal(model, dict(model.named_parameters()), proposals, Distance())
+        assert chosen is proposals[4]
+        assert [entry["loss"] for entry in tried] == [None, 2.0, 1.0, None, 5.0]
+        assert [entry["damping"] for entry in tried] == list(values)
+        alone = [proposal(1e-3, {"weight": torch.ones(1)})]
+        assert best_proposal(model, dict(model.named_parameters()), alone, None) == (alone[0], [])
+    assert float(model.weight.detach()) == 8.0, "a single damping is not tried"
