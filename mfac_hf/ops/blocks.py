@@ -1,8 +1,8 @@
-"""Batches of small symmetric positive definite matrices: their sums, inverses and solutions, as dispatcher operators.
+"""Sums, inverses and solutions of many small symmetric positive definite matrices, as dispatcher operators.
 
 PyTorch's batched float64 Cholesky calls LAPACK once for each matrix, which is slow where matrices have a few dozen
-rows, and its batched products know nothing of symmetry. As in `mfac_hf.ops`, Python owns the schemas and the PyTorch
-implementation, and a native library registers a kernel under the same name.
+rows, and its batched products know nothing of symmetry. So there are native kernels, and the PyTorch implementations
+below answer where none is registered (`mfac_hf.ops.registry`).
 
 Shape suffixes: K matrices, B their rows, N gradients, D parameters, P width of a panel.
 """
@@ -14,7 +14,8 @@ from mfac_hf.ops.registry import operators_for, register
 
 __all__ = ["add_gram", "spd_inverse", "spd_solve"]
 
-# The native kernels hold a matrix in a core's own cache, and PyTorch's threads and blocks within one pay beyond.
+# Rows of the largest matrices for the native kernels, which hold one in a core's own cache. Beyond, PyTorch is faster:
+# its threads share a matrix.
 NATIVE_ROWS = 512
 
 # Bytes of the float64 copy that PyTorch multiplies at once: it should stay in a core's own cache.
@@ -25,13 +26,13 @@ def add_gram(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) ->
     r"""Add a panel of :math:`G_b^\top G_b` for each block b, in float64.
 
     Args:
-        sums_KBP: takes columns ``start`` to ``start + P`` of the matrices, from row ``start`` on; float64, contiguous.
-        grads_ND: gradients as rows, of which :math:`G_b` has ``block_size`` consecutive columns; zeros beyond the end.
+        sums_KBP: columns ``start`` to ``start + P`` of the sums, from row ``start`` on; float64, contiguous.
+        grads_ND: gradients as rows. :math:`G_b` has ``block_size`` consecutive columns of them, zeros beyond the end.
         block_size: columns of a block.
         start: the first row and column of the panel.
 
     Raises:
-        RuntimeError: if shapes do not fit, or by a native kernel for another dtype or layout.
+        RuntimeError: shapes do not fit; from a native kernel also for another dtype or layout.
     """
     if block_size > NATIVE_ROWS:
         return _add_gram(sums_KBP, grads_ND, block_size, start)
@@ -39,7 +40,7 @@ def add_gram(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) ->
 
 
 def blocks_of(grads_ND: Tensor, block_size: int, first: int, last: int) -> Tensor:
-    """Columns of blocks ``first`` to ``last`` as float64 (k, n, b), contiguous, zeros beyond the end."""
+    """Copy the columns of blocks ``first`` to ``last`` to float64, shape (k, n, b), with zeros beyond the end."""
     columns_ND = grads_ND[:, first * block_size : last * block_size]
     missing = (last - first) * block_size - columns_ND.shape[1]
     if missing:
@@ -49,17 +50,17 @@ def blocks_of(grads_ND: Tensor, block_size: int, first: int, last: int) -> Tenso
 
 
 def spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of each matrix by its Cholesky factor.
+    """Invert each matrix by its Cholesky factor.
 
     Args:
         matrices_KBB: symmetric matrices, float64, contiguous.
 
     Returns:
-        The inverses (k, b, b), NaN where a matrix is not positive definite; and int32 (k,), 0 where it is, else the
-        number of the first leading minor that is not.
+        The inverses, shape (k, b, b), NaN where a matrix is not positive definite; and int32 numbers, shape (k,): 0
+        where it is, else the order of the first leading minor that is not.
 
     Raises:
-        RuntimeError: if the matrices are not square, or by a native kernel for another dtype or layout.
+        RuntimeError: the matrices are not square; from a native kernel also for another dtype or layout.
     """
     if matrices_KBB.shape[-1] > NATIVE_ROWS:
         return _spd_inverse(matrices_KBB)
@@ -67,17 +68,18 @@ def spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spd_solve(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]:
-    """Solution of each system with a positive definite matrix, by forward and back substitution.
+    """Solve a system with each matrix by its Cholesky factor.
 
     Args:
         matrices_KBB: symmetric matrices, float64, contiguous.
-        x_KB: one right-hand side for each, float64, contiguous.
+        x_KB: a right-hand side for each, float64, contiguous.
 
     Returns:
-        The solutions (k, b), NaN where a matrix is not positive definite; and int32 (k,) as from `spd_inverse`.
+        The solutions, shape (k, b), NaN where a matrix is not positive definite; and int32 numbers as `spd_inverse`
+        returns them.
 
     Raises:
-        RuntimeError: if shapes do not fit, or by a native kernel for another dtype or layout.
+        RuntimeError: shapes do not fit; from a native kernel also for another dtype or layout.
     """
     if matrices_KBB.shape[-1] > NATIVE_ROWS:
         return _spd_solve(matrices_KBB, x_KB)

@@ -1,15 +1,15 @@
-"""Builds the native kernels of `mfac_hf/csrc` just in time, for the device that is used.
+"""Build the native kernels of `mfac_hf/csrc` just in time, for the kind of device that is used.
 
-Nothing is compiled at import or at installation. The first window on a kind of device asks for its kernels; until they
-are built (once, some ten seconds), or where they cannot be, the PyTorch implementation in `mfac_hf.ops` answers, with
-the same results up to rounding. The environment variable ``MFAC_NATIVE`` chooses:
+Nothing is compiled at import or at installation. The first operation on a kind of device has its kernels built, once,
+in some ten seconds. Where they cannot be built, the PyTorch implementations in `mfac_hf.ops` answer, with the same
+results up to rounding. The environment variable ``MFAC_NATIVE`` chooses:
 
-- ``auto`` (default): build and use them; where that fails, warn once with the reason and go on without;
+- ``auto`` (default): build and use them; where that fails, warn once with the reason and go on without them;
 - ``force``: raise where that fails;
 - ``off``: never.
 
-A build lives in a directory of its own, named after a hash of everything that it depends on (sources, flags, torch,
-compilers, processor, kinds of CUDA devices), under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``. Several processes build it
+Each build has a directory of its own under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``, named after a hash of everything
+that it depends on: sources, flags, torch, compilers, processor, kinds of CUDA devices. Several processes build it
 once: a lock on an open file orders them, and disappears with the process that holds it. The library is made under a
 temporary name and gets its own when it is whole.
 """
@@ -59,7 +59,7 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 # The kernels use torch's stable ABI, of which they need a part that came with this version.
 OLDEST_TORCH = (2, 10)
 
-_outcome: dict[str, str | None] = {}  # kind of device -> None (loaded) or why not
+_outcome: dict[str, str | None] = {}  # by kind of device: None where its kernels are loaded, else why not
 
 
 class NativeBuildError(RuntimeError):
@@ -67,14 +67,14 @@ class NativeBuildError(RuntimeError):
 
 
 def load_native(device_type: str) -> bool:
-    """Register the kernels for a kind of device, if there are any and ``MFAC_NATIVE`` allows them.
+    """Load the kernels for a kind of device, if there are any and ``MFAC_NATIVE`` allows them.
 
     Returns:
         Whether they are in use.
 
     Raises:
-        NativeBuildError: under ``MFAC_NATIVE=force``, where they cannot be had.
-        ValueError: for another value of ``MFAC_NATIVE``.
+        NativeBuildError: they cannot be built or loaded, under ``MFAC_NATIVE=force``.
+        ValueError: ``MFAC_NATIVE`` has an unknown value.
     """
     if device_type in _outcome:
         return _outcome[device_type] is None
@@ -105,10 +105,10 @@ def load_native(device_type: str) -> bool:
 
 
 def native_status(device_type: str) -> str:
-    """Whether the kernels for a kind of device are in use or can be, in words.
+    """Say in words whether the kernels for a kind of device are in use, or can be.
 
     Raises:
-        ValueError: if ``MFAC_NATIVE`` has a value that it cannot have.
+        ValueError: ``MFAC_NATIVE`` has an unknown value.
     """
     if device_type in _outcome:
         return _outcome[device_type] or "in use"
@@ -126,7 +126,7 @@ def native_status(device_type: str) -> str:
 
 
 def missing_tools(device_type: str) -> list[str]:
-    """What is missing to build the kernels for a kind of device, each with the way out."""
+    """List what is missing to build the kernels for a kind of device, each with the way out."""
     if device_type not in SOURCES:
         return [f"there are no native kernels for {device_type}"]
     missing = []
@@ -147,10 +147,10 @@ def missing_tools(device_type: str) -> list[str]:
 
 
 def build_directory(device_type: str) -> Path:
-    """Directory of the kernels for a kind of device, one for each combination of all that they depend on.
+    """Return the directory of the kernels for a kind of device; there is one for all that they depend on together.
 
     Raises:
-        NativeBuildError: if there are no such kernels, or no home directory while ``MFAC_CACHE`` names no other.
+        NativeBuildError: there are no such kernels; or ``MFAC_CACHE`` names no directory and there is no home.
     """
     if device_type not in SOURCES:
         raise NativeBuildError("; ".join(missing_tools(device_type)))
@@ -177,10 +177,10 @@ def build_directory(device_type: str) -> Path:
 
 
 def build_native(device_type: str) -> Path:
-    """Build the kernels for a kind of device, where that was not done before; the path of the shared library.
+    """Build the kernels for a kind of device unless that was done before, and return the path of the library.
 
     Raises:
-        NativeBuildError: if something is missing, the directory cannot be written, or the compiler fails.
+        NativeBuildError: something is missing, the directory cannot be written, or the compiler fails.
     """
     missing = missing_tools(device_type)
     if missing:
@@ -225,7 +225,7 @@ def _build(device_type: str, library: Path) -> None:
                 for path in include_paths():
                     command += ["-isystem", path]
             rules += _rule(name, [], [*command, "-c", str(CSRC / source), "-o", name])
-        # The runtime inside the library: torch's own is of the same major version at best.
+        # The CUDA runtime goes into the library: torch's own is of the same major version at best.
         link = [*_nvcc(), "-shared", "-cudart", "static"] if device_type == "cuda" else [*_compiler(), "-shared"]
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
         if device_type == "cuda":
@@ -267,18 +267,18 @@ def _torch_version() -> tuple[int, int]:
 
 
 def find_ninja() -> str | None:
-    """Path of ninja: the one on PATH, or beside this interpreter, whose environment need not be activated."""
+    """Find ninja on PATH, or beside this interpreter, whose environment need not be activated."""
     return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
 
 
 def find_compiler() -> str | None:
-    """Path of the C++ compiler: the one that CXX names, or the first of the usual ones."""
+    """Find the C++ compiler that CXX names, or else the first of the usual ones."""
     candidates = _cxx()[:1] or ["c++", "g++", "clang++"]
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
 def _compiler() -> list[str]:
-    """Command of the C++ compiler, with the arguments that CXX gives it; empty where there is none."""
+    """Return the C++ compiler's command, with the arguments that CXX gives it; empty where there is none."""
     path = find_compiler()
     return [path, *_cxx()[1:]] if path else []
 
@@ -288,7 +288,7 @@ def _nvcc() -> list[str]:
 
 
 def _cxx() -> list[str]:
-    """Words of CXX: the path of a program, or a program and its arguments, as in `ccache g++`."""
+    """Split CXX into words: it is the path of a program, or a program and its arguments, as in `ccache g++`."""
     value = os.environ.get("CXX", "")
     return [value] if shutil.which(value) else value.split()
 
@@ -301,7 +301,7 @@ def _compiler_version(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Features of the processor, as far as the system tells: a library built for one must not be loaded on another."""
+    """Return the processor's features, as far as the system tells: a library for one must not be loaded on another."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,10 +1,10 @@
-r"""The paper's coefficient path as dispatcher operators: inverse of a unit lower triangular matrix, and its products.
+r"""The paper's coefficient path: inverse of a unit lower triangular matrix, and its products, as dispatcher operators.
 
 The recursions of the paper's dynamic algorithm become, for :math:`M = L D L^\top` with unit lower triangular L, the
 "setup" :math:`B = L^{-1} / \lambda` and two triangular products, by B and by its transpose (section 3.2; the published
-code has a CUDA kernel for each, for m a multiple of 32). They are here for any m, for comparisons:
-`mfac_hf.fisher.reference` uses them, the optimizer does not. As in `mfac_hf.ops`, the PyTorch implementation answers
-where no native kernel is registered.
+code has a CUDA kernel for each, for m a multiple of 32). Here m is any number. `mfac_hf.fisher.reference` uses them
+for comparisons, the optimizer does not. The PyTorch implementations below answer where no native kernel is registered
+(`mfac_hf.ops.registry`).
 """
 
 import torch
@@ -16,7 +16,7 @@ __all__ = ["lower_product", "unit_lower_inverse"]
 
 
 def unit_lower_inverse(lower_MM: Tensor) -> Tensor:
-    """Inverse of a unit lower triangular matrix, (m, m), contiguous, float32 or float64.
+    """Invert a unit lower triangular matrix, shape (m, m), contiguous, float32 or float64.
 
     What stands on and above the diagonal is not read. The result has zeros above it.
     """
@@ -24,7 +24,7 @@ def unit_lower_inverse(lower_MM: Tensor) -> Tensor:
 
 
 def lower_product(lower_MM: Tensor, x_M: Tensor, *, transposed: bool = False) -> Tensor:
-    """Product of a lower triangular matrix, or of its transpose, with a vector of its dtype; (m,).
+    """Multiply a lower triangular matrix, or its transpose, by a vector of the same dtype; shape (m,).
 
     What stands above the diagonal is not read.
     """

@@ -1,7 +1,7 @@
-"""The CUDA toolkit that native kernels are compiled with: where it is, and whether it fits torch and the devices.
+"""The CUDA toolkit that compiles the native kernels: where it is, and whether it fits torch and the devices.
 
 torch's own look-up is not used: a build of torch without CUDA knows no toolkit even where the environment names one, a
-wrapper script around nvcc makes it guess the wrong folder, and nothing compares nvcc's version with torch's.
+wrapper script around nvcc makes it guess the wrong folder, and it does not compare nvcc's version with torch's.
 """
 
 import os
@@ -25,25 +25,25 @@ def find_nvcc() -> str | None:
 
 
 def toolkit_home(nvcc: str) -> Path | None:
-    """Folder of the toolkit that nvcc, or what it wraps, belongs to, as it says itself; None if it does not."""
+    """Return the folder of the toolkit that nvcc (or what it wraps) says it belongs to; None if it does not say."""
     said = re.search(r"^#\$ _HERE_=(.+)$", _run([nvcc, "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE)
     return Path(said.group(1).strip()).parent if said else None
 
 
 def toolkit_version(nvcc: str) -> str | None:
-    """Version of nvcc, such as "13.0"; None if it does not run."""
+    """Return the version of nvcc, such as "13.0"; None if it does not run."""
     said = re.search(r"release (\d+\.\d+)", _run([nvcc, "--version"]))
     return said.group(1) if said else None
 
 
 def architectures() -> list[str]:
-    """Compute capabilities of the CUDA devices that torch sees, such as "90"; a window may be on all of them."""
+    """List the compute capabilities of all CUDA devices that torch sees, such as "90"."""
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return [f"{major}{minor}" for major, minor in sorted(capabilities)]
 
 
 def missing_cuda() -> list[str]:
-    """What is missing to compile CUDA kernels for this torch and its devices, each with the way out."""
+    """List what is missing to compile CUDA kernels for this torch and its devices, each with the way out."""
     wanted = torch.version.cuda
     if wanted is None:
         return ["this torch is built without CUDA: install a build with it"]

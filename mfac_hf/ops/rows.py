@@ -1,9 +1,9 @@
-"""Products with gradients of a table that are stored by their non-zero rows, as dispatcher operators.
+"""Products with row-sparse gradients, which are stored by their non-zero table rows, as dispatcher operators.
 
-A gradient is n slots, each a row number of the table and h values; empty slots hold the row number v. A table of
-places (v + 1,) says for each row number where it stands among the rows of the other operand, or -1: so two gradients
-meet in the rows that both have, without an order to keep. As in `mfac_hf.ops`, Python owns the schemas and the PyTorch
-implementation, and a native library registers a kernel under the same name.
+A gradient of a table with v rows of width h has n slots, each with a row number and the h values of that row; empty
+slots hold the number v. A table of places, shape (v + 1,), gives for each row number its place among the rows of the
+other operand, or -1: so two gradients meet in the rows that both have, and neither needs an order. The PyTorch
+implementations below answer where no native kernel is registered (`mfac_hf.ops.registry`).
 
 Shape suffixes: M gradients, N slots, H width of a row, V rows of the table, U rows of the other operand, E slots that
 have a place.
@@ -20,52 +20,57 @@ __all__ = ["places", "sparse_combine", "sparse_dots"]
 
 
 def places(rows_U: Tensor, height: int) -> Tensor:
-    """Place of each table row among ``rows_U``, -1 for the others and for the row number v = ``height``; (v + 1,)."""
+    """Return the place of each table row among ``rows_U``, shape (v + 1,) for v = ``height``.
+
+    It is -1 for the other rows, and for the number v of an empty slot.
+    """
     place_V = rows_U.new_full((height + 1,), -1)
     place_V[rows_U] = torch.arange(len(rows_U), device=rows_U.device)
     return place_V
 
 
 def sparse_dots(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Tensor) -> Tensor:
-    """Dot product of every stored gradient with a vector that is zero outside some table rows.
+    """Compute the dot product of every stored gradient with a vector that is zero outside some table rows.
 
     Args:
-        rows_MN: row numbers in [0, v], int64, each at most once in a gradient (but v).
+        rows_MN: row numbers in [0, v], int64; a gradient has each but v at most once.
         values_MNH: their values, float32 or float64.
         place_V: the row of ``x_UH`` that belongs to a table row, or -1; see `places`.
         x_UH: rows of the vector, float32 or float64.
 
     Returns:
-        Shape (M,), float64. Products of a row are added up in the wider type of both, rows in float64.
+        Shape (m,), float64. Products within a row are added up in the wider dtype of both, rows in float64.
 
     Raises:
-        IndexError, RuntimeError: if a row number is out of range (by the PyTorch implementation, by a native one);
-            RuntimeError if shapes do not fit, and by a native one for a place out of range.
+        IndexError: a row number is out of range; a native kernel raises RuntimeError, also for a place out of range.
+        RuntimeError: shapes do not fit.
     """
     return operators_for(values_MNH).sparse_dots(rows_MN, values_MNH, place_V, x_UH)
 
 
 def sparse_combine(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, weights_M: Tensor, count: int) -> Tensor:
-    """Linear combination of the stored gradients, the ``count`` rows that have a place; the same bits at each call.
+    """Compute the ``count`` rows that have a place of a linear combination of the stored gradients.
+
+    Each call gives the same bits.
 
     Args:
-        rows_MN: row numbers in [0, v], int64, each at most once in a gradient (but v).
+        rows_MN: row numbers in [0, v], int64; a gradient has each but v at most once.
         values_MNH: their values, float32 or float64.
         place_V: the row of the result that belongs to a table row, or -1; see `places`.
         weights_M: coefficients, float32 or float64.
         count: rows of the result, u.
 
     Returns:
-        Shape (u, h), in the wider type of values and weights, which is that of the arithmetic.
+        Shape (u, h), in the wider dtype of values and weights, which is that of the arithmetic.
 
     Raises:
-        IndexError, RuntimeError: as `sparse_dots`.
+        IndexError, RuntimeError: as for `sparse_dots`.
     """
     return operators_for(values_MNH).sparse_combine(rows_MN, values_MNH, place_V, weights_M, count)
 
 
 def _sparse_dots(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Tensor) -> Tensor:
-    """Only slots that have a place count: a sampled matrix product in CSR form, a row for each slot."""
+    """Multiply only the slots that have a place: a sampled matrix product in CSR form, with a row for each slot."""
     place_S = place_V[rows_MN].flatten()
     found_S = place_S >= 0
     slots_E = found_S.nonzero().squeeze(1)
@@ -90,7 +95,7 @@ def _sparse_dots(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, x_UH: Ten
 
 
 def _sparse_combine(rows_MN: Tensor, values_MNH: Tensor, place_V: Tensor, weights_M: Tensor, count: int) -> Tensor:
-    """Slots sorted by their place, then a sum for each run: neither atomics nor an order that threads decide."""
+    """Sort the slots by their place, then add up each run: no atomics, and no order that threads decide."""
     values_SH = values_MNH.reshape(-1, values_MNH.shape[2])
     wide = torch.promote_types(values_SH.dtype, weights_M.dtype)
     place_S, order_S = torch.sort(place_V[rows_MN].flatten(), stable=True)

@@ -1,8 +1,7 @@
 """The two passes over the gradient window, as dispatcher operators.
 
 ``torch.ops.mfac.row_dots`` and ``torch.ops.mfac.combine`` are all that the dynamic algorithm does with the m x d
-window. Python owns their schemas and the PyTorch implementation below; a native library only has to register a kernel
-for CPU or CUDA under the same name, and every caller uses it.
+window. The PyTorch implementations below answer where no native kernel is registered (`mfac_hf.ops.registry`).
 
 Shape suffixes: M stored gradients, D parameters.
 """
@@ -25,17 +24,17 @@ WIDEN_ELEMENTS = 1 << 20
 
 
 def row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
-    r"""Dot product of every stored gradient with one vector, :math:`G x`.
+    r"""Compute the dot product of every stored gradient with one vector, :math:`G x`.
 
     Args:
         grads_MD: window of shape (m, d) in float32, bfloat16 or float64; rows may be strided, columns are contiguous.
         x_D: vector of shape (d,) in float32 or float64. Products are computed in float32 or wider.
 
     Returns:
-        Shape (m,), float64: runs of the products' dtype, added up in float64.
+        Shape (m,), float64: sums over short runs of columns in the products' dtype, added up in float64.
 
     Raises:
-        ValueError, RuntimeError: if a shape is wrong (by the PyTorch implementation, by a native one).
+        ValueError: a shape is wrong; a native kernel raises RuntimeError.
     """
     return operators_for(grads_MD).row_dots(grads_MD, x_D)
 
@@ -43,7 +42,7 @@ def row_dots(grads_MD: Tensor, x_D: Tensor) -> Tensor:
 def combine(
     grads_MD: Tensor, weights_M: Tensor, x_D: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
-    r"""Linear combination of the stored gradients, :math:`\alpha x + \beta\, G^\top w`.
+    r"""Compute a linear combination of the stored gradients, :math:`\alpha x + \beta\, G^\top w`.
 
     Args:
         grads_MD: window of shape (m, d) in float32, bfloat16 or float64.
@@ -56,7 +55,7 @@ def combine(
         Shape (d,), float32, or float64 where the window or ``x_D`` is float64.
 
     Raises:
-        ValueError, RuntimeError: if a shape is wrong (by the PyTorch implementation, by a native one).
+        ValueError: a shape is wrong; a native kernel raises RuntimeError.
     """
     return operators_for(grads_MD).combine(grads_MD, weights_M, x_D, alpha, beta)
 
@@ -67,15 +66,15 @@ def _compute_dtype(grads_MD: Tensor, x_D: Tensor | None) -> torch.dtype:
 
 
 def _column_chunk(grads_MD: Tensor, dtype: torch.dtype) -> int:
-    """Columns handled at once: bounded by memory where the window has to be widened."""
+    """Return how many columns to take at once; where the window has to be widened, memory bounds them."""
     if grads_MD.dtype == dtype:
         return RUN_LENGTH if dtype == torch.float32 else max(grads_MD.shape[1], 1)
     return max(256, WIDEN_ELEMENTS // max(grads_MD.shape[0], 1))
 
 
 def _check_vector(vector: Tensor, expected: int, name: str, of_window: str) -> None:
-    # Without it a vector that is too long would lose its tail where the window ends with a chunk of columns, and one
-    # of a single number would be spread over all columns.
+    # Without this check the tail of a vector that is too long would be ignored where the window ends with a chunk of
+    # columns, and a single number would be broadcast to all columns.
     if vector.shape != (expected,):
         raise ValueError(f"{name} has shape {tuple(vector.shape)}; the window has {expected} {of_window}")
 

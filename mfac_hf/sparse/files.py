@@ -1,7 +1,7 @@
-"""Sparse models on disk: a small file for the weights, exact to the bit, beside or in place of the ordinary one.
+"""Sparse models on disk: a small file of the weights, exact to the bit, beside the ordinary one or in its place.
 
     save_sparse(model, "model-90")              # model.safetensors for everybody, sparse.safetensors, configuration
-    weights = load_sparse("user/model-90")      # downloads the small file only
+    weights = load_sparse("user/model-90")      # downloads the small file alone
     model = load_sparse("user/model-90", AutoModelForSequenceClassification)
 
 `mfac_hf.sparse.format` describes the file.
@@ -42,23 +42,24 @@ def save_sparse(
     Args:
         model: a model. Or a directory that ``save_pretrained`` wrote, in one file or sharded: then only the sparse
             file is written.
-        directory: made if missing. Gets ``sparse.safetensors``, the configuration where the model has one and, unless
-            ``sparse_only``, ``model.safetensors``, so that ``from_pretrained`` loads the directory as any other.
-        sparse_only: leave the ordinary file out.
+        directory: gets ``sparse.safetensors``, the configuration where the model has one and, unless ``sparse_only``,
+            ``model.safetensors``, so that ``from_pretrained`` loads the directory as any other; made if it is missing.
+        sparse_only: whether to leave the ordinary file out.
 
     Returns:
         The path of the sparse file.
 
     Raises:
         FileNotFoundError: ``model`` is a directory without a model, or without one of its shards.
-        ValueError: a tensor that cannot be stored, named; or ``sparse_only`` into a directory that holds a dense file.
+        ValueError: a tensor cannot be stored, which the message names; or ``sparse_only`` into a directory that holds
+            an ordinary file.
     """
     directory = Path(directory)
     path = directory / SPARSE_FILE
     if not isinstance(model, nn.Module):
         tensors = read_tensors(model)
         directory.mkdir(parents=True, exist_ok=True)
-        # transformers wrote a tied tensor once, and ties it again when loading
+        # transformers wrote a tied tensor once, and ties it again when it loads the model
         write_sparse(path, tensors, {})
         return path
     if sparse_only and any(file != path for file in find_weights(directory)):
@@ -82,7 +83,7 @@ def save_sparse(
 
 
 def find_weights(directory: str | os.PathLike[str]) -> list[Path]:
-    """The weight files of a model directory: the sparse one, and the ordinary one or its shards."""
+    """Find the weight files of a model directory: the sparse one, and the ordinary one or its shards."""
     sparse = Path(directory) / SPARSE_FILE
     try:
         dense = dense_files(directory)
@@ -92,7 +93,7 @@ def find_weights(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def dense_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """The ordinary weight file of a model directory, or its shards.
+    """Find the ordinary weight file of a model directory, or its shards.
 
     Raises:
         FileNotFoundError: the directory holds no model, or the index names a shard that is missing.
@@ -114,10 +115,10 @@ def dense_files(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_tensors(directory: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the ordinary weight files of a directory, one after the other.
+    """Read the ordinary weight files of a directory, one named tensor after the other.
 
     Raises:
-        FileNotFoundError: at the call, as `dense_files` does.
+        FileNotFoundError: as from `dense_files`, at the call.
     """
     return _read_shards(dense_files(directory))
 
@@ -130,7 +131,7 @@ def _read_shards(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a state dict, each once, and the further names of those that have several."""
+    """Split a state dict into its tensors, each once, and the further names of those that have several."""
     first: dict[Any, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -155,30 +156,30 @@ def load_sparse(source: str | os.PathLike[str], model: type, **hub: Any) -> nn.M
 
 
 def load_sparse(source: str | os.PathLike[str], model: nn.Module | type | None = None, **hub: Any) -> Any:
-    """Load a sparse file, tensor by tensor: at its peak memory holds the dense weights and one more tensor.
+    """Load a sparse file tensor by tensor, so that memory never holds more than the dense weights and one tensor.
 
     Args:
-        source: a directory with ``sparse.safetensors``, the file itself, or a name on the Hub, of which only this file
-            is downloaded (and ``config.json`` where ``model`` is a class).
-        model: None for a state dict; a model to fill, which is left alone unless everything fits; or a class of
-            transformers with ``from_config``, such as ``AutoModelForSequenceClassification``, to build it from the
-            configuration, in evaluation mode.
+        source: a directory with ``sparse.safetensors``, the file itself, or a name on the Hub, from which only this
+            file is downloaded (and ``config.json`` where ``model`` is a class).
+        model: None for a state dict; a model to fill, which changes only if everything fits; or a class of
+            transformers with ``from_config``, such as ``AutoModelForSequenceClassification``, which builds the model
+            from the configuration, in evaluation mode.
         hub: ``revision``, ``token``, ``cache_dir`` and further arguments of ``huggingface_hub.hf_hub_download``.
 
     Returns:
         A state dict on the CPU in which tied names share one tensor; or the model.
 
     Raises:
-        FileNotFoundError: no sparse file there.
+        FileNotFoundError: there is no sparse file.
         DamagedFileError: the file is truncated, altered or of a later version; the message names the tensor.
-        ValueError: names, shapes or dtypes are not those of the model.
+        ValueError: names, shapes or dtypes are not those of the model, or a class has no ``from_config``.
     """
     file = SparseFile(_locate(source, SPARSE_FILE, hub))
     if model is None:
         weights = {name: file.read(name) for name in file.records}
         return weights | {alias: weights[name] for alias, name in file.tied.items()}
     if isinstance(model, nn.Module):
-        for name in file.records:  # nothing of a damaged file reaches a model that was given
+        for name in file.records:  # before anything changes: a damaged file leaves the model as it was
             file.read(name)
         return _fill(model, file)
     if not hasattr(model, "from_config"):
@@ -194,7 +195,7 @@ def load_sparse(source: str | os.PathLike[str], model: nn.Module | type | None =
 
 
 def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
-    """Path of a file of the source, downloaded where the source is a repository."""
+    """Return the path of a file of the source, which is downloaded where the source is a repository."""
     path = Path(source)
     if path.is_file():
         return path if name == SPARSE_FILE else path.with_name(name)
@@ -208,7 +209,9 @@ def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
     try:
         return Path(hf_hub_download(str(source), name, **hub))
     except HFValidationError as error:
-        raise FileNotFoundError(f"{source} is no file, no directory and no name on the Hub: {error}") from error
+        raise FileNotFoundError(
+            f"{source} is neither a file, nor a directory, nor a name on the Hub: {error}"
+        ) from error
     except LocalEntryNotFoundError:
         raise  # no network and nothing in the cache, which its message says
     except EntryNotFoundError as error:
@@ -222,12 +225,12 @@ def _fill(model: Model, file: SparseFile) -> Model:
     state = model.state_dict()
     _, shared = distinct(state)
     names = {**{name: name for name in file.records}, **file.tied}
-    # a tied tensor needs one of its names in the file
+    # one name of a tied tensor is enough
     held = {shared.get(name, name) for name in names if name in state}
     missing = [name for name in state if name not in names and shared.get(name, name) not in held]
     unexpected = [name for name in names if name not in state]
     if missing or unexpected:
-        raise ValueError(f"{file.path} is of another model: it lacks {missing} and has besides {unexpected}")
+        raise ValueError(f"{file.path} does not fit the model: it lacks {missing}, and the model lacks {unexpected}")
     for name, source in names.items():
         record, tensor = file.records[source], state[name]
         if record.shape != tuple(tensor.shape) or record.torch_dtype != tensor.dtype:

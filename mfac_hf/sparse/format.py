@@ -7,14 +7,13 @@
              NAME/columns   their columns, ascending within a row
              NAME/values    their values
 
-Counts are unsigned integers of the fewest bytes that hold the length of a row, columns of the fewest that hold the
-last column. A weight counts as zero only where all its bits are zero, so negative zeros and NaN payloads come back as
-they were.
+Counts are unsigned integers of as few bytes as hold the length of a row, columns of as few as hold the last column. A
+weight counts as zero only where all its bits are zero, so negative zeros and NaN payloads come back as they were.
 
 The safetensors metadata has one entry, ``mfac_sparse``, a JSON object: ``version`` (1); ``tensors``, for each name its
 ``encoding``, ``dtype``, ``shape`` and ``sha256`` over the bytes of its parts in the order above; ``tied``, further
 names of a tensor; and ``sha256`` over the same object without this entry, as JSON without spaces, keys in the file's
-order. Any safetensors library reads the parts, and nothing but this page is needed to put them together. The same
+order. Any safetensors library reads the parts, and this page says all that is needed to put them together. The same
 weights give the same bytes.
 """
 
@@ -39,7 +38,7 @@ __all__ = ["DamagedFileError", "SparseFile", "TensorRecord", "encode", "write_sp
 KEY = "mfac_sparse"
 VERSION = 1
 PARTS = {"dense": ("values",), "bitmask": ("mask", "values"), "csr": ("counts", "columns", "values")}
-# Integers that carry the bits of a value of so many bytes.
+# By bytes of a value: the integers that carry its bits.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -63,7 +62,7 @@ class TensorRecord:
 
     @property
     def numel(self) -> int:
-        """Number of weights, zeros included."""
+        """Number of weights, with the zeros."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
@@ -78,12 +77,12 @@ def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _index_dtypes(columns: int) -> tuple[np.dtype[Any], np.dtype[Any]]:
-    """The dtypes of counts and of columns."""
+    """Return the dtypes of counts and of columns."""
     return np.min_scalar_type(columns), np.min_scalar_type(max(columns - 1, 0))
 
 
 def encode(name: str, tensor: Tensor) -> tuple[TensorRecord, dict[str, Tensor]]:
-    """Encode one tensor in the fewest bytes; where two encodings tie, in the simpler one.
+    """Encode a tensor in the fewest bytes; where encodings tie, in the simplest of them.
 
     Args:
         name: its name, for messages.
@@ -93,7 +92,7 @@ def encode(name: str, tensor: Tensor) -> tuple[TensorRecord, dict[str, Tensor]]:
         Its record, and its parts by name.
 
     Raises:
-        ValueError: the tensor has no values of its own (meta device, another layout) or a dtype that does not fit.
+        ValueError: the tensor has no plain values (meta device, another layout) or a dtype that safetensors lacks.
     """
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype == torch.complex128:
         raise ValueError(
@@ -139,7 +138,7 @@ def write_sparse(path: str | os.PathLike[str], tensors: Iterator[tuple[str, Tens
     Args:
         path: the file.
         tensors: names and tensors, each tensor once.
-        tied: further names of these tensors, ``{name: name it shares its values with}``.
+        tied: further names of these tensors: ``{further name: name among the tensors}``.
 
     Raises:
         ValueError: a tensor that cannot be stored (`encode`).
@@ -173,9 +172,9 @@ class SparseFile:
     """A sparse file, read tensor by tensor.
 
     Attributes:
-        path: where it is.
-        records: what its header says of each tensor, by name.
-        tied: further names of these tensors.
+        path: where it lies.
+        records: what its header says about each tensor, by name.
+        tied: further names of these tensors: ``{further name: name among the records}``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -232,19 +231,19 @@ class SparseFile:
         """Check and convert an entry of the header."""
         dtype = getattr(torch, entry["dtype"], None)
         if entry["encoding"] not in PARTS or not isinstance(dtype, torch.dtype) or min(entry["shape"], default=0) < 0:
-            raise DamagedFileError(f"{name} in {self.path}: its header makes no sense: {entry}")
+            raise DamagedFileError(f"{name} in {self.path}: its entry in the header makes no sense: {entry}")
         return TensorRecord(entry["encoding"], entry["dtype"], tuple(entry["shape"]), entry["sha256"])
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor, checked against its record.
+        """Read a tensor and check it against its record.
 
         Raises:
             KeyError: there is no such tensor.
             DamagedFileError: its bytes, indices or sizes are not what the header says.
         """
         record = self.records[name]
-        # Opened for each tensor: the pages that a mapping has touched would count as this process's memory until it
-        # is closed, and in the end the whole file would lie in memory beside the model.
+        # The file is opened for each tensor: until it is closed, the pages that were read count as this process's
+        # memory, and in the end the whole file would lie in memory beside the model.
         with safe_open(self.path, framework="pt") as file:
             parts = {part: file.get_tensor(f"{name}/{part}") for part in PARTS[record.encoding]}
             if _digest(parts.values()) != record.sha256:
@@ -256,7 +255,7 @@ class SparseFile:
 
 
 def _decode(record: TensorRecord, parts: dict[str, Tensor]) -> Tensor:
-    """Put a tensor together; a ValueError says what does not fit."""
+    """Put a tensor together from its parts; a ValueError says what does not fit."""
     values = parts["values"]
     if values.dtype != record.torch_dtype:
         raise ValueError(f"values are {values.dtype}, the header says {record.dtype}")
@@ -272,7 +271,7 @@ def _decode(record: TensorRecord, parts: dict[str, Tensor]) -> Tensor:
 
 
 def _bitmask_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.ndarray[Any, Any]:
-    """Booleans, True where a value goes."""
+    """Return booleans, True where a value goes."""
     mask, numel = parts["mask"].numpy(), record.numel
     if mask.dtype != np.uint8 or mask.shape != ((numel + 7) // 8,):
         raise ValueError(f"the mask is {mask.dtype} of shape {mask.shape}, which does not fit shape {record.shape}")
@@ -286,7 +285,7 @@ def _bitmask_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.nda
 
 
 def _csr_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.ndarray[Any, Any]:
-    """Flat indices of the values."""
+    """Return the flat indices of the values."""
     rows, columns = record.rows_and_columns
     counts, column_of = parts["counts"].numpy(), parts["columns"].numpy()
     dtypes = _index_dtypes(columns)

@@ -1,8 +1,8 @@
-"""Linear layers that multiply by compressed sparse rows, where that is measured to be faster.
+"""Linear layers that multiply by compressed sparse rows (CSR), where that is measured to be faster.
 
-PyTorch's sparse product is fast in one orientation: ``W_csr @ x.T``. The same weights through
-``F.linear(x, W_csr)`` are slower than dense ones. Many tokens at once do not stay in the cache, so long inputs are cut
-into pieces where this is faster.
+PyTorch's sparse product is fast in one orientation: ``W_csr @ x.T``. The same weights through ``F.linear(x, W_csr)``
+are slower than dense ones. Many tokens at once do not stay in the cache, so long inputs are cut into pieces where this
+is faster.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["SparseLinear", "to_sparse_inference"]
 
 logger = logging.getLogger(__name__)
 
-PIECE = 64  # tokens of which inputs and outputs of a BERT layer stay in a core's cache
-ROUNDS = 5
+PIECE = 64  # tokens whose inputs and outputs of a BERT layer stay in a core's cache
+ROUNDS = 5  # times that a layer is timed
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class SparseLinear(nn.Module):
-    """``x @ W.T + b`` by way of compressed sparse rows; for inference, in float32 or float64.
+    """Computes ``x @ W.T + b`` with W in compressed sparse rows; for inference, in float32 or float64.
 
-    Its state dict holds the dense ``weight`` and ``bias``, as that of the replaced layer did, and it loads such a one.
+    Its state dict is that of the layer it replaces: it holds, and loads, a dense ``weight`` and a ``bias``.
 
     Args:
         linear: the layer to replace; its bias is shared.
@@ -57,7 +57,7 @@ class SparseLinear(nn.Module):
         keep_OI = bits != 0  # negative zeros stay, so that the state dict is exact
         counts_O = keep_OI.sum(1)
         rows = torch.cat([counts_O.new_zeros(1), counts_O.cumsum(0)])
-        # 32-bit indices are what MKL takes without converting them at every product
+        # MKL takes 32-bit indices as they are; others it converts at every product
         self.register_buffer("rows", rows.int(), persistent=False)
         self.register_buffer("columns", keep_OI.nonzero()[:, 1].int(), persistent=False)
         self.register_buffer("values", weight_OI[keep_OI], persistent=False)
@@ -68,7 +68,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, put together anew at each call."""
+        """The dense weight; each call makes a new tensor."""
         values = self.values
         dense_OI = torch.zeros(self.out_features, self.in_features, dtype=values.dtype, device=values.device)
         counts_O = torch.diff(self.rows)
@@ -92,7 +92,7 @@ class SparseLinear(nn.Module):
         return torch.addmm(self.bias[:, None], weight_OI, x_NI.T).T
 
     def extra_repr(self) -> str:
-        """What the layer's line shows in the printed model."""
+        """Describe the layer for its line in the printed model."""
         total = self.in_features * self.out_features
         kept = self.values.numel()
         return f"{self.in_features}, {self.out_features}, sparsity={1 - kept / total:.4f}, piece={self.piece}"
@@ -126,17 +126,16 @@ class SparseLinear(nn.Module):
 
 @torch.no_grad()
 def to_sparse_inference(model: Model, *, tokens: int = 128, min_speedup: float = 1.05) -> Model:
-    """Replace linear layers by sparse ones, each only where it is measured to be faster.
+    """Replace each linear layer by a sparse one where that is measured to be faster.
 
     Every ``nn.Linear`` with zeros is timed against its sparse counterpart on this machine, on ``tokens`` random tokens
-    (batch times sequence length of the inputs to come) and with PyTorch's present number of threads. Outputs differ by
-    rounding. Sparse products use no less memory for activations, but the weights of replaced layers take 8 bytes for
-    each one that is not zero.
+    and with PyTorch's present number of threads. Outputs differ by rounding. Sparse products take as much memory for
+    activations as dense ones; the weights of a replaced layer take 8 bytes for each that is not zero (float32).
 
     Args:
-        model: left as it is; what is not replaced is shared with the result.
-        tokens: tokens to expect in one forward pass.
-        min_speedup: how many times faster a sparse layer has to be to be taken; 0 takes all that have zeros.
+        model: it stays as it is; the result shares what is not replaced.
+        tokens: tokens to expect in a forward pass: batch size times sequence length.
+        min_speedup: how many times faster a sparse layer has to be; 0 replaces every layer that has zeros.
 
     Returns:
         A model in evaluation mode with the state dict of ``model``. A log line says how many layers were replaced.
@@ -151,7 +150,7 @@ def to_sparse_inference(model: Model, *, tokens: int = 128, min_speedup: float =
     candidates = [
         (name, module)
         for name, module in result.named_modules()
-        # the exact type: a subclass may compute something else
+        # the exact type, as a subclass may compute something else
         if type(module) is nn.Linear
         and module.weight.dtype in (torch.float32, torch.float64)
         and not module.weight.all()
@@ -167,7 +166,7 @@ def to_sparse_inference(model: Model, *, tokens: int = 128, min_speedup: float =
 
 
 def _fastest(linear: nn.Linear, tokens: int, min_speedup: float) -> SparseLinear | None:
-    """The faster of the sparse layers, if it beats the dense one."""
+    """Return the fastest sparse layer, or None where the dense one is as good."""
     x = torch.randn(tokens, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
     layers = [SparseLinear(linear), *([SparseLinear(linear, piece=PIECE)] if tokens > PIECE else [])]
     if min_speedup == 0 and len(layers) == 1:

@@ -1,1 +1,1 @@
-"""The benchmarks behind `scripts/benchmark.py`, a module for each subject."""
+"""The benchmarks of `scripts/benchmark.py`, a module for each subject."""

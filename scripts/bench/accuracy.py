@@ -1,4 +1,4 @@
-"""Error of the direction against a dense float64 solve."""
+"""The error of the direction against a dense float64 solve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher
 
 
 def synthetic_gradients(count: int, dim: int, norm: float, seed: int = 0) -> Iterator[Tensor]:
-    """Gradients of a given norm: a random combination of 20 directions, plus noise of a third of its size."""
+    """Yield gradients of a given norm: random combinations of 20 directions, plus noise of a third of their size."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(20, dim, generator=generator) / dim**0.5
     for _ in range(count):
@@ -24,7 +24,7 @@ def synthetic_gradients(count: int, dim: int, norm: float, seed: int = 0) -> Ite
 
 
 def benchmark_accuracy(num_grads: int = 256, dim: int = 3000) -> list[dict[str, float]]:
-    """Relative error of `F⁻¹ g` for the newest gradient against a dense float64 solve with the stored rows."""
+    """Measure the relative error of `F⁻¹ g` for the newest gradient against a dense solve with the stored rows."""
     rows = []
     for norm in (0.1, 1.0, 10.0):
         for damping in (1e-5, 1e-6, 1e-8):

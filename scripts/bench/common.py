@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine that the figures depend on, and a clock."""
+"""What every benchmark needs: a description of the machine, and a clock."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from mfac_hf.machine import cpu_name
 from mfac_hf.ops.build import load_native
 
+GB = 1e9
+
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on: processor, device, threads, torch, native kernels."""
     return {
         "processor": cpu_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -24,7 +26,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, with the device's queue empty before and after."""
+    """Time one call, with the device's queue empty before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

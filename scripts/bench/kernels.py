@@ -1,9 +1,9 @@
-"""The two passes over the window by themselves: right, repeatable, and as fast as memory, on a CPU or a GPU.
+"""The two passes over the window by themselves, on a CPU or a GPU: whether they are right, repeatable and fast.
 
-Checks first: against float64 with memory full of NaN, odd shapes and shapes of BERT sizes, more than 2^31 numbers, 200
-repeats to the bit; on a GPU also another stream, replay of a CUDA graph, and compute-sanitizer on the kernels without
-torch (`tests/csrc/emulation/check_kernels.cu`). Then times beside torch's own products, a copy, and the Cholesky
-factorisation of a step.
+Checks come first: against float64, with memory full of NaN, odd shapes and shapes of BERT sizes; more than 2^31
+numbers; 200 repeats to the bit; on a GPU also another stream, the replay of a CUDA graph, and compute-sanitizer on the
+kernels without torch (`tests/csrc/emulation/check_kernels.cu`). Then the passes are timed beside torch's own products,
+a copy, and the Cholesky factorisation of a step.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.common import seconds
+from bench.common import GB, seconds
 from mfac_hf.machine import available_bytes
 from mfac_hf.ops import build, cuda_toolkit
 from mfac_hf.ops.window import combine, row_dots
 
-GB = 1e9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECK_SOURCE = Path(__file__).parents[2] / "tests" / "csrc" / "emulation" / "check_kernels.cu"
 # Odd on purpose: rows that are not aligned to 16 bytes, groups of rows and columns that are not whole.
 SHAPES = [(1, 1), (7, 8191), (33, 16_387), (129, 100_003), (1025, 4099), (4096, 2050), (4096, 8192)]
-# Published windows: BERT-tiny without and with its embeddings, and BERT-mini without.
+# Published windows: BERT-tiny without its embeddings and with them, and BERT-mini without them.
 TIMED = {"cpu": [(512, 1_000_000), (512, 4_400_000)], "cuda": [(1024, 413_826), (1024, 3_200_000), (1024, 4_400_000)]}
-ALLOWED = 1e-6  # of |g||x| for a dot product, of the sum of magnitudes for a combination: as in the tests
+ALLOWED = 1e-6  # error in units of |g||x| (dot product) or of the sum of magnitudes (combination), as in the tests
 
 
 def benchmark_kernels(device: torch.device, shapes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
-    """Checks and times of the native kernels on this device.
+    """Check and time the native kernels on this device.
 
     Raises:
-        RuntimeError: if there are none, with the reason.
+        RuntimeError: there are none; the message has the reason.
     """
     if not build.load_native(device.type):
         raise RuntimeError(f"no native kernels for {device.type}: {build.native_status(device.type)}")
@@ -53,7 +52,7 @@ def benchmark_kernels(device: torch.device, shapes: list[tuple[int, int]], round
 
 
 def draw(m: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """A window, a vector and coefficients."""
+    """Draw a window, a vector and coefficients."""
     generator = torch.Generator(device).manual_seed(m + d)
     grads = torch.empty(m, d, dtype=dtype, device=device)
     for row in grads:
@@ -63,14 +62,14 @@ def draw(m: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
 
 
 def poison(m: int, d: int, device: torch.device) -> None:
-    """Leave NaN in memory of the sizes that results and scratch memory will get."""
+    """Leave NaN in memory of the sizes that results and scratch memory will have."""
     sizes = [m * 8, d * 4, m * -(-d // 8192) * 8]
     blocks = [torch.full((size // 4,), torch.nan, device=device) for size in sizes for _ in range(3)]
     blocks.clear()
 
 
 def check(m: int, d: int, name: str, device: torch.device) -> dict[str, Any]:
-    """Largest error of both kernels in units of what is allowed; NaN where a result was not written."""
+    """Measure the largest error of both kernels in units of what is allowed; NaN where a result was not written."""
     grads, x, weights = draw(m, d, DTYPES[name], device)
     poison(m, d, device)
     dots, total = row_dots(grads, x), combine(grads, weights, x, 0.5, 2.0)
@@ -84,7 +83,7 @@ def check(m: int, d: int, name: str, device: torch.device) -> dict[str, Any]:
 
 
 def check_large(device: torch.device) -> dict[str, Any]:
-    """Numbers behind the 2^31st one: rows of ones beside a last row of twos, whose products are known."""
+    """Check a window of more than 2^31 numbers: rows of ones and a last row of twos, whose products are known."""
     m, d = 2049, (1 << 20) + 1
     if available_bytes(device) < 1.3 * 2 * m * d:
         return {"passed": None, "reason": f"needs {2 * m * d >> 30} GiB in bfloat16"}
@@ -98,7 +97,7 @@ def check_large(device: torch.device) -> dict[str, Any]:
 
 
 def check_repeats(device: torch.device, repeats: int = 200) -> dict[str, Any]:
-    """The same bits at each call."""
+    """Check that every call gives the same bits."""
     passed = True
     for dtype in DTYPES.values():
         grads, x, weights = draw(67, 20_011, dtype, device)
@@ -110,7 +109,7 @@ def check_repeats(device: torch.device, repeats: int = 200) -> dict[str, Any]:
 
 
 def check_stream(device: torch.device) -> dict[str, Any]:
-    """On another stream the kernels wait for what that stream does before, and for nothing else."""
+    """Check that the kernels run on the current stream, after what it does before."""
     grads, x, weights = draw(65, 300_001, torch.float32, device)
     dots, total = row_dots(grads, 2 * x), combine(grads, weights, 2 * x)
     torch.cuda.synchronize(device)
@@ -124,7 +123,7 @@ def check_stream(device: torch.device) -> dict[str, Any]:
 
 
 def check_graph(device: torch.device) -> dict[str, Any]:
-    """A captured graph computes with what its inputs hold when it is replayed."""
+    """Check that a captured graph computes with what its inputs hold when it is replayed."""
     grads, x, weights = draw(65, 30_001, torch.bfloat16, device)
     row_dots(grads, x), combine(grads, weights, x)
     graph = torch.cuda.CUDAGraph()
@@ -138,7 +137,7 @@ def check_graph(device: torch.device) -> dict[str, Any]:
 
 
 def run_sanitizer() -> dict[str, Any]:
-    """The kernels without torch, plain and under each tool of compute-sanitizer."""
+    """Run the kernels without torch, plain and under each tool of compute-sanitizer."""
     nvcc = cuda_toolkit.find_nvcc()
     home = cuda_toolkit.toolkit_home(nvcc) if nvcc else None
     sanitizer = shutil.which("compute-sanitizer") or shutil.which(
@@ -163,7 +162,7 @@ def run_sanitizer() -> dict[str, Any]:
 
 
 def time_kernels(m: int, d: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Medians over rounds in which each contender runs once, for both storage types."""
+    """Time the passes for both storage types: medians over rounds in which each contender runs once."""
     grads, x, weights = draw(m, d, torch.float32, device)
     half = torch.empty(m, d, dtype=torch.bfloat16, device=device)
     for narrow, row in zip(half, grads, strict=True):
@@ -213,7 +212,7 @@ def time_kernels(m: int, d: int, device: torch.device, rounds: int) -> list[dict
 
 
 def print_kernels(results: dict[str, Any]) -> None:
-    """What failed or could not be checked, and the times as a table."""
+    """Print the outcome of each check, and the times as a table."""
     console = Console()
     checks = results["checks"]["against_float64"]
     worst = max((max(row["row_dots"], row["combine"]) for row in checks), key=lambda error: (error != error, error))

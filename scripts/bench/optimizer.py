@@ -1,6 +1,6 @@
-"""Time of an optimizer step over the floor, beside AdamW and the paper's algorithm; an epoch of SST-2.
+"""The time of an optimizer step over the floor, beside AdamW and the paper's algorithm; and of an epoch of SST-2.
 
-The floor is two reads of the window, at the pace of the fastest of three ways to read it in the same round.
+The floor is the time of two reads of the window, by the fastest of three ways to read it in the same round.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.common import seconds
+from bench.common import GB, seconds
 from mfac_hf import MFAC
 from mfac_hf.fisher.reference import PaperDynamicInverse
+from mfac_hf.machine import GIB
 
-GB = 1e9
 WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RUN_GLUE = Path(__file__).parents[1] / "run_glue.py"
 
 
 def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Median times of a step of MFAC with a full window, in both dtypes, of AdamW, and of the paper's algorithm."""
+    """Time a step of MFAC with a full window, in both dtypes, of AdamW, and of the paper's algorithm; medians."""
     rows = []
     for name, dtype in WINDOW_DTYPES.items():
         parameter = torch.nn.Parameter(torch.zeros(dim, device=device))
@@ -38,7 +38,8 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
         optimizer.step()
         state = optimizer.state[parameter]
         buffer_MD = state["window"]
-        for row in buffer_MD:  # a full window without the time of m steps; the Gram matrix of independent gradients
+        # A full window without m steps: independent gradients, and about their Gram matrix.
+        for row in buffer_MD:
             row.copy_(torch.randn(dim, device=device))
         state["gram"].copy_(torch.eye(num_grads, dtype=torch.float64) * dim)
         state["pushed"] = num_grads
@@ -57,7 +58,7 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
             for key, run in (contenders | readers).items():
                 times[key].append(seconds(run, device))
         medians = {key: statistics.median(values[1:]) for key, values in times.items()}
-        # The machine's bandwidth changes from second to second: the floor of a round is twice its own fastest read.
+        # Bandwidth changes from second to second, so each round has its own floor: twice its fastest read.
         reads = [min(values) for values in zip(*(times[key][1:] for key in readers), strict=True)]
         floor = 2 * statistics.median(reads)
         over_floor = [step / (2 * read) for step, read in zip(times["mfac"][1:], reads, strict=True)]
@@ -66,7 +67,7 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
                 "num_grads": num_grads,
                 "dim": dim,
                 "window_dtype": name,
-                "window_gib": buffer_MD.nbytes / (1 << 30),
+                "window_gib": buffer_MD.nbytes / GIB,
                 "read_gb_per_s": buffer_MD.nbytes / statistics.median(reads) / GB,
                 "floor_ms": 1e3 * floor,
                 "mfac_ms": 1e3 * medians["mfac"],
@@ -80,7 +81,7 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
 
 
 def benchmark_epoch(model: str, data: str) -> dict[str, Any]:
-    """Time and peak memory of an epoch of SST-2, batch 32, at the published m = 1024 beside AdamW; a process each."""
+    """Measure time and peak memory of an epoch of SST-2 at the published m = 1024, and of AdamW; a process each."""
     contenders = {
         "adamw": ["--optim_name", "adamw"],
         "mfac_float32": ["--optim_name", "mfac", "--num_grads", "1024", "--damping", "1e-6"],
@@ -124,7 +125,7 @@ def benchmark_epoch(model: str, data: str) -> dict[str, Any]:
 
 
 def read_kernels(buffer_MD: Tensor) -> dict[str, Callable[[], Any]]:
-    """Ways to read the whole window once; the fastest of them sets the floor."""
+    """Return ways to read the whole window once; the fastest of them sets the floor."""
     words = buffer_MD.view(torch.float32) if buffer_MD.shape[1] % 2 == 0 else buffer_MD
     flat = words.reshape(-1)
     x = torch.ones(words.shape[1], dtype=words.dtype, device=words.device)
@@ -133,7 +134,7 @@ def read_kernels(buffer_MD: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def print_steps(rows: list[dict[str, Any]]) -> None:
-    """The step times as a table."""
+    """Print the step times as a table."""
     table = Table(title="one optimizer step, medians")
     for heading in (
         "d",

@@ -1,8 +1,8 @@
-"""Building the static inverse, in blocks and full, beside the paper's recursions: time, memory and error.
+"""The static inverse, in blocks and full, beside the paper's recursions: time and memory.
 
 Times cover what a pruning step needs: the inverse from gradients that are there, its diagonal, and one product. Blocks
-are cut from the tensors of ResNet-20 as the pruner cuts them, never across tensors. Peak memory is that of a process
-of its own into which gradients stream one at a time.
+are cut from the tensors of ResNet-20 as the pruner cuts them, never across tensors. Peak memory is measured in a
+process of its own, to which gradients come one at a time.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ from torch import Tensor
 from bench.common import seconds
 from mfac_hf.fisher import BlockedFisher, FullFisher
 from mfac_hf.fisher.reference import PaperBlockedInverse, PaperSwapInverse
-from mfac_hf.machine import peak_memory
+from mfac_hf.machine import GIB, peak_memory
 from mfac_hf.models import create_model
 
-GIB = 1 << 30
 DAMPING = 1e-4
 
-# Rounds in which the paper's recursion takes part: at m = 1024 it takes minutes, and it is not the noisy part.
+# Rounds with the paper's recursion: at m = 1024 it takes minutes, and so long a time varies little.
 PAPER_ROUNDS = 1
 
 
 def tensor_sizes() -> list[int]:
-    """Weights of each convolution and of the classifier of ResNet-20: d = 270,896."""
+    """Return the numbers of weights of ResNet-20's convolutions and classifier, 270,896 together."""
     return [p.numel() for p in create_model("resnet20", num_classes=10).parameters() if p.ndim > 1]
 
 
 def draw_gradients(num_grads: int, size: int, generator: torch.Generator) -> Tensor:
-    """Gradients with a few strong directions and noise, of the size of per-sample gradients; (num_grads, size)."""
+    """Draw gradients of about the size of per-sample ones: a few strong directions and noise; (num_grads, size)."""
     strong = torch.randn(num_grads, 16, generator=generator) @ torch.randn(16, size, generator=generator)
     return 0.01 * strong + 0.01 * torch.randn(num_grads, size, generator=generator)
 
 
 def benchmark_blocked(num_grads: int, block_size: int, rounds: int, sizes: list[int] | None = None) -> dict[str, Any]:
-    """Seconds for all tensors together, ours beside the paper's recursion, in the same rounds."""
+    """Time the blocked inverses of all tensors, ours beside the paper's recursion, in the same rounds."""
     sizes = tensor_sizes() if sizes is None else sizes
     generator = torch.Generator().manual_seed(0)
     tensors = [draw_gradients(num_grads, size, generator) for size in sizes]
@@ -69,7 +68,7 @@ def benchmark_blocked(num_grads: int, block_size: int, rounds: int, sizes: list[
 
 
 def benchmark_full(num_grads: int, pages: int, rounds: int, sizes: list[int] | None = None) -> dict[str, Any]:
-    """The same for the full inverse in pages of columns, beside the paper's in as many pages of rows."""
+    """Time the full inverse in pages of columns, beside the paper's in as many pages of rows."""
     sizes = tensor_sizes() if sizes is None else sizes
     generator = torch.Generator().manual_seed(0)
     grads_MD = draw_gradients(num_grads, sum(sizes), generator)
@@ -93,7 +92,7 @@ def benchmark_full(num_grads: int, pages: int, rounds: int, sizes: list[int] | N
 
 
 def _race(ours: Callable[[], None], paper: Callable[[], None], rounds: int) -> dict[str, Any]:
-    """Medians: a round to warm up, then all contenders of a round one after the other."""
+    """Return median times: after one call to warm up, each contender runs once in every round."""
     cpu = torch.device("cpu")
     ours()
     times: dict[str, list[float]] = {"ours": [], "paper": []}
@@ -111,16 +110,16 @@ def _race(ours: Callable[[], None], paper: Callable[[], None], rounds: int) -> d
 
 
 def _in_child(function: Callable[..., float], *args: Any) -> float:
-    """The result of a function in a fresh process: the peak of a process never falls."""
+    """Call a function in a fresh process, because the peak memory of a process never falls."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
 def _blocked_peak(num_grads: int, block_size: int, sizes: list[int]) -> float:
-    """GiB on top of an idle process, for the inverses of all tensors at once, their diagonals and products."""
+    """Return the GiB above an idle process for the inverses of all tensors at once, their diagonals and products."""
     generator = torch.Generator().manual_seed(0)
     x_parts = [torch.randn(size, generator=generator) for size in sizes]
-    torch.linalg.cholesky_ex(torch.eye(256, dtype=torch.float64))  # libraries allocate at first use
+    torch.linalg.cholesky_ex(torch.eye(256, dtype=torch.float64))  # before measuring: libraries allocate at first use
     before = peak_memory()
     fishers = [BlockedFisher(size, block_size=block_size, damping=DAMPING, num_grads=num_grads) for size in sizes]
     for _ in range(num_grads):
@@ -133,7 +132,7 @@ def _blocked_peak(num_grads: int, block_size: int, sizes: list[int]) -> float:
 
 
 def _full_peak(num_grads: int, pages: int, sizes: list[int]) -> float:
-    """GiB on top of the gradients."""
+    """Return the GiB above the gradients themselves."""
     generator = torch.Generator().manual_seed(0)
     grads_MD = torch.empty(num_grads, sum(sizes))
     for row_D in grads_MD:  # one at a time: drawing all at once would be the peak
@@ -146,7 +145,7 @@ def _full_peak(num_grads: int, pages: int, sizes: list[int]) -> float:
 
 
 def print_blocked(rows: list[dict[str, Any]]) -> None:
-    """The blocked inverses as a table."""
+    """Print the blocked inverses as a table."""
     _print(
         "blocked inverse of ResNet-20: build, diagonal and one product",
         ("m", "B", "ours s", "paper s", "paper / ours", "ours peak GiB", "m * d floats GiB"),
@@ -155,7 +154,7 @@ def print_blocked(rows: list[dict[str, Any]]) -> None:
 
 
 def print_full(rows: list[dict[str, Any]]) -> None:
-    """The full inverses as a table."""
+    """Print the full inverses as a table."""
     _print(
         "full inverse of ResNet-20: build, diagonal and one product",
         ("m", "pages", "ours s", "paper s", "paper / ours", "ours GiB over gradients", "gradients GiB"),

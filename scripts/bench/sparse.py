@@ -1,7 +1,7 @@
-"""Sparse files and sparse inference on a random BERT-base, pruned by magnitude.
+"""Sparse files and sparse inference of a random BERT-base, pruned by magnitude.
 
-Weights are random: a trained model of the same shape and sparsity has files of the same sizes. Latencies stand beside
-what a user would try first: PyTorch in float32 and bfloat16, and ONNX Runtime, all dense, with as many threads.
+A trained model of the same shape and sparsity has files of the same sizes. Latencies stand beside what a user would
+try first: PyTorch in float32 and bfloat16, and ONNX Runtime, all dense and with as many threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 MIB = 2**20
 NOT_INSTALLED = "not installed"
 
-# In a process of its own, so that nothing but the loading counts.
+# Runs in a process of its own, so that nothing but the loading counts.
 PEAK_MEMORY = """
 import sys
 from pathlib import Path
@@ -52,7 +52,7 @@ print(peak() - before)
 
 
 def sparse_bert(sparsity: float, **config: Any) -> BertForSequenceClassification:
-    """A random BERT whose encoder matrices have lost their smallest weights, in evaluation mode."""
+    """Make a random BERT and zero the smallest weights of each encoder matrix; in evaluation mode."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**config)).eval()
     with torch.no_grad():
@@ -64,19 +64,19 @@ def sparse_bert(sparsity: float, **config: Any) -> BertForSequenceClassification
 
 
 def benchmark_sizes(rounds: int, sparsities: tuple[float, ...] = SPARSITIES, **config: Any) -> list[dict[str, Any]]:
-    """Bytes on disk, seconds to save and load, and peak memory while loading, a row for each sparsity."""
+    """Measure bytes on disk, seconds to save and load, and peak memory while loading; a row for each sparsity."""
     return [{"sparsity": sparsity, **_files(sparse_bert(sparsity, **config), rounds)} for sparsity in sparsities]
 
 
 def _files(model: BertForSequenceClassification, rounds: int) -> dict[str, Any]:
-    """What the files of one model cost, dense and sparse."""
+    """Measure the files of one model, dense and sparse."""
     with tempfile.TemporaryDirectory() as folder:
         dense_dir, sparse_dir = Path(folder, "dense"), Path(folder, "sparse")
         dense, sparse = dense_dir / "model.safetensors", sparse_dir / "sparse.safetensors"
         runs: dict[str, Callable[[], Any]] = {
             "dense_save": lambda: model.save_pretrained(dense_dir),
             "save": lambda: save_sparse(model, sparse_dir, sparse_only=True),
-            # cloned, as load_file maps the file and reads nothing yet
+            # cloned, because load_file maps the file and reads nothing yet
             "dense_load": lambda: {name: tensor.clone() for name, tensor in load_file(dense).items()},
             "load": lambda: load_sparse(sparse_dir),
         }
@@ -94,7 +94,7 @@ def _files(model: BertForSequenceClassification, rounds: int) -> dict[str, Any]:
 
 
 def _zstd_bytes(path: Path) -> int | str:
-    """Size of a file after zstd at its default level."""
+    """Return the size of a file after zstd at its default level."""
     if importlib.util.find_spec("zstandard") is None:
         return NOT_INSTALLED
     import zstandard
@@ -103,7 +103,7 @@ def _zstd_bytes(path: Path) -> int | str:
 
 
 def _csr_bytes(tensor: Tensor) -> int:
-    """Bytes with csr as the only encoding: 16-bit columns, 32-bit rows, for each matrix that is mostly zeros."""
+    """Return the bytes with csr alone: 16-bit columns and 32-bit rows for each matrix that is mostly zeros."""
     kept = int(tensor.count_nonzero())
     if tensor.ndim != 2 or 2 * kept > tensor.numel():
         return tensor.numel() * tensor.element_size()
@@ -111,7 +111,7 @@ def _csr_bytes(tensor: Tensor) -> int:
 
 
 def _load_peak(directory: Path) -> int | None:
-    """Growth of a process's peak memory while it loads a sparse file; None where the system does not say."""
+    """Return by how much loading a sparse file raises a process's peak memory; None where the system does not say."""
     if not Path("/proc/self/status").exists():
         return None
     command = [sys.executable, "-c", PEAK_MEMORY, str(directory)]
@@ -140,7 +140,7 @@ def benchmark_inference(
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     **config: Any,
 ) -> list[dict[str, Any]]:
-    """Median seconds of a whole forward pass, each contender once in every round, a row for each."""
+    """Time a whole forward pass of each contender, once in every round; medians, a row for each."""
     rows = []
     for sparsity in sparsities:
         model = sparse_bert(sparsity, **config)
@@ -152,7 +152,7 @@ def benchmark_inference(
 
 @torch.inference_mode()
 def _latencies(model: BertForSequenceClassification, batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
-    """The contenders on one model and one shape of inputs."""
+    """Time the contenders on one model and one shape of inputs."""
     ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     sparse = to_sparse_inference(model, tokens=batch * length)
@@ -182,7 +182,7 @@ def _latencies(model: BertForSequenceClassification, batch: int, length: int, ro
 
 
 class _Logits(nn.Module):
-    """The model with tensors in and out, as an exporter likes it."""
+    """The model with tensors as inputs and output, as the exporter needs it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -193,13 +193,13 @@ class _Logits(nn.Module):
 
 
 def _onnx_runner(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any] | None:
-    """A forward pass in ONNX Runtime, with the threads of PyTorch; None where it is not installed."""
+    """Return a forward pass in ONNX Runtime with PyTorch's number of threads; None where it is not installed."""
     if any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxruntime", "onnxscript")):
         return None
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter has much to say about what it will change one day
+        warnings.simplefilter("ignore")  # the exporter announces its own coming changes
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             _Logits(model),

@@ -122,7 +122,7 @@ def test_model_that_does_not_fit_is_left_alone(tmp_path):
         nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)), r"1.weight is float32 of shape \(2, 3\) .* \(5, 3\) in the"
     )
     refused(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double(), "0.weight is float32 .* torch.float64 of shape")
-    refused(nn.Sequential(nn.Linear(4, 3)), r"lacks \[\] and has besides \['1.weight', '1.bias'\]")
+    refused(nn.Sequential(nn.Linear(4, 3)), r"it lacks \[\], and the model lacks \['1.weight', '1.bias'\]")
     three = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2))
     refused(three, r"lacks \['2.weight', '2.bias'\]")
 
@@ -142,7 +142,7 @@ def test_damaged_file_leaves_the_model_alone(tmp_path):
 
 @pytest.mark.parametrize("source", ["no/such/place", "spaces are bad", "a--b/.."])
 def test_what_is_neither_a_place_nor_a_name_is_refused(source):
-    with pytest.raises(FileNotFoundError, match="is no file, no directory and no name on the Hub"):
+    with pytest.raises(FileNotFoundError, match="is neither a file, nor a directory, nor a name on the Hub"):
         load_sparse(source)
 
 
