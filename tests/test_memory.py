@@ -121,10 +121,10 @@ def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * 6 * 4 - 1)
     with pytest.raises(MemoryError, match="5 gradients x 6 parameters"):
         optimizer.step()
-    assert torch.equal(before, first) and not late.any() and optimizer._window.pushed == 1
+    assert torch.equal(before, first) and not late.any() and optimizer._window.gram.pushed == 1
     monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * 6 * 4)
     optimizer.step()
-    assert late.any() and optimizer._window.pushed == 2
+    assert late.any() and optimizer._window.gram.pushed == 2
 
 
 @pytest.mark.skipif(

@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.fisher.window import MAX_NORM
-from mfac_hf.ops.blocks import add_gram, blocks_of, spd_inverse, spd_solve
+from mfac_hf.fisher.definite import check_damping, factor_blocks, inverse_blocks, solve_blocks
+from mfac_hf.fisher.options import MAX_NORM
+from mfac_hf.ops.blocks import add_gram, blocks_of
 
 __all__ = ["BlockedFisher"]
 
@@ -48,6 +49,13 @@ class BlockedFisher:
 
     The divisor m is the number of gradients added (over all ranks). Coordinates whose gradients are zero, such as
     those of pruned weights, decouple: their row of :math:`F_b` is :math:`\lambda` on the diagonal.
+
+    >>> fisher = BlockedFisher(4, block_size=2, damping=0.5, num_grads=2)
+    >>> fisher.add(torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 2.0]]))
+    >>> fisher.matrices(0, 2).tolist()
+    [[[1.5, 1.0], [1.0, 1.5]], [[0.5, 0.0], [0.0, 2.5]]]
+    >>> fisher.inverse_diagonal()
+    tensor([1.2000, 1.2000, 2.0000, 0.4000])
 
     Args:
         dim: number of parameters, d.
@@ -281,55 +289,6 @@ class BlockedFisher:
                 part_KB = solve_blocks(self.matrices(first, last), x_KB)
             parts.append(part_KB.flatten())
         return torch.cat(parts)[: self.dim].to(self.dtype)
-
-
-def factor_blocks(matrices_KBB: Tensor) -> Tensor:
-    """Cholesky factors (lower) of a batch of matrices.
-
-    Raises:
-        FloatingPointError: if one is not positive definite.
-    """
-    factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
-    _check_definite(matrices_KBB, info_K)
-    return factor_KBB
-
-
-def inverse_blocks(matrices_KBB: Tensor) -> Tensor:
-    """Inverses of a batch of matrices.
-
-    Raises:
-        FloatingPointError: if one is not positive definite.
-    """
-    inverse_KBB, info_K = spd_inverse(matrices_KBB)
-    _check_definite(matrices_KBB, info_K)
-    return inverse_KBB
-
-
-def solve_blocks(matrices_KBB: Tensor, x_KB: Tensor) -> Tensor:
-    """Solutions of a batch of systems, one right-hand side each.
-
-    Raises:
-        FloatingPointError: if a matrix is not positive definite.
-    """
-    solution_KB, info_K = spd_solve(matrices_KBB, x_KB)
-    _check_definite(matrices_KBB, info_K)
-    return solution_KB
-
-
-def _check_definite(matrices_KBB: Tensor, info_K: Tensor) -> None:
-    if bool(info_K.any()):
-        bad = int(info_K.nonzero()[0])
-        raise FloatingPointError(
-            f"a damped Fisher or Gram matrix of trace {float(matrices_KBB[bad].trace()):g} is not positive definite "
-            "in float64: raise the damping"
-        )
-
-
-def check_damping(value: float) -> float:
-    """The damping as a float; a ValueError unless it is a finite number above 0."""
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"damping is {value!r}; expected a finite number above 0 (1e-4 to 1e-7 are usual)")
-    return float(value)
 
 
 def _check_sizes(dim: int, block_size: int, num_grads: int) -> None:

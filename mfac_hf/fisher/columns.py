@@ -7,9 +7,14 @@ stores, so a store may sit on any device and choose its own format.
 The gradient of an embedding table is zero outside the rows that the batch looked up (1-5 % of them).
 `RowSparseColumns` holds just those rows, which loses nothing: two gradients meet only in the rows that both have.
 
+What a gradient has in one store is its *part* there: a vector in dense columns, `SparseRows` in row-sparse ones.
+
 Shape suffixes: M stored gradients, D parameters of the store, V rows of the table, H width of a row, N slots for rows
 per gradient, U distinct rows in the window.
 """
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +23,84 @@ from mfac_hf.machine import prefer_huge_pages
 from mfac_hf.ops import window
 from mfac_hf.ops.rows import places, sparse_combine, sparse_dots
 
-__all__ = ["DenseColumns", "RowSparseColumns"]
+__all__ = ["ColumnStore", "DenseColumns", "Part", "RowSparseColumns", "SparseRows", "widened"]
 
 GRAM_ELEMENTS = 1 << 22  # numbers of the window widened to float64 at once: 32 MiB
+
+
+class SparseRows(NamedTuple):
+    """A (v, h) table that is zero outside some of its rows.
+
+    >>> SparseRows(torch.tensor([2]), torch.tensor([[5.0, 6.0]])).to_dense((3, 2))
+    tensor([[0., 0.],
+            [0., 0.],
+            [5., 6.]])
+
+    Attributes:
+        rows: numbers of the rows, (n,), int64, strictly ascending.
+        values: these rows, (n, h).
+    """
+
+    rows: Tensor
+    values: Tensor
+
+    def to(self, device: torch.device) -> "SparseRows":
+        """The same on another device."""
+        return SparseRows(self.rows.to(device), self.values.to(device))
+
+    def to_dense(self, shape: torch.Size | tuple[int, int]) -> Tensor:
+        """The whole table, (v, h)."""
+        return self.values.new_zeros(shape).index_copy_(0, self.rows, self.values)
+
+
+Part = Tensor | SparseRows
+
+
+class ColumnStore(Protocol):
+    """Some columns of the window: one part of each stored gradient.
+
+    Products are those with the parts as they are stored, after rounding. Rows are written before they are read.
+    """
+
+    @property
+    def dim(self) -> int:
+        """Columns of this store, d."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers live."""
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """What products with the stored gradients are returned in."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+
+    def write(self, row: int, part: Any) -> None:
+        """Store a part as row ``row``."""
+
+    def clear(self, rows: slice) -> None:
+        """Store zeros in these rows."""
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """The part of the whole store, from those of the parameters that share it."""
+
+    def dots(self, row: int, count: int) -> Tensor:
+        """Dot products of the stored row ``row`` with the first ``count`` rows; (count,), float64."""
+
+    def project(self, x_D: Tensor, count: int) -> Tensor:
+        """Dot products of any vector with the first ``count`` rows; (count,), float64."""
+
+    def gram(self, count: int) -> Tensor:
+        """All dot products among the first ``count`` rows; (count, count), float64."""
+
+    def combine(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Combination of the first ``len(weights_M)`` rows as a vector, (d,); in float64 where ``dtype`` says so."""
+
+    def combine_part(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Any:
+        """The same as a part."""
 
 
 class DenseColumns:
@@ -63,13 +143,21 @@ class DenseColumns:
         """Bytes of the buffer."""
         return self.buffer_MD.nbytes
 
-    def write(self, row: int, grad_D: Tensor) -> None:
-        """Store a gradient of d numbers as row ``row``, rounded to the storage type."""
-        self.buffer_MD[row].copy_(grad_D)
+    def write(self, row: int, part: Tensor) -> None:
+        """Store d numbers as row ``row``, rounded to the storage type."""
+        self.buffer_MD[row].copy_(part)
+
+    def clear(self, rows: slice) -> None:
+        """Store zeros in these rows."""
+        self.buffer_MD[rows].zero_()
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The vectors of several parameters, in the order of their columns, as one."""
+        return torch.cat(list(parts) or [torch.zeros(0)])
 
     def dots(self, row: int, count: int) -> Tensor:
         """Dot products of the stored row ``row`` with the first ``count`` rows; float64."""
-        return window.row_dots(self.buffer_MD[:count], _widened(self.buffer_MD[row]))
+        return window.row_dots(self.buffer_MD[:count], widened(self.buffer_MD[row]))
 
     def project(self, x_D: Tensor, count: int) -> Tensor:
         """Dot products of any vector with the first ``count`` rows; float64."""
@@ -92,11 +180,13 @@ class DenseColumns:
         return selected
 
     def combine(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Combination of the first ``len(weights_M)`` rows, shape (d,); float64 arithmetic where ``dtype`` says so."""
+        """Combination of the first ``len(weights_M)`` rows as a vector, (d,); in float64 where ``dtype`` says so."""
         x_D = None
         if dtype == torch.float64 and self.buffer_MD.dtype != torch.float64:
             x_D = torch.zeros(self.dim, dtype=dtype, device=self.device)
         return window.combine(self.buffer_MD[: len(weights_M)], weights_M.to(self.device), x_D)
+
+    combine_part = combine  # a vector is the part here
 
 
 class RowSparseColumns:
@@ -111,6 +201,7 @@ class RowSparseColumns:
         dtype: storage type of the values, float32 or float64.
         device: where the buffers live.
         slots: non-zero rows to make room for in each gradient.
+        buffers: existing row numbers (m, n) and values (m, n, h) to use in place of new ones.
     """
 
     def __init__(
@@ -121,12 +212,15 @@ class RowSparseColumns:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         slots: int = 1,
+        buffers: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.shape = shape
         self.dim = shape[0] * shape[1]
         # Empty slots hold the row number v: it sorts behind every real row.
-        self.rows_MN = torch.full((num_grads, slots), shape[0], dtype=torch.int64, device=device)
-        self.values_MNH = torch.zeros(num_grads, slots, shape[1], dtype=dtype, device=device)
+        self.rows_MN, self.values_MNH = buffers or (
+            torch.full((num_grads, slots), shape[0], dtype=torch.int64, device=device),
+            torch.zeros(num_grads, slots, shape[1], dtype=dtype, device=device),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -143,18 +237,23 @@ class RowSparseColumns:
         """Bytes of the buffers."""
         return self.values_MNH.nbytes + self.rows_MN.nbytes
 
-    def restore(self, rows_MN: Tensor, values_MNH: Tensor) -> None:
-        """Use these buffers from now on."""
-        self.rows_MN, self.values_MNH = rows_MN, values_MNH
-
-    def write(self, row: int, grad: tuple[Tensor, Tensor]) -> None:
-        """Store a gradient, as (row numbers (n,), values (n, h)), as row ``row``; the numbers ascend strictly."""
-        rows, values = grad
+    def write(self, row: int, part: SparseRows) -> None:
+        """Store some rows of the table as row ``row`` of the window."""
+        rows, values = part
         if len(rows) > self.rows_MN.shape[1]:
             self._grow(len(rows))
         self.rows_MN[row].fill_(self.shape[0])
         self.rows_MN[row, : len(rows)] = rows.to(self.device)
         self.values_MNH[row, : len(rows)] = values.to(self.device)
+
+    def clear(self, rows: slice) -> None:
+        """Store zeros in these rows: no row of the table."""
+        self.rows_MN[rows] = self.shape[0]
+
+    def join(self, parts: Sequence[SparseRows]) -> SparseRows:
+        """The part of the one parameter that such a store belongs to."""
+        (part,) = parts
+        return part
 
     def _grow(self, needed: int) -> None:
         num_grads, slots = self.rows_MN.shape
@@ -188,8 +287,7 @@ class RowSparseColumns:
     def row(self, row: int) -> Tensor:
         """The stored row ``row`` as a dense vector, shape (v * h,)."""
         used = self.rows_MN[row] < self.shape[0]
-        table_VH = self.values_MNH.new_zeros(self.shape)
-        return table_VH.index_copy_(0, self.rows_MN[row, used], self.values_MNH[row, used]).flatten()
+        return SparseRows(self.rows_MN[row, used], self.values_MNH[row, used]).to_dense(self.shape).flatten()
 
     def keep_only(self, keep_VH: Tensor) -> None:
         """Zero the stored numbers of the table's masked positions."""
@@ -201,20 +299,20 @@ class RowSparseColumns:
         place_V = places(rows_U, self.shape[0])
         return sparse_dots(self.rows_MN[:count], self.values_MNH[:count], place_V, x_UH)
 
-    def combine_rows(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Combination of the first ``len(weights_M)`` rows: (distinct row numbers (u,), ascending; values (u, h))."""
+    def combine_part(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> SparseRows:
+        """Combination of the first ``len(weights_M)`` rows, with the u table rows that any of them has."""
         count = len(weights_M)
         rows_U = self._rows(count)
         weights_M = weights_M.to(self.device, dtype or self.values_MNH.dtype)
         place_V = places(rows_U, self.shape[0])
         values_UH = sparse_combine(self.rows_MN[:count], self.values_MNH[:count], place_V, weights_M, len(rows_U))
-        return rows_U, values_UH
+        return SparseRows(rows_U, values_UH)
 
     def combine(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Combination of the first ``len(weights_M)`` rows as a dense vector, shape (v * h,)."""
-        rows_U, values_UH = self.combine_rows(weights_M, dtype=dtype)
-        return values_UH.new_zeros(self.shape).index_copy_(0, rows_U, values_UH).flatten()
+        """Combination of the first ``len(weights_M)`` rows as a vector, (v * h,)."""
+        return self.combine_part(weights_M, dtype=dtype).to_dense(self.shape).flatten()
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x
+def widened(x: Tensor) -> Tensor:
+    """A tensor in the precision of products: float64 as it is, any other type as float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mfac_hf.fisher.blocked import check_damping, factor_blocks
+from mfac_hf.fisher.definite import check_damping, factor_blocks
 
 __all__ = ["FullFisher"]
 
@@ -36,6 +36,12 @@ STRIP = 256
 
 class FullFisher:
     r"""Inverse of the damped empirical Fisher :math:`F = \lambda I + G^\top G / m` of all parameters together.
+
+    >>> fisher = FullFisher(torch.tensor([[1.0, 1.0]]), damping=1.0)  # F = ((2, 1), (1, 2))
+    >>> fisher.solve(torch.tensor([1.0, 0.0]))
+    tensor([ 0.6667, -0.3333])
+    >>> fisher.inverse_diagonal()
+    tensor([0.6667, 0.6667])
 
     Args:
         grads_MD: the gradients, shape (m, d), float32 or float64; any tensor, also one over a memory-mapped file

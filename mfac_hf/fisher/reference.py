@@ -22,7 +22,11 @@ __all__ = [
 
 
 def dense_fisher(grads_MD: Tensor, damping: float, divisor: int | None = None) -> Tensor:
-    r""":math:`F = \lambda I + G^\top G / n` as a dense (d, d) float64 matrix; n is the number of rows unless given."""
+    r""":math:`F = \lambda I + G^\top G / n` as a dense (d, d) float64 matrix; n is the number of rows unless given.
+
+    >>> dense_fisher(torch.tensor([[1.0, 1.0]]), damping=1.0).tolist()
+    [[2.0, 1.0], [1.0, 2.0]]
+    """
     grads_MD = grads_MD.double()
     fisher_DD = grads_MD.T @ grads_MD / (divisor or len(grads_MD))
     fisher_DD.diagonal().add_(damping)

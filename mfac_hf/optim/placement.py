@@ -8,15 +8,16 @@ non-zero rows get row-sparse columns of their own.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+from mfac_hf.fisher.columns import ColumnStore, DenseColumns, RowSparseColumns, SparseRows, widened
 from mfac_hf.memory import ROW_SPARSE_MIN_NUMEL, require_memory
+from mfac_hf.optim.options import ParameterWindowOptions
 
-__all__ = ["ROW_SPARSE_DENSIFY", "Placement", "distinct_columns", "place", "to_dense"]
+__all__ = ["DensePlacement", "Placement", "TablePlacement", "distinct_columns", "kept_positions", "place"]
 
 # A parameter gets row-sparse columns if at most this share of the rows of its first gradient is non-zero ...
 ROW_SPARSE_MAX_DENSITY = 0.25
@@ -24,103 +25,174 @@ ROW_SPARSE_MAX_DENSITY = 0.25
 ROW_SPARSE_DENSIFY = 0.5
 
 
-@dataclass
-class Placement:
-    """Columns of one parameter (of this rank's shard of it): ``size`` of them from ``start`` in ``columns``.
+@dataclass(frozen=True)
+class DensePlacement:
+    """Columns of one parameter (of this rank's shard of it) among those of a dense store.
 
-    ``shape`` is the parameter's, ``keep`` the flat positions that its mask keeps.
+    Args:
+        columns: the store, which other parameters share.
+        shape: the parameter's.
+        start: the first of its columns.
+        size: how many it has.
+        keep: flat positions in the parameter that its mask keeps, which alone have columns; None without a mask.
     """
 
-    columns: DenseColumns | RowSparseColumns
+    columns: DenseColumns
     shape: torch.Size
     start: int
     size: int
     keep: Tensor | None = None
 
-    def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> Any:
-        """The gradient as these columns store it: (size,) or (row numbers, values); zeros for None."""
-        if isinstance(self.columns, RowSparseColumns):
-            if grad is None:
-                return torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.shape[1])
-            rows, values = nonzero_rows(grad)
-            return rows, values if mask is None else values * mask[rows]
+    @property
+    def _place(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> Tensor:
+        """The gradient as its columns store it, (size,); zeros for None."""
         if grad is None:
             return torch.zeros(self.size, device=device)
         flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
-        return _widened(flat if self.keep is None else flat[self.keep])
+        return widened(flat if self.keep is None else flat[self.keep])
 
-    def state(self, num_grads: int) -> dict[str, Any]:
-        """The window of this parameter for the optimizer's state: views of the buffers, no copies."""
-        if isinstance(self.columns, RowSparseColumns):
-            return {"window_rows": self.columns.rows_MN, "window_values": self.columns.values_MNH}
-        view = self.columns.buffer_MD[:, self.start : self.start + self.size]
-        return {"window": view if self.keep is not None else view.view(num_grads, *self.shape)}
+    def outgrown_by(self, part: Tensor) -> bool:
+        """Whether the store no longer suits such gradients: a dense one suits all."""
+        return False
+
+    def direction(self, combined_D: Tensor, device: torch.device) -> Tensor:
+        """The parameter's direction, of its shape, from the store's; zero where it is masked."""
+        return self._whole(combined_D[self._place].to(device)).view(self.shape)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """These stored gradients, (len(rows), numel), zero where they are masked."""
+        return self._whole(self.columns.buffer_MD[rows.to(self.columns.device), self._place])
+
+    def _whole(self, kept: Tensor) -> Tensor:
+        """Numbers of all positions of the parameter along the last dimension, zero where they are masked."""
+        if self.keep is None:
+            return kept
+        whole = kept.new_zeros(*kept.shape[:-1], self.shape.numel())
+        return whole.index_copy_(-1, self.keep.to(kept.device), kept)
+
+    def state(self) -> dict[str, Any]:
+        """The window of this parameter for the optimizer's state: a view of the buffer, no copy."""
+        view = self.columns.buffer_MD[:, self._place]
+        return {"window": view if self.keep is not None else view.view(len(view), *self.shape)}
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+@dataclass(frozen=True)
+class TablePlacement:
+    """Columns of one parameter, a table, in a row-sparse store of its own.
+
+    Args:
+        columns: the store.
+        shape: the parameter's.
+    """
+
+    columns: RowSparseColumns
+    shape: torch.Size
+    start: ClassVar[int] = 0
+
+    def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> SparseRows:
+        """The gradient as its columns store it, zero where it is masked; no row for None."""
+        if grad is None:
+            return SparseRows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.shape[1]))
+        rows, values = nonzero_rows(grad)
+        return SparseRows(rows, values if mask is None else values * mask[rows])
+
+    def outgrown_by(self, part: SparseRows) -> bool:
+        """Whether so many rows of the gradient are non-zero that dense columns suit it better."""
+        return len(part.rows) > ROW_SPARSE_DENSIFY * self.shape[0]
+
+    def direction(self, combined: SparseRows, device: torch.device) -> SparseRows:
+        """The parameter's direction, the rows of it that are not zero."""
+        return combined.to(device)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """These stored gradients, (len(rows), numel), zero where they are masked."""
+        return torch.stack([self.columns.row(row) for row in rows.tolist()])
+
+    def state(self) -> dict[str, Any]:
+        """The window of this parameter for the optimizer's state: the buffers, no copies."""
+        return {"window_rows": self.columns.rows_MN, "window_values": self.columns.values_MNH}
 
 
-def nonzero_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a 2-d gradient, dense or sparse, that are not all zero: their ascending numbers, and the rows."""
+Placement = DensePlacement | TablePlacement
+
+
+def nonzero_rows(grad: Tensor) -> SparseRows:
+    """Rows of a 2-d gradient, dense or sparse, that are not all zero."""
     if grad.is_sparse:
         grad = grad.coalesce()
-        return grad.indices()[0], _widened(grad.values())
+        return SparseRows(grad.indices()[0], widened(grad.values()))
     # Faster than looking at absolute values, and as exact; a NaN is not zero either.
     rows = ((grad.amax(dim=1) != 0) | (grad.amin(dim=1) != 0)).nonzero().squeeze(1)
-    return rows, _widened(grad[rows])
+    return SparseRows(rows, widened(grad[rows]))
 
 
 def place(
     gradients: dict[Tensor, Tensor],
     masks: dict[Tensor, Tensor],
-    *,
-    num_grads: int,
-    dtype: torch.dtype,
+    options: ParameterWindowOptions,
     devices: list[torch.device],
-    row_sparse: bool,
 ) -> dict[Tensor, Placement]:
     """Columns for parameters that have none yet, judged by their first gradients (a parameter's own, or its shard's).
+
+    Args:
+        gradients: by parameter.
+        masks: {parameter: bool tensor of its shape, True = keep}, for those that have one.
+        options: num_grads, window_dtype and row_sparse.
+        devices: to deal the dense columns out to; tables go to the first.
 
     Raises:
         MemoryError: if they do not fit, with the numbers; nothing is allocated then.
     """
-    devices = list(dict.fromkeys(devices))
-    tables = {p: g for p, g in gradients.items() if row_sparse and _is_row_sparse(g)}
-    dense = {p: kept_positions(masks.get(p)) for p in gradients if p not in tables}
-    sizes = {p: gradients[p].numel() if keep is None else len(keep) for p, keep in dense.items()}
+    tables = {p: g for p, g in gradients.items() if options.row_sparse and _is_row_sparse(g)}
+    keeps = {p: kept_positions(masks.get(p)) for p in gradients if p not in tables}
+    sizes = {p: gradients[p].numel() if keep is None else len(keep) for p, keep in keeps.items()}
+    slots = {p: max(1, min(g.shape[0], len(nonzero_rows(g).rows) * 5 // 4)) for p, g in tables.items()}
+    table_bytes = sum(_slot_bytes(tables[p], options) * n * options.num_grads for p, n in slots.items())
+    dealt = _deal_out(sizes, devices)
+    for device, members in dealt.items():
+        _require_room(sum(sizes[p] for p in members), table_bytes if device == devices[0] else 0, device, options)
 
-    # Largest first onto the least loaded device, then back into the given order within each device.
-    device_of: dict[Tensor, torch.device] = {}
-    load = dict.fromkeys(devices, 0)
-    for parameter in sorted(sizes, key=lambda p: -sizes[p]):
-        device_of[parameter] = min(load, key=lambda device: load[device])
-        load[device_of[parameter]] += sizes[parameter]
-
-    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    slots = {p: max(1, min(g.shape[0], len(nonzero_rows(g)[0]) * 5 // 4)) for p, g in tables.items()}
-    table_bytes = sum(num_grads * n * (tables[p].shape[1] * table_dtype.itemsize + 8) for p, n in slots.items())
-    for device in devices:
-        extra = table_bytes if device == devices[0] else 0
-        words = f"{num_grads} gradients x {load[device]:,} parameters in {dtype}"
-        words += f" and {extra >> 20} MiB of embedding rows" if extra else ""
-        require_memory(num_grads * load[device] * dtype.itemsize + extra, device, words)
-
-    placements = {}
-    for device in devices:
-        if device not in device_of.values():
+    placements: dict[Tensor, Placement] = {}
+    for device, members in dealt.items():
+        if not members:
             continue
-        columns = DenseColumns(num_grads, load[device], dtype=dtype, device=device)
+        dim = sum(sizes[p] for p in members)
+        columns = DenseColumns(options.num_grads, dim, dtype=options.window_dtype, device=device)
         start = 0
-        for parameter, keep in dense.items():
-            if device_of[parameter] == device:
-                placements[parameter] = Placement(columns, gradients[parameter].shape, start, sizes[parameter], keep)
-                start += sizes[parameter]
-    for parameter, count in slots.items():
-        shape = tables[parameter].shape
-        store = RowSparseColumns(num_grads, (shape[0], shape[1]), dtype=table_dtype, device=devices[0], slots=count)
-        placements[parameter] = Placement(store, shape, 0, shape.numel())
+        for p in members:
+            placements[p] = DensePlacement(columns, gradients[p].shape, start, sizes[p], keeps[p])
+            start += sizes[p]
+    for p, count in slots.items():
+        height, width = tables[p].shape
+        table = RowSparseColumns(
+            options.num_grads, (height, width), dtype=options.result_dtype, device=devices[0], slots=count
+        )
+        placements[p] = TablePlacement(table, tables[p].shape)
     return placements
+
+
+def _deal_out(sizes: dict[Tensor, int], devices: list[torch.device]) -> dict[torch.device, list[Tensor]]:
+    """Parameters by device: largest first onto the least loaded, then within each device in the given order."""
+    load = dict.fromkeys(devices, 0)
+    chosen: dict[Tensor, torch.device] = {}
+    for p in sorted(sizes, key=lambda p: -sizes[p]):
+        chosen[p] = min(load, key=lambda device: load[device])
+        load[chosen[p]] += sizes[p]
+    return {device: [p for p in sizes if chosen[p] == device] for device in devices}
+
+
+def _slot_bytes(grad: Tensor, options: ParameterWindowOptions) -> int:
+    """Bytes that a table takes for one row of one gradient, with the row's number."""
+    return grad.shape[1] * options.result_dtype.itemsize + 8
+
+
+def _require_room(dim: int, table_bytes: int, device: torch.device, options: ParameterWindowOptions) -> None:
+    words = f"{options.num_grads} gradients x {dim:,} parameters in {options.window_dtype}"
+    words += f" and {table_bytes >> 20} MiB of embedding rows" if table_bytes else ""
+    require_memory(options.num_grads * dim * options.window_dtype.itemsize + table_bytes, device, words)
 
 
 def _is_row_sparse(grad: Tensor) -> bool:
@@ -128,13 +200,13 @@ def _is_row_sparse(grad: Tensor) -> bool:
         return True
     if grad.ndim != 2 or grad.numel() < ROW_SPARSE_MIN_NUMEL:
         return False
-    return len(nonzero_rows(grad)[0]) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
+    return len(nonzero_rows(grad).rows) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
 
 
 def stored_numbers(grad: Tensor, mask: Tensor | None, row_sparse: bool) -> int:
     """Numbers that the columns of a parameter with this first gradient hold for each gradient."""
     if row_sparse and _is_row_sparse(grad):
-        return nonzero_rows(grad)[1].numel()
+        return nonzero_rows(grad).values.numel()
     return grad.numel() if mask is None else int(mask.sum())
 
 
@@ -143,23 +215,30 @@ def kept_positions(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
 
 
-def to_dense(columns: RowSparseColumns, count: int, dtype: torch.dtype, keep: Tensor | None = None) -> DenseColumns:
-    """The same columns (those in ``keep``) as a dense buffer, for gradients that turned out not to be row-sparse.
+def to_dense(placement: TablePlacement, count: int, dtype: torch.dtype, keep: Tensor | None = None) -> DensePlacement:
+    """The same columns (those in ``keep``) in a dense store, for gradients that turned out not to be row-sparse.
+
+    Args:
+        placement: of the table.
+        count: gradients held.
+        dtype: of the dense store.
+        keep: flat positions to keep; None keeps all.
 
     Raises:
-        MemoryError: if the buffer does not fit; nothing changes then.
+        MemoryError: if the store does not fit; nothing changes then.
     """
-    num_grads = len(columns.rows_MN)
-    what = f"an embedding of {columns.shape[0]:,} x {columns.shape[1]} whose gradients are no longer row-sparse"
-    dim = columns.dim if keep is None else len(keep)
-    require_memory(num_grads * dim * dtype.itemsize, columns.device, what)
-    dense = DenseColumns(num_grads, dim, dtype=dtype, device=columns.device)
+    table = placement.columns
+    num_grads = len(table.rows_MN)
+    what = f"an embedding of {table.shape[0]:,} x {table.shape[1]} whose gradients are no longer row-sparse"
+    dim = table.dim if keep is None else len(keep)
+    require_memory(num_grads * dim * dtype.itemsize, table.device, what)
+    dense = DenseColumns(num_grads, dim, dtype=dtype, device=table.device)
     for row in range(count):
-        flat_D = columns.row(row)
+        flat_D = table.row(row)
         dense.write(row, flat_D if keep is None else flat_D[keep.to(flat_D.device)])
-    return dense
+    return DensePlacement(dense, placement.shape, 0, dim, keep)
 
 
-def distinct_columns(placements: Iterable[Placement]) -> list[DenseColumns | RowSparseColumns]:
+def distinct_columns(placements: Iterable[Placement]) -> list[ColumnStore]:
     """The column stores of these placements, each once, in order."""
-    return list({id(placement.columns): placement.columns for placement in placements}.values())
+    return list(dict.fromkeys(placement.columns for placement in placements))

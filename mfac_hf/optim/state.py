@@ -4,34 +4,82 @@ The state of a parameter p holds plain tensors and numbers only:
 
 - ``window`` (m, *p.shape), a view of the buffer that p shares with others ((m, kept) if p has a mask), or
   ``window_rows`` (m, n) and ``window_values`` (m, n, h) for row-sparse columns; ``window_store`` and ``window_start``
-      say where;
+  say where;
 - ``step``; ``momentum_buffer`` and ``mask`` where there are any;
 - for the first parameter with columns also ``gram`` (m, m), ``pushed``, ``skipped_steps``, ``jitter_escalations`` and
   ``window_parameters``, the number of parameters with columns.
 """
 
+from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
-from mfac_hf.optim.placement import Placement, kept_positions
+from mfac_hf.optim.options import ParameterWindowOptions
+from mfac_hf.optim.placement import DensePlacement, Placement, TablePlacement, kept_positions
 
-__all__ = ["WINDOW_KEYS", "check_state", "restore_placements"]
+__all__ = ["WINDOW_KEYS", "check_state", "restore_placements", "without_window"]
 
 LEAD_KEYS = ("gram", "pushed", "skipped_steps", "jitter_escalations", "window_parameters")
 GROUP_KEYS = ("lr", "momentum", "weight_decay", "decoupled_weight_decay")
 WINDOW_KEYS = ("window", "window_rows", "window_values", "window_store", "window_start", *LEAD_KEYS)
 
 
-def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """The saved state of each parameter of the optimizer; a ValueError names the first thing that does not fit."""
+class _Saved(NamedTuple):
+    """The saved state of one parameter, and what an error calls it."""
+
+    parameter: Tensor
+    state: dict[str, Any]
+    label: str
+
+
+def without_window(states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The same states without their part of the window, in new dictionaries."""
+    return {key: {name: v for name, v in state.items() if name not in WINDOW_KEYS} for key, state in states.items()}
+
+
+def check_state(
+    state_dict: dict[str, Any],
+    groups: list[dict[str, Any]],
+    masks: dict[Tensor, Tensor],
+    options: ParameterWindowOptions,
+) -> dict[Tensor, dict[str, Any]]:
+    """The saved state of each parameter that has one.
+
+    Args:
+        state_dict: what was saved.
+        groups: parameter groups of the optimizer that loads it.
+        masks: of its parameters that have one.
+        options: of its window.
+
+    Raises:
+        ValueError: names the first thing that does not fit.
+    """
+    _check_groups(state_dict, groups)
+    saved = list(_saved_states(state_dict, groups))
+    with_window = []
+    for entry in saved:
+        _check_mask(entry, masks.get(entry.parameter))
+        _check_momentum(entry)
+        if "window" in entry.state or "window_rows" in entry.state:
+            _check_columns(entry, options)
+            with_window.append(entry.state)
+        elif "window_store" in entry.state:
+            raise ValueError(f"the state of {entry.label} lacks its window: the state is truncated")
+    if with_window:
+        _check_lead(with_window, options.num_grads)
+    return {parameter: dict(state) for parameter, state, _ in saved if state}
+
+
+def _check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """The saved parameter groups are this optimizer's: as many parameters, MFAC's options, the same names."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the optimizer state has no {key!r}: it is truncated, or not an optimizer's state")
-    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    saved_groups = state_dict["param_groups"]
     saved_sizes, sizes = ([len(group["params"]) for group in gs] for gs in (saved_groups, groups))
     if saved_sizes != sizes:
         raise ValueError(
@@ -47,126 +95,137 @@ def check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
             raise ValueError(
                 f"parameters in another order: the saved state has {first[0]!r} where this optimizer has {first[1]!r}"
             )
-    ids = chain.from_iterable(group["params"] for group in saved_groups)
+
+
+def _saved_states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterator[_Saved]:
+    """Each parameter of the optimizer, in order, with its saved state (empty where it has none)."""
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     parameters = chain.from_iterable(group["params"] for group in groups)
     names = chain.from_iterable(group.get("param_names", [None] * len(group["params"])) for group in groups)
-    result = {}
-    with_window = []
-    for position, (key, p, name) in enumerate(zip(ids, parameters, names, strict=True)):
-        state = state_dict["state"].get(key, {})
-        own_mask = optimizer.state[p].get("mask") if p in optimizer.state else None
+    for position, (key, p, name) in enumerate(zip(keys, parameters, names, strict=True)):
         label = f"parameter {name or position} of shape {tuple(p.shape)}"
-        _check_mask(label, state.get("mask"), p, own_mask)
-        if "momentum_buffer" in state and state["momentum_buffer"].shape != p.shape:
-            found = tuple(state["momentum_buffer"].shape)
-            raise ValueError(f"the saved momentum of {label} has shape {found}: another model or order")
-        if "window" in state or "window_rows" in state:
-            _check_window(label, state, p, state.get("mask"), optimizer.defaults)
-            with_window.append(state)
-        elif "window_store" in state:
-            raise ValueError(f"the state of {label} lacks its window: the state is truncated")
-        if state:
-            result[p] = dict(state)
-    if with_window:
-        leads = [state for state in with_window if "gram" in state]
-        if len(leads) != 1 or any(key not in leads[0] for key in LEAD_KEYS):
-            raise ValueError("the saved window has no Gram matrix or counters: the state is truncated")
-        if len(with_window) != leads[0]["window_parameters"]:
-            raise ValueError(
-                f"the saved window is of {leads[0]['window_parameters']} parameters, but {len(with_window)} have "
-                "their "
-                "columns in the state: the state is truncated"
-            )
-        num_grads = optimizer.defaults["num_grads"]
-        if leads[0]["gram"].shape != (num_grads, num_grads):
-            raise ValueError(
-                f"the saved Gram matrix is {tuple(leads[0]['gram'].shape)}; expected {(num_grads, num_grads)}"
-            )
-    return result
+        yield _Saved(p, state_dict["state"].get(key, {}), label)
 
 
-def _check_mask(label: str, saved: Tensor | None, p: Tensor, own: Tensor | None) -> None:
+def _check_mask(entry: _Saved, own: Tensor | None) -> None:
     """A saved mask may keep less than the optimizer's own, as after pruning steps, but not more."""
-    if saved is not None and (saved.shape != p.shape or saved.dtype != torch.bool):
+    saved = entry.state.get("mask")
+    if saved is not None and (saved.shape != entry.parameter.shape or saved.dtype != torch.bool):
         raise ValueError(
-            f"the saved mask of {label} is {saved.dtype} of shape {tuple(saved.shape)}: another model, or a damaged "
-            "file"
+            f"the saved mask of {entry.label} is {saved.dtype} of shape {tuple(saved.shape)}: another model, or a "
+            "damaged file"
         )
     if own is not None and (saved is None or bool((saved.cpu() & ~own.cpu()).any())):
         raise ValueError(
-            f"the saved optimizer trained weights that the mask of {label} excludes; pass the masks that it had"
+            f"the saved optimizer trained weights that the mask of {entry.label} excludes; pass the masks that it had"
         )
 
 
-def _check_window(label: str, state: dict[str, Any], p: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
-    num_grads, dtype = options["num_grads"], options["window_dtype"]
+def _check_momentum(entry: _Saved) -> None:
+    momentum = entry.state.get("momentum_buffer")
+    if momentum is not None and momentum.shape != entry.parameter.shape:
+        raise ValueError(
+            f"the saved momentum of {entry.label} has shape {tuple(momentum.shape)}: another model or order"
+        )
+
+
+def _check_columns(entry: _Saved, options: ParameterWindowOptions) -> None:
+    """The saved columns of a parameter are complete, of its shape, and of this optimizer's window."""
+    parameter, state, label = entry
+    num_grads, mask = options.num_grads, state.get("mask")
     for key in ("window_store", "window_start"):
         if key not in state:
             raise ValueError(f"the state of {label} lacks {key!r}: the state is truncated")
     if "window" in state:
-        expected = (num_grads, *p.shape) if mask is None else (num_grads, int(mask.sum()))
-        found, found_dtype = state["window"].shape, state["window"].dtype
+        found, dtype = state["window"], options.window_dtype
+        expected = (num_grads, *parameter.shape) if mask is None else (num_grads, int(mask.sum()))
     else:
         if "window_values" not in state:
             raise ValueError(f"the state of {label} lacks 'window_values': the state is truncated")
-        values = state["window_values"]
-        slots = state["window_rows"].shape[1]
-        expected = (num_grads, slots, *p.shape[1:])
-        found, found_dtype = values.shape, values.dtype
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if found[0] != num_grads:
+        found, dtype = state["window_values"], options.result_dtype
+        expected = (num_grads, state["window_rows"].shape[1], *parameter.shape[1:])
+    if found.shape[0] != num_grads:
         raise ValueError(
-            f"the saved window holds {found[0]} gradients, this optimizer {num_grads}; pass num_grads={found[0]}"
+            f"the saved window holds {found.shape[0]} gradients, this optimizer {num_grads}; "
+            f"pass num_grads={found.shape[0]}"
         )
-    if tuple(found) != tuple(expected):
+    if tuple(found.shape) != expected:
         raise ValueError(
-            f"the saved window of {label} has shape {tuple(found)}; expected {tuple(expected)}: another model or order"
+            f"the saved window of {label} has shape {tuple(found.shape)}; expected {expected}: another model or order"
         )
-    if found_dtype != dtype:
+    if found.dtype != dtype:
         raise ValueError(
-            f"the saved window of {label} is {found_dtype}, expected {dtype}; pass the saved window_dtype"
+            f"the saved window of {label} is {found.dtype}, expected {dtype}; pass the saved window_dtype"
         )
     if "window_rows" in state:
-        rows, height = state["window_rows"], p.shape[0]
-        ascending = (rows[:, 1:] > rows[:, :-1]) | (rows[:, 1:] == height)
-        if rows.shape != found[:2] or int(rows.min()) < 0 or int(rows.max()) > height or not ascending.all():
-            raise ValueError(
-                f"the saved rows of {label} are not those of such a table: another model, or a damaged file"
-            )
+        _check_rows(state["window_rows"], found.shape[:2], parameter.shape[0], label)
+
+
+def _check_rows(rows: Tensor, shape: torch.Size, height: int, label: str) -> None:
+    """The row numbers of a table ascend, and empty slots (which hold the table's height) come last."""
+    ascending = (rows[:, 1:] > rows[:, :-1]) | (rows[:, 1:] == height)
+    if rows.shape != shape or int(rows.min()) < 0 or int(rows.max()) > height or not ascending.all():
+        raise ValueError(f"the saved rows of {label} are not those of such a table: another model, or a damaged file")
+
+
+def _check_lead(with_window: list[dict[str, Any]], num_grads: int) -> None:
+    """One parameter has the Gram matrix and the counters, and no parameter's columns are missing."""
+    leads = [state for state in with_window if "gram" in state]
+    if len(leads) != 1 or any(key not in leads[0] for key in LEAD_KEYS):
+        raise ValueError("the saved window has no Gram matrix or counters: the state is truncated")
+    expected, gram_MM = leads[0]["window_parameters"], leads[0]["gram"]
+    if len(with_window) != expected:
+        raise ValueError(
+            f"the saved window is of {expected} parameters, but {len(with_window)} have their columns in the state: "
+            "the state is truncated"
+        )
+    if gram_MM.shape != (num_grads, num_grads):
+        raise ValueError(f"the saved Gram matrix is {tuple(gram_MM.shape)}; expected {(num_grads, num_grads)}")
 
 
 def restore_placements(
-    states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: dict[str, Any]
+    states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: ParameterWindowOptions
 ) -> tuple[dict[Tensor, Placement], dict[str, Any] | None]:
-    """Placements, in the order of their columns, and the state with the Gram matrix, if any."""
+    """Placements, in the order of their columns, and the state with the Gram matrix, if any.
+
+    Each store goes to the device that has the fewest bytes so far.
+    """
     placed = {p: state for p, state in states.items() if "window_store" in state}
     if not placed:
         return {}, None
-    placements = {}
-    devices = options["window_device"] or next(iter(placed)).device
-    load = {torch.device(device): 0 for device in (devices if isinstance(devices, list) else [devices])}
+    placements: dict[Tensor, Placement] = {}
+    load = dict.fromkeys(options.devices(next(iter(placed)).device), 0)
     for store in sorted({state["window_store"] for state in placed.values()}):
-        members = {p: s for p, s in placed.items() if s["window_store"] == store}
+        members = {p: state for p, state in placed.items() if state["window_store"] == store}
         members = dict(sorted(members.items(), key=lambda item: item[1]["window_start"]))
-        first, state = next(iter(members.items()))
         device = min(load, key=lambda device: load[device])
+        p, state = next(iter(members.items()))
         if "window_rows" in state:
-            rows, values = state["window_rows"].to(device), state["window_values"].to(device)
-            load[device] += values.nbytes
-            table = RowSparseColumns(
-                options["num_grads"], (first.shape[0], first.shape[1]), dtype=values.dtype, device="meta"
-            )
-            table.restore(rows, values)
-            placements[first] = Placement(table, first.shape, 0, first.numel())
-            continue
-        views = [s["window"].reshape(len(s["window"]), s["window"][0].numel()) for s in members.values()]
-        buffer_MD = _shared_buffer(views).to(device)
-        load[device] += buffer_MD.nbytes
-        columns = DenseColumns(options["num_grads"], buffer_MD.shape[1], buffer=buffer_MD)
-        for (p, s), view in zip(members.items(), views, strict=True):
-            keep = kept_positions(masks.get(p))
-            placements[p] = Placement(columns, p.shape, s["window_start"], view.shape[1], keep)
+            placements[p] = _restore_table(p, state, device)
+        else:
+            placements |= _restore_dense(members, masks, device)
+        load[device] += placements[p].columns.nbytes
     return placements, next(state for state in placed.values() if "gram" in state)
+
+
+def _restore_table(p: Tensor, state: dict[str, Any], device: torch.device) -> TablePlacement:
+    rows, values = state["window_rows"].to(device), state["window_values"].to(device)
+    height, width = p.shape
+    table = RowSparseColumns(len(rows), (height, width), buffers=(rows, values))
+    return TablePlacement(table, p.shape)
+
+
+def _restore_dense(
+    members: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], device: torch.device
+) -> dict[Tensor, Placement]:
+    """Placements of the parameters that share one dense store, in the order of their columns."""
+    views = [state["window"].reshape(len(state["window"]), state["window"][0].numel()) for state in members.values()]
+    buffer_MD = _shared_buffer(views).to(device)
+    columns = DenseColumns(*buffer_MD.shape, buffer=buffer_MD)
+    return {
+        p: DensePlacement(columns, p.shape, state["window_start"], view.shape[1], kept_positions(masks.get(p)))
+        for (p, state), view in zip(members.items(), views, strict=True)
+    }
 
 
 def _shared_buffer(views: list[Tensor]) -> Tensor:

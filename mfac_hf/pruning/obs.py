@@ -25,7 +25,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from mfac_hf.fisher.blocked import BlockedFisher, inverse_blocks, solve_blocks
+from mfac_hf.fisher.blocked import BlockedFisher
+from mfac_hf.fisher.definite import inverse_blocks, solve_blocks
 from mfac_hf.fisher.full import FullFisher
 from mfac_hf.pruning.options import Scope
 from mfac_hf.pruning.patterns import Pattern

@@ -9,10 +9,7 @@ from mfac_hf.fisher.reference import PaperBlockedInverse, dense_fisher, paper_st
 from mfac_hf.ops import blocks
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.real_gradients import REAL
-
-
-def draw(m, d, seed=0, dtype=torch.float64):
-    return torch.randn(m, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from tests.helpers.tensors import draw, relative_error
 
 
 def build(grads, block_size, damping, dtype=torch.float64, num_grads=None):
@@ -27,10 +24,6 @@ def exact_inverse(grads, block_size, damping):
     """Dense inverse of each block, and zeros between blocks."""
     blocks = [torch.linalg.inv(dense_fisher(part, damping)) for part in grads.split(block_size, dim=1)]
     return torch.block_diag(*blocks)
-
-
-def relative_error(found, exact):
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 # Both forms, a short last block, one block alone (also longer than the vector), blocks wider than a panel of sums.

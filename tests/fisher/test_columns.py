@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns, SparseRows
 
 # Both stores sum in another order; float32 products keep seven digits of sums of this size.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -13,14 +13,15 @@ DTYPES = tuple(TOLERANCE)
 
 
 def sparse_grad(rows, width, generator, dtype=torch.float32):
-    """A gradient that is zero outside ``rows``: (row numbers, values)."""
+    """A gradient that is zero outside ``rows``."""
     rows = torch.tensor(sorted(rows), dtype=torch.int64)
-    return rows, torch.randn(len(rows), width, generator=generator, dtype=torch.float64).to(dtype)
+    return SparseRows(rows, torch.randn(len(rows), width, generator=generator, dtype=torch.float64).to(dtype))
 
 
 def as_dense(grad, shape):
-    rows, values = grad
-    return values.new_zeros(shape).index_copy_(0, rows, values).flatten()
+    dense = torch.zeros(shape, dtype=grad.values.dtype)
+    dense[grad.rows] = grad.values
+    return dense.flatten()
 
 
 def stores(num_grads, shape, dtype):
@@ -43,9 +44,9 @@ def check_equal(sparse, dense, row, count, generator):
     torch.testing.assert_close(sparse.combine(weights), dense.combine(weights), **tolerance)
     wide = sparse.combine(weights, dtype=torch.float64), dense.combine(weights, dtype=torch.float64)
     torch.testing.assert_close(*wide, rtol=0.0, atol=1e-12)
-    rows, values = sparse.combine_rows(weights)
-    assert (rows.diff() > 0).all()
-    assert torch.equal(as_dense((rows, values), sparse.shape), sparse.combine(weights))
+    part = sparse.combine_part(weights)
+    assert (part.rows.diff() > 0).all()
+    assert torch.equal(as_dense(part, sparse.shape), sparse.combine(weights))
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)
@@ -103,8 +104,8 @@ def test_slots_grow_and_keep_what_they_hold():
 
 def test_a_smaller_gradient_leaves_nothing_of_the_one_it_replaces():
     sparse = RowSparseColumns(1, (5, 2))
-    sparse.write(0, (torch.tensor([0, 2, 4]), torch.ones(3, 2)))
-    sparse.write(0, (torch.tensor([3]), torch.full((1, 2), 2.0)))
+    sparse.write(0, SparseRows(torch.tensor([0, 2, 4]), torch.ones(3, 2)))
+    sparse.write(0, SparseRows(torch.tensor([3]), torch.full((1, 2), 2.0)))
     assert sparse.combine(torch.ones(1)).tolist() == [0.0] * 6 + [2.0, 2.0] + [0.0] * 2
     assert sparse.dots(0, 1).item() == 8.0
 
@@ -112,16 +113,51 @@ def test_a_smaller_gradient_leaves_nothing_of_the_one_it_replaces():
 def test_empty_gradients():
     """A batch whose table got no gradient at all, in a window with and without others."""
     sparse = RowSparseColumns(2, (5, 3))
-    nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3)
+    nothing = SparseRows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
     sparse.write(0, nothing)
     assert sparse.dots(0, 1).tolist() == [0.0]
     assert sparse.project(torch.ones(15), 1).tolist() == [0.0]
     assert sparse.combine(torch.ones(1)).tolist() == [0.0] * 15
-    rows, values = sparse.combine_rows(torch.ones(1), dtype=torch.float64)
+    rows, values = sparse.combine_part(torch.ones(1), dtype=torch.float64)
     assert rows.shape == (0,) and values.shape == (0, 3) and values.dtype == torch.float64
-    sparse.write(1, (torch.tensor([4]), torch.ones(1, 3)))
+    sparse.write(1, SparseRows(torch.tensor([4]), torch.ones(1, 3)))
     assert sparse.dots(1, 2).tolist() == [0.0, 3.0]
     assert sparse.dots(0, 2).tolist() == [0.0, 0.0]
+
+
+def test_cleared_rows_are_zero_gradients():
+    """Some rows in the middle, and all from one on; the others stay."""
+    generator = torch.Generator().manual_seed(0)
+    sparse, dense = stores(5, (6, 3), torch.float32)
+    for row in range(5):
+        grad = sparse_grad({row, 5}, 3, generator)
+        sparse.write(row, grad)
+        dense.write(row, as_dense(grad, sparse.shape))
+    kept = sparse.gram(5)
+    for rows in (slice(1, 3), slice(4, None)):
+        sparse.clear(rows)
+        dense.clear(rows)
+        kept[rows] = kept[:, rows] = 0.0
+        check_equal(sparse, dense, 0, 5, generator)
+        torch.testing.assert_close(sparse.gram(5), kept, rtol=0.0, atol=1e-12)
+
+
+def test_parts_of_parameters_that_share_a_store():
+    """Vectors side by side, also none; a table has its store alone."""
+    dense, sparse = DenseColumns(2, 5), RowSparseColumns(2, (4, 3))
+    assert dense.join([torch.ones(2), torch.zeros(3)]).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert dense.join([]).shape == (0,)
+    part = SparseRows(torch.tensor([1]), torch.ones(1, 3))
+    assert sparse.join([part]) is part
+    with pytest.raises(ValueError, match="unpack"):
+        sparse.join([part, part])
+
+
+def test_existing_buffers_are_used():
+    rows, values = torch.tensor([[1, 3], [3, 4]]), torch.ones(2, 2, 2)
+    sparse = RowSparseColumns(2, (4, 2), buffers=(rows, values))
+    assert sparse.rows_MN is rows and sparse.values_MNH is values and sparse.dim == 8
+    assert sparse.dots(0, 2).tolist() == [4.0, 2.0] and sparse.row(1).tolist() == [0.0] * 6 + [1.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

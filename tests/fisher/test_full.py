@@ -9,16 +9,9 @@ from mfac_hf.fisher.reference import PaperSwapInverse, dense_fisher, paper_stati
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.patterns import Pattern
 from tests.helpers.real_gradients import REAL
+from tests.helpers.tensors import draw, relative_error
 
 PLAIN = Pattern.parse("unstructured")
-
-
-def draw(m, d, seed=0, dtype=torch.float64):
-    return torch.randn(m, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def relative_error(found, exact):
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 @pytest.fixture

@@ -10,14 +10,7 @@ from mfac_hf.fisher.reference import (
     dense_fisher,
     paper_static_solve,
 )
-
-
-def draw(m, d, seed=0):
-    return torch.randn(m, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def relative_error(found, exact):
-    return float((found - exact).norm() / exact.norm())
+from tests.helpers.tensors import draw, relative_error
 
 
 def test_dense_fisher_is_the_definition():

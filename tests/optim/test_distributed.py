@@ -107,7 +107,7 @@ def check_checkpoints(rank):
     assert loaded.param_groups[0]["lr"] == 0.05 and loaded.window_stats()["window_fill"] == 0.0
     train(twin, loaded, range(7, 12))
     assert_ranks_agree(twin)
-    assert loaded._window.process_group is dist.group.WORLD, "loading must not end the sharing"
+    assert loaded._window.gram.process_group is dist.group.WORLD, "loading must not end the sharing"
 
     # A window saved by one process cannot be shared out; it refills, and says so.
     single_model = Net(torch.float32)
@@ -130,7 +130,7 @@ def check_accelerate(rank):
     alone = MFAC(twin.parameters(), lr=0.05, num_grads=4)
     train(model, wrapped, range(8))
     train(twin, alone, range(8))
-    assert wrapped.optimizer._window.process_group is dist.group.WORLD
+    assert wrapped.optimizer._window.gram.process_group is dist.group.WORLD
     assert wrapped.optimizer._window.nbytes < alone._window.nbytes
     assert_same(model, twin, 1e-4)
     assert_ranks_agree(model)

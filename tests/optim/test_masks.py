@@ -120,7 +120,7 @@ def test_gram_matrix_after_shrinking(monkeypatch, dtype):
     keep = torch.arange(5000) % 5 < 3
     optimizer.set_masks({p: keep})
     assert optimizer._window.nbytes == 6 * 3000 * dtype.itemsize
-    torch.testing.assert_close(optimizer._window.gram_MM, (rows * keep) @ (rows * keep).T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(optimizer._window.gram.gram_MM, (rows * keep) @ (rows * keep).T, rtol=1e-12, atol=1e-12)
 
 
 def test_a_checkpoint_brings_its_masks_along():
@@ -170,7 +170,7 @@ def test_bad_masks_change_nothing(monkeypatch):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mfac_hf.optim.parameter_window.require_memory", refuse)
+        patch.setattr("mfac_hf.optim.masks.require_memory", refuse)
         with pytest.raises(MemoryError, match="no room"):
             optimizer.set_masks(smaller)
     assert torch.equal(optimizer.state[weight]["window"], window)

@@ -262,14 +262,14 @@ def test_gradient_scaler_keeps_overflowed_steps_out_of_the_window():
         optimizer.zero_grad()
         loss = model(torch.full((2, 3), float(step + 1))).mean()
         scaler.scale(loss * (float("inf") if step in (0, 3) else 1.0)).backward()
-        pushed, before = 0 if optimizer._window is None else optimizer._window.pushed, values(model.parameters())
+        pushed, before = 0 if optimizer._window is None else optimizer._window.gram.pushed, values(model.parameters())
         scaler.step(optimizer)
         scaler.update()
         skipped = step in (0, 3)
-        assert (0 if optimizer._window is None else optimizer._window.pushed) == pushed + (not skipped)
+        assert (0 if optimizer._window is None else optimizer._window.gram.pushed) == pushed + (not skipped)
         assert all_equal(before, model.parameters()) == skipped
     assert optimizer.skipped_steps == 0  # the scaler never called step
-    newest = optimizer._window.columns[0].buffer_MD[optimizer._window.newest]
+    newest = optimizer._window.columns[0].buffer_MD[optimizer._window.gram.newest]
     torch.testing.assert_close(newest, torch.tensor([6.0, 6.0, 6.0, 1.0]))  # unscaled
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from mfac_hf import MFAC
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.optim import placement
+from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import nonzero_rows, place
 from tests.helpers.oracles import NaiveMFAC
 
@@ -154,12 +155,12 @@ def test_turning_dense_without_memory_for_it_changes_nothing(tables_of_any_size,
     optimizer.step()
     model.tied = True
     model.backward(1)
-    before, pushed = [p.detach().clone() for p in model.parameters()], optimizer._window.pushed
+    before, pushed = [p.detach().clone() for p in model.parameters()], optimizer._window.gram.pushed
     monkeypatch.setattr("mfac_hf.memory.available_bytes", lambda device: 5 * VOCABULARY * WIDTH * 4 - 1)
     with pytest.raises(MemoryError, match="no longer row-sparse"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert optimizer._window.pushed == pushed and RowSparseColumns in stores(optimizer)
+    assert optimizer._window.gram.pushed == pushed and RowSparseColumns in stores(optimizer)
 
 
 def test_what_counts_as_row_sparse(monkeypatch):
@@ -167,8 +168,8 @@ def test_what_counts_as_row_sparse(monkeypatch):
 
     def store(grad, **options):
         p = nn.Parameter(torch.zeros(grad.shape))
-        settings = {"num_grads": 2, "dtype": torch.float32, "devices": [torch.device("cpu")], "row_sparse": True}
-        return type(place({p: grad}, {}, **{**settings, **options})[p].columns)
+        settings = ParameterWindowOptions(num_grads=2, damping=1e-3, **options)
+        return type(place({p: grad}, {}, settings, [torch.device("cpu")])[p].columns)
 
     few = torch.zeros(4096, 8)
     few[::4] = 1.0
@@ -241,7 +242,9 @@ def test_masks_equal_an_optimizer_of_the_kept_coordinates(options):
         assert not torch.isclose(params[i][mask], before[i][mask]).any()
         assert optimizer.state[params[i]]["window"].shape == (4, int(mask.sum()))
     kept = 5 + sum(int(mask.sum()) for mask in masks.values())
-    assert optimizer._window.dim == kept and optimizer._window.nbytes == 4 * kept * 8
+    assert (
+        sum(columns.dim for columns in optimizer._window.columns) == kept and optimizer._window.nbytes == 4 * kept * 8
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -289,11 +292,11 @@ def test_everything_masked():
             for p in (gone, *others):
                 p.grad = torch.ones_like(p)
             optimizer.step()
-        assert torch.equal(gone, torch.ones(4)) and optimizer._window.pushed == 5
+        assert torch.equal(gone, torch.ones(4)) and optimizer._window.gram.pushed == 5
         twin = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
         twin.load_state_dict(optimizer.state_dict())
         twin.step()
-        assert twin._window.pushed == 6
+        assert twin._window.gram.pushed == 6
 
 
 def test_a_mask_is_the_optimizers_own():

@@ -142,7 +142,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(variant, tmp_path, one_threa
     expected, found = whole.model.state_dict(), resumed.model.state_dict()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     first, second = whole.optimizer.optimizer, resumed.optimizer.optimizer
-    assert first.window_stats() == second.window_stats() and second._window.pushed == STEPS
+    assert first.window_stats() == second.window_stats() and second._window.gram.pushed == STEPS
     # Not a comparison of two models that stood still, or of another kind of storage than meant.
     moved = [name for name in expected if not torch.equal(expected[name], initial[name])]
     frozen = VARIANTS[variant]["frozen"]
@@ -165,7 +165,7 @@ def test_checkpoints_without_the_window_are_small_and_resume(tmp_path, one_threa
     arguments = make_arguments(tmp_path / "False", max_steps=7)
     trainer = Trainer(model, arguments, train_dataset=make_data(), optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 7 and optimizer._window.pushed == 3
+    assert trainer.state.global_step == 7 and optimizer._window.gram.pushed == 3
 
 
 def test_a_class_and_options_in_place_of_an_optimizer(tmp_path):
@@ -178,4 +178,4 @@ def test_a_class_and_options_in_place_of_an_optimizer(tmp_path):
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, MFAC) and [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert optimizer._window.pushed == 3
+    assert optimizer._window.gram.pushed == 3

@@ -1,0 +1,67 @@
+"""Symmetric positive definite matrices in batches: factors, inverses and solutions, or an error that says what to do.
+
+Every matrix here is a damped Fisher or Gram matrix. One that is not positive definite in float64 has too small a
+damping for the size of its gradients.
+
+Shape suffixes: K matrices, B their rows.
+"""
+
+import torch
+from torch import Tensor
+
+from mfac_hf.ops.blocks import spd_inverse, spd_solve
+
+__all__ = ["check_damping", "factor_blocks", "inverse_blocks", "solve_blocks"]
+
+
+def check_damping(value: float) -> float:
+    """The damping as a float; a ValueError unless it is a finite number above 0."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"damping is {value!r}; expected a finite number above 0 (1e-4 to 1e-7 are usual)")
+    return float(value)
+
+
+def factor_blocks(matrices_KBB: Tensor) -> Tensor:
+    """Cholesky factors (lower) of a batch of matrices.
+
+    Raises:
+        FloatingPointError: if one is not positive definite.
+    """
+    factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
+    _check_definite(matrices_KBB, info_K)
+    return factor_KBB
+
+
+def inverse_blocks(matrices_KBB: Tensor) -> Tensor:
+    """Inverses of a batch of matrices.
+
+    Raises:
+        FloatingPointError: if one is not positive definite.
+    """
+    inverse_KBB, info_K = spd_inverse(matrices_KBB)
+    _check_definite(matrices_KBB, info_K)
+    return inverse_KBB
+
+
+def solve_blocks(matrices_KBB: Tensor, x_KB: Tensor) -> Tensor:
+    """Solutions of a batch of systems, one right-hand side each.
+
+    >>> matrices_KBB = torch.tensor([[[4.0, 0.0], [0.0, 16.0]]], dtype=torch.float64)
+    >>> solve_blocks(matrices_KBB, torch.tensor([[1.0, 1.0]], dtype=torch.float64)).tolist()
+    [[0.25, 0.0625]]
+
+    Raises:
+        FloatingPointError: if a matrix is not positive definite.
+    """
+    solution_KB, info_K = spd_solve(matrices_KBB, x_KB)
+    _check_definite(matrices_KBB, info_K)
+    return solution_KB
+
+
+def _check_definite(matrices_KBB: Tensor, info_K: Tensor) -> None:
+    if bool(info_K.any()):
+        bad = int(info_K.nonzero()[0])
+        raise FloatingPointError(
+            f"a damped Fisher or Gram matrix of trace {float(matrices_KBB[bad].trace()):g} is not positive definite "
+            "in float64: raise the damping"
+        )

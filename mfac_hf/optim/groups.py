@@ -1,0 +1,66 @@
+"""Parameter groups: which options they may have, and which parameters."""
+
+import os
+from typing import Any
+
+from mfac_hf.optim.options import ParameterWindowOptions
+
+__all__ = ["check_group", "check_parameters", "remove_window_options"]
+
+
+def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse a parameter group whose options are out of range, or another window's.
+
+    Args:
+        group: what the user gave.
+        defaults: the optimizer's options, which hold where the group has none of its own.
+
+    Raises:
+        ValueError: names the first option that does not fit.
+    """
+    for name in ParameterWindowOptions.names():
+        if name in group and group[name] != defaults[name]:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: there is one window for all groups; "
+                f"pass {name} to MFAC itself"
+            )
+    options = {**defaults, **group}
+    for name, upper in (("lr", float("inf")), ("momentum", 1.0), ("weight_decay", float("inf"))):
+        if not 0.0 <= options[name] < upper:
+            raise ValueError(f"{name} is {options[name]!r}; expected a number in [0, {upper})")
+
+
+def check_parameters(groups: list[dict[str, Any]]) -> None:
+    """Refuse parameters whose gradients the window cannot take.
+
+    Raises:
+        TypeError: for complex parameters.
+        ValueError: for parameters of DeepSpeed or FSDP1, or on several devices.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    for p in parameters:
+        if p.is_complex():
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} is {p.dtype}: the empirical Fisher here is real. "
+                "Optimize torch.view_as_real(parameter) instead"
+            )
+        if hasattr(p, "ds_id") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise ValueError(
+                "DeepSpeed ZeRO partitions and flattens gradients behind the optimizer, so the window would hold "
+                "something else. Use DistributedDataParallel with MFAC(process_group=...), or FSDP2, instead"
+            )
+        if getattr(p, "_is_flat_param", False):
+            raise ValueError(
+                "FSDP1 flattens parameters, which MFAC does not support. Use FSDP2 (fsdp_version: 2) instead"
+            )
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"parameters on several devices ({names}); move the model to one device before building MFAC")
+
+
+def remove_window_options(groups: list[dict[str, Any]]) -> None:
+    """Take the options of the window, which torch copies into every group, out of them."""
+    for group in groups:
+        for name in ParameterWindowOptions.names():
+            group.pop(name, None)

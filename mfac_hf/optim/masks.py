@@ -1,0 +1,76 @@
+"""Masks of parameters: what they have to be, and the columns of the window that they leave."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfac_hf.memory import require_memory
+from mfac_hf.optim.placement import DensePlacement, Placement, kept_positions
+
+__all__ = ["check_masks", "check_only_shrink", "without_masked"]
+
+
+def check_masks(masks: Mapping[Tensor, Tensor], groups: list[dict[str, Any]]) -> None:
+    """Raise a ValueError unless these are bool tensors of the shapes of parameters in the groups."""
+    known = {id(p) for group in groups for p in group["params"]}
+    for parameter, mask in masks.items():
+        if id(parameter) not in known:
+            raise ValueError(
+                f"a mask for a parameter of shape {tuple(parameter.shape)} that this optimizer does not have"
+            )
+        if mask.shape != parameter.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"a mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for a parameter of shape "
+                f"{tuple(parameter.shape)}; expected a bool tensor of the parameter's shape, True = keep"
+            )
+
+
+def check_only_shrink(masks: Mapping[Tensor, Tensor], old: Mapping[Tensor, Tensor]) -> None:
+    """Raise a ValueError if a mask keeps coordinates that an older one of the same parameter masks."""
+    for p, kept in old.items():
+        back = int((masks[p] & ~kept).sum()) if p in masks else 0
+        if back:
+            raise ValueError(
+                f"the new mask of a parameter of shape {tuple(p.shape)} keeps {back} coordinates that are masked "
+                "already; masks only ever shrink. Build a new MFAC to bring them back"
+            )
+
+
+def without_masked(
+    members: Mapping[Tensor, DensePlacement], masks: Mapping[Tensor, Tensor], count: int
+) -> dict[Tensor, Placement]:
+    """The columns that masks keep, in a new store.
+
+    Args:
+        members: placements of all parameters that share one dense store, in the order of their columns.
+        masks: {parameter: bool tensor of its shape, True = keep}; other parameters keep all their columns.
+        count: gradients held.
+
+    Raises:
+        MemoryError: if the new store does not fit beside the old one.
+    """
+    columns = next(iter(members.values())).columns
+    kept = {p: _kept_columns(placement, masks.get(p)) for p, placement in members.items()}
+    dim = sum(len(positions) for positions in kept.values())
+    num_grads = len(columns.buffer_MD)
+    words = f"{num_grads} gradients x {dim:,} parameters that are kept"
+    require_memory(num_grads * dim * columns.buffer_MD.dtype.itemsize, columns.device, words)
+    positions = torch.cat([members[p].start + kept[p].to(columns.device) for p in members])
+    smaller = columns.select(positions, count)
+    placements: dict[Tensor, Placement] = {}
+    start = 0
+    for p, placement in members.items():
+        keep = kept_positions(masks[p]) if p in masks else placement.keep
+        placements[p] = DensePlacement(smaller, placement.shape, start, len(kept[p]), keep)
+        start += len(kept[p])
+    return placements
+
+
+def _kept_columns(placement: DensePlacement, mask: Tensor | None) -> Tensor:
+    """Which of a parameter's columns a mask keeps, counted from its first one."""
+    if mask is None:
+        mask = torch.ones(placement.shape, dtype=torch.bool)
+    flat = mask.reshape(-1)
+    return (flat if placement.keep is None else flat[placement.keep.to(flat.device)]).nonzero().squeeze(1)

@@ -1,0 +1,89 @@
+"""Ranks that share one window: who keeps the columns of which parameter, and how directions reach everybody.
+
+All ranks have the same parameters and gradients, as under DistributedDataParallel. Each stores the columns of some
+parameters only, and the window's dot products are summed over the ranks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mfac_hf.fisher.columns import Part
+from mfac_hf.optim.placement import stored_numbers
+
+__all__ = ["Owner", "assign_owners", "broadcast_directions"]
+
+
+class Owner(NamedTuple):
+    """The rank that keeps a parameter's columns, and the numbers of a gradient that it stores for it."""
+
+    rank: int
+    size: int
+
+
+def assign_owners(
+    new: dict[Tensor, Tensor],
+    masks: dict[Tensor, Tensor],
+    row_sparse: bool,
+    owners: dict[Tensor, Owner],
+    group: dist.ProcessGroup | None,
+) -> dict[Tensor, Owner]:
+    """The owner of each new parameter: largest first, to the rank with the least so far.
+
+    Every rank sees the same gradients, so all come to the same end.
+
+    Args:
+        new: gradients of the parameters that have no owner yet.
+        masks: {parameter: bool tensor, True = keep}, for those that have one.
+        row_sparse: whether gradients with few non-zero rows are stored by these rows.
+        owners: of the other parameters.
+        group: the ranks; None if there is only this one.
+    """
+    if group is None:
+        return dict.fromkeys(new, Owner(0, 0))
+    load = [0] * dist.get_world_size(group)
+    for owner in owners.values():
+        load[owner.rank] += owner.size
+    sizes = {p: stored_numbers(grad, masks.get(p), row_sparse) for p, grad in new.items()}
+    assigned = {}
+    for p in sorted(new, key=lambda p: -sizes[p]):
+        assigned[p] = Owner(load.index(min(load)), sizes[p])
+        load[assigned[p].rank] += sizes[p]
+    return assigned
+
+
+def broadcast_directions(
+    directions: dict[Tensor, Part],
+    parameters: list[Tensor],
+    owners: dict[Tensor, Owner],
+    dtype: torch.dtype,
+    group: dist.ProcessGroup,
+) -> dict[Tensor, Part]:
+    """Every parameter's direction on every rank: each rank broadcasts those of its own, all at once.
+
+    Args:
+        directions: of the parameters that this rank owns.
+        parameters: all that have a direction, in the same order on each rank.
+        owners: the owner of each.
+        dtype: of the directions that come back, which are dense.
+        group: the ranks.
+    """
+    shared: dict[Tensor, Part] = {}
+    for rank in range(dist.get_world_size(group)):
+        owned = [p for p in parameters if owners[p].rank == rank]
+        if not owned:
+            continue
+        sizes = [p.numel() for p in owned]
+        if rank == dist.get_rank(group):
+            flat = torch.cat([_dense(directions[p], p).reshape(-1).to(dtype) for p in owned])
+        else:
+            flat = torch.empty(sum(sizes), dtype=dtype, device=owned[0].device)
+        dist.broadcast(flat, group=group, group_src=rank)
+        shared.update({p: part.view(p.shape) for p, part in zip(owned, flat.split(sizes), strict=True)})
+    return shared
+
+
+def _dense(direction: Part, p: Tensor) -> Tensor:
+    return direction if isinstance(direction, Tensor) else direction.to_dense(p.shape)

@@ -1,0 +1,66 @@
+"""Moving the parameters along their directions: weight decay, momentum, and the step itself."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfac_hf.fisher.columns import Part
+from mfac_hf.optim.sharded import local
+
+__all__ = ["apply_directions"]
+
+
+def apply_directions(
+    groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]], directions: Mapping[Tensor, Part]
+) -> None:
+    r"""Move each parameter that has a direction u: :math:`\theta \leftarrow (1 - \eta\delta)\theta - \eta v`.
+
+    v is u, or with momentum :math:`\mu` the average :math:`v \leftarrow \mu v + (1 - \mu) u`; :math:`\delta` is the
+    decoupled weight decay, which leaves masked coordinates alone.
+
+    Args:
+        groups: parameter groups of the optimizer.
+        states: of each parameter; step and momentum_buffer are brought up to date.
+        directions: a tensor of the parameter's shape, or the rows of a table that are not zero.
+    """
+    for group in groups:
+        lr, momentum = group["lr"], group["momentum"]
+        decay = lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+        dense_moved, dense_directions = [], []
+        for p in group["params"]:
+            if p not in directions:
+                continue
+            state, direction, target = states[p], directions[p], local(p)
+            if decay:
+                _shrink_weights(target, decay, state.get("mask"))
+            state["step"] = state.get("step", 0) + 1
+            if momentum:
+                direction = _average(state, direction, momentum, p)
+            if isinstance(direction, Tensor):
+                dense_moved.append(target)
+                dense_directions.append(direction.to(p.dtype))
+            else:
+                target.index_add_(0, direction.rows, direction.values.to(p.dtype), alpha=-lr)
+        if dense_moved:
+            torch._foreach_add_(dense_moved, dense_directions, alpha=-lr)
+
+
+def _shrink_weights(target: Tensor, decay: Any, mask: Tensor | None) -> None:
+    if mask is None:
+        target.mul_(1 - decay)
+    else:
+        target.copy_(torch.where(mask.to(target.device), target * (1 - decay), target))
+
+
+def _average(state: dict[str, Any], direction: Part, momentum: float, p: Tensor) -> Tensor:
+    """The exponential average of the directions, with this one taken in."""
+    if "momentum_buffer" not in state:
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+    buffer = local(state["momentum_buffer"])
+    if isinstance(direction, Tensor):
+        return buffer.lerp_(direction.to(buffer.dtype), 1 - momentum)
+    values = direction.values.to(buffer.dtype)
+    return buffer.mul_(momentum).index_add_(0, direction.rows, values, alpha=1 - momentum)
