@@ -1,4 +1,4 @@
-"""What a gradient window costs in memory, said before it is allocated."""
+"""The memory that a gradient window takes, estimated before anything is allocated."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class MemoryEstimate(NamedTuple):
 
     Attributes:
         bytes: the total.
-        breakdown: the same in words, a line for each part.
+        breakdown: in words, a line for each part.
     """
 
     bytes: int
@@ -32,14 +32,17 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """Memory of the window that `MFAC` would allocate, m * d numbers for dense parameters.
 
-    Embedding tables are stored by the rows that each batch looks up. How many those are depends on the data: about 250
-    for SST-2 in batches of 32, about 1,500 for SQuAD in batches of 12.
+    Embedding tables are stored by the rows that each batch looks up. Their number depends on the data: about 250 for
+    SST-2 in batches of 32, about 1,500 for SQuAD in batches of 12.
 
     Args:
         model_or_numel: a model, whose trainable parameters are counted, or the number of (dense) parameters.
         num_grads: length of the window, m.
         window_dtype: storage type of the dense part.
         embedding_rows: rows of each embedding table that one batch touches; None counts embeddings as dense.
+
+    Returns:
+        The bytes, and a line in words for each part.
 
     Raises:
         ValueError: if ``num_grads`` or the number of parameters is below 1.
@@ -88,9 +91,15 @@ ROW_SPARSE_MIN_NUMEL = 1 << 15
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:
-    """Raise a MemoryError with the numbers and the ways out where ``needed`` bytes do not fit on the device."""
+    """Raise a MemoryError, with the numbers and the ways out, if ``needed`` bytes do not fit on the device.
+
+    Args:
+        needed: bytes.
+        device: a CPU or CUDA device; others are not asked, as there is no portable way.
+        what: what needs them, for the message.
+    """
     if device.type not in ("cpu", "cuda"):
-        return  # no portable way to ask
+        return
     free = available_bytes(device)
     if needed > free:
         raise MemoryError(

@@ -10,8 +10,8 @@ forms:
   :math:`F_b^{-1} = (I - W^\top W) / \lambda`.
 
 All arithmetic is float64. On real gradients the entries of :math:`G_b^\top G_b / m` exceed :math:`\lambda` by many
-orders of magnitude, and float32 sums or factors were seen to spoil the inverse completely. Symmetry pays for it: only
-panels on and below the diagonal are computed and kept.
+orders of magnitude, and float32 sums or factors were seen to spoil the inverse completely. To save time and memory,
+only panels on and below the diagonal of each block are computed and kept: the matrices are symmetric.
 
 Source: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021,
 section 3.1, whose recursion is in `mfac_hf.fisher.reference`.
@@ -34,13 +34,13 @@ __all__ = ["BlockedFisher"]
 # Width of the panels that hold the lower triangle of a block: narrower ones save more products, and make them slower.
 PANEL = 64
 
-# Single gradients are collected until so many are there: adding them one by one would read all sums each time.
+# Single gradients are collected until there are this many: adding them one by one would read all sums each time.
 PENDING_ROWS = 32
 
 # Gradients multiplied at once.
 ROWS_AT_ONCE = 512
 
-# Bytes of the (B, B) matrices that are factored at once. Allocators return 32 MiB and more to the system each time.
+# Bytes of the (B, B) matrices that are factored at once: allocators return 32 MiB and more to the system each time.
 CHUNK_BYTES = 1 << 24
 
 
@@ -62,8 +62,8 @@ class BlockedFisher:
         block_size: B; the last block may be shorter.
         damping: :math:`\lambda > 0`; may be set at any time, also after all gradients were added.
         num_grads: gradients that will be added at most (on this rank); below ``block_size`` they are kept (dual form).
-        device: where the sums live and the work is done.
-        dtype: type that kept gradients are stored in, and of results: float32 or float64.
+        device: holds the sums and does the work.
+        dtype: type of kept gradients and of results: float32 or float64.
         process_group: ranks that each add their own gradients to the same parameters. Their sums are added up at the
             first use, after which no more gradients can be added; every rank has to use it.
 
@@ -111,9 +111,9 @@ class BlockedFisher:
 
     @staticmethod
     def nbytes(dim: int, block_size: int, num_grads: int, *, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes that an object with these arguments holds (one rank, without process group), before it exists.
+        """Bytes that an object with these arguments will hold (one rank, without process group).
 
-        The work on it takes up to about 0.3 GB more, whatever the sizes, unless a single block needs more.
+        Its work takes up to about 0.3 GB more, whatever the sizes, unless a single block needs more.
 
         Raises:
             ValueError: for a value out of range.
@@ -160,7 +160,7 @@ class BlockedFisher:
             raise RuntimeError("the sums of all ranks were added up at the first use: add all gradients before it")
         if self.count + len(grads_ND) > self.num_grads:
             raise ValueError(
-                f"{self.count} of {self.num_grads} gradients are there, and {len(grads_ND)} more do not fit: "
+                f"{self.count} of {self.num_grads} gradients were added, and {len(grads_ND)} more do not fit: "
                 "construct it with a larger num_grads"
             )
         grads_ND = grads_ND.detach().to(self.device)
@@ -215,7 +215,7 @@ class BlockedFisher:
             self._count = int(total)
             self._reduced = True
         if self._count == 0:
-            raise RuntimeError("no gradient was added: the Fisher matrix of none is not defined")
+            raise RuntimeError("no gradient was added, so there is no Fisher matrix: call add first")
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of blocks whose matrices fit into a bounded workspace together."""

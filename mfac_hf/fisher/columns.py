@@ -1,8 +1,8 @@
-"""Where the gradient window keeps its numbers: dense columns, and the exact row-sparse columns of embeddings.
+"""Storage of the gradient window: dense columns, and the exact row-sparse columns of embeddings.
 
-The window G is an M x D matrix, one stored gradient a row. Its columns (the parameters) are dealt out to one or more
-stores. The two passes over G that the dynamic algorithm makes are sums (``dots``) or concatenations (``combine``) over
-stores, so a store may sit on any device and choose its own format.
+The window G is an M x D matrix with one stored gradient a row. Its columns (the parameters) are divided among stores.
+The dynamic algorithm makes two passes over G: ``dots``, whose results are added up over the stores, and ``combine``,
+whose results are put side by side. So each store may sit on its own device and choose its own format.
 
 The gradient of an embedding table is zero outside the rows that the batch looked up (1-5 % of them).
 `RowSparseColumns` holds just those rows, which loses nothing: two gradients meet only in the rows that both have.
@@ -68,11 +68,11 @@ class ColumnStore(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers live."""
+        """Device of the buffers."""
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """What products with the stored gradients are returned in."""
+        """Type of products with the stored gradients."""
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +110,7 @@ class DenseColumns:
         num_grads: rows of the window, m.
         dim: columns of this store, d.
         dtype: storage type, float32, bfloat16 or float64.
-        device: where the buffer lives.
+        device: of the buffer.
         buffer: an existing buffer to use in place of a new one.
     """
 
@@ -124,7 +124,7 @@ class DenseColumns:
         buffer: Tensor | None = None,
     ) -> None:
         self.dim = dim
-        # Rows are written before they are read, so nothing has to be initialised (and no page of memory is touched).
+        # Not initialised, which would touch every page of memory: rows are written before they are read.
         self.buffer_MD = torch.empty(num_grads, dim, dtype=dtype, device=device) if buffer is None else buffer
         prefer_huge_pages(self.buffer_MD)
 
@@ -135,7 +135,7 @@ class DenseColumns:
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """What products with the stored gradients are returned in: float64 for float64 storage, else float32."""
+        """Type of products with the stored gradients: float64 for float64 storage, else float32."""
         return torch.float64 if self.buffer_MD.dtype == torch.float64 else torch.float32
 
     @property
@@ -192,14 +192,13 @@ class DenseColumns:
 class RowSparseColumns:
     """Columns of a (v, h) table whose gradients have few non-zero rows, stored exactly.
 
-    Each gradient has the same number of slots, which grows when a gradient needs more. Values are float32 also in a
-    bfloat16 window (they are the small part of it), float64 in a float64 one.
+    Each gradient has the same number of slots for rows, which grows when a gradient needs more.
 
     Args:
         num_grads: rows of the window, m.
         shape: (v, h) of the table.
         dtype: storage type of the values, float32 or float64.
-        device: where the buffers live.
+        device: of the buffers.
         slots: non-zero rows to make room for in each gradient.
         buffers: existing row numbers (m, n) and values (m, n, h) to use in place of new ones.
     """
@@ -229,7 +228,7 @@ class RowSparseColumns:
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """What products with the stored gradients are returned in: the type of the values."""
+        """Type of products with the stored gradients: that of the values."""
         return self.values_MNH.dtype
 
     @property

@@ -1,7 +1,7 @@
-r"""Cholesky factor of the window's matrix K, most of which outlives a step.
+r"""Cholesky factor of the window's matrix K, most of which serves many steps.
 
-A push replaces one row and column of :math:`K = s I + G G^\top`. So the pushes are taken in runs of `RUN`: the rows
-that a run does not write, first in order, keep their part of K and its factor through the run, and each step
+A push replaces one row and column of :math:`K = s I + G G^\top`. So pushes are grouped into runs of `RUN`. The rows
+that a run does not write are put first: their part of K and its factor stay the same throughout the run. Each step
 factors only the border that the run's own rows add,
 
 .. math::
@@ -9,8 +9,8 @@ factors only the border that the run's own rows add,
     \begin{pmatrix} L_S & \\ Y^\top & L_R \end{pmatrix} \begin{pmatrix} L_S^\top & Y \\ & L_R^\top \end{pmatrix},
     \quad Y = L_S^{-1} K_{SR}, \quad L_R L_R^\top = K_{RR} - Y^\top Y .
 
-This is block Cholesky with the rows in another order, no update formula: nothing drifts. And since the kept part
-follows from K and the number of pushes alone, a window that was saved and loaded goes on to the bit.
+This is block Cholesky with the rows in another order, not an update formula, so nothing drifts. The kept part follows
+from K and the number of pushes alone, so a window that was saved and loaded goes on to the bit.
 
 Shape suffixes: M stored gradients, S rows that the current run keeps, R rows that it writes.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = ["RUN", "CachedFactor", "Factor"]
 
-# Pushes to a run, which costs one factorization and RUN borders: on a CPU at m = 1024 about 30 and 2 ms.
+# Pushes in a run, which costs one factorization and RUN borders: on a CPU at m = 1024 about 30 ms, and 2 ms each.
 RUN = 16
 
 
@@ -47,7 +47,7 @@ class Factor(NamedTuple):
 
 
 class CachedFactor:
-    """Factors K step after step, and keeps what the next steps can use.
+    """Factors K at each step, and keeps the part that later steps can use.
 
     Args:
         num_grads: length of the window.
@@ -58,7 +58,7 @@ class CachedFactor:
         self._kept: tuple[tuple[int, float], Tensor, Tensor] | None = None  # (run, shift), the rows S and L_S
 
     def clear(self) -> None:
-        """Forget what is kept: after the Gram matrix changed otherwise than by a push."""
+        """Forget the kept part: needed after any change of the Gram matrix that is not a push."""
         self._kept = None
 
     def factor(self, gram_MM: Tensor, pushed: int, shift: float) -> Factor | None:

@@ -1,16 +1,15 @@
 r"""The static algorithm without blocks: the inverse of the full Fisher matrix from stored gradients, in column pages.
 
-With the m gradients as rows of G (m x d), :math:`F = \lambda I + G^\top G / m` is never formed. All that is wanted
-follows from :math:`K = m\lambda I + G G^\top = L L^\top` (m x m) and from pages of columns, each of which is visited
-once in a pass and needs no other page:
+With the m gradients as rows of G (m x d), :math:`F = \lambda I + G^\top G / m` is never formed. Every result follows
+from :math:`K = m\lambda I + G G^\top = L L^\top` (m x m) and from pages of columns; a pass visits each page once and
+needs no other page beside it:
 
 - :math:`F^{-1} x = (x - G^\top K^{-1} G x) / \lambda`;
 - :math:`[F^{-1}]_{ii} = (1 - |L^{-1} G e_i|^2) / \lambda`;
 - removing the coordinates Q and keeping S: :math:`\delta_S = G_S^\top (m\lambda I + G_S G_S^\top)^{-1} G_Q w_Q`.
 
 So G may lie in host memory, or in a memory-mapped file, while a smaller device computes. All arithmetic is float64.
-Whatever the page size, columns are worked on in the same portions: results do not depend on it, not even in the last
-bit.
+Columns are worked on in the same portions whatever the page size, so results do not depend on it, to the last bit.
 
 Source: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021,
 section 3.1; their page-swapping recursion is in `mfac_hf.fisher.reference`.
@@ -49,7 +48,7 @@ class FullFisher:
         damping: :math:`\lambda > 0`.
         page_size: columns of G that are moved to ``device`` at once, in whole portions of 4,096; all of them by
             default.
-        device: where the work is done; that of ``grads_MD`` by default.
+        device: does the work; that of ``grads_MD`` by default.
 
     Raises:
         ValueError: for a wrong shape or dtype, or an option out of range.

@@ -35,7 +35,7 @@ class GramMatrix:
 
     Args:
         options: num_grads, damping and normalize.
-        device: where the matrix lives.
+        device: of the matrix.
         process_group: ranks that each hold their own columns of G; dot products are summed over them.
 
     Attributes:

@@ -1,8 +1,8 @@
-r"""What the fast algorithms are checked against: the dense oracle, and the paper's own recursions.
+r"""References for the fast algorithms: the dense matrix, and the paper's own recursions.
 
-None of this is used in training or pruning. The oracle is float64 and forms the matrix. The recursions follow the
-paper (Frantar, Kurtic and Alistarh, NeurIPS 2021, sections 3.1 and 3.2) in the working precision of their input, so
-that tests and benchmarks show what that costs.
+Training and pruning use none of this. The dense matrix is float64. The recursions follow the paper (Frantar, Kurtic
+and Alistarh, NeurIPS 2021, sections 3.1 and 3.2) in the precision of their input, so that tests and benchmarks show
+what that costs.
 
 Shape suffixes: M stored gradients, D parameters, K blocks, B block size, R rows of a page or so far.
 """
@@ -99,9 +99,9 @@ def _static_factors(grads_KMB: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 class PaperSwapInverse:
     r"""The paper's static algorithm without blocks, in pages of rows, in the dtype of the gradients.
 
-    The recursion of `PaperBlockedInverse` with one block, where only two pages are at hand: each page of gradients
-    meets every earlier page of vectors, row by row, and is then completed within itself. Loads grow with the
-    square of the number of pages.
+    The recursion of `PaperBlockedInverse` with one block, where only two pages are in memory: each page of gradients
+    meets every earlier page of vectors, row by row, and is then completed within itself. The number of page loads
+    grows with the square of the number of pages.
 
     Args:
         grads_MD: shape (m, d).
@@ -162,7 +162,7 @@ class PaperDynamicInverse:
         dim: number of parameters, d.
         damping: :math:`\lambda`.
         dtype: of everything held and computed.
-        device: of everything held and computed; with native kernels for the coefficients on CUDA.
+        device: of everything held and computed; CUDA has native kernels for the coefficients.
     """
 
     def __init__(

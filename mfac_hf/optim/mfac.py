@@ -28,7 +28,7 @@ from mfac_hf.optim.masks import check_masks, check_only_shrink
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.sharded import is_sharded, shard_group
-from mfac_hf.optim.state import WINDOW_KEYS, check_state, restore_placements, without_window
+from mfac_hf.optim.state import WINDOW_KEYS, check_state, publish_window, restore_placements, without_window
 from mfac_hf.optim.update import apply_directions
 
 __all__ = ["MFAC"]
@@ -47,29 +47,28 @@ class MFAC(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay
-            and decoupled_weight_decay; everything else is common to all.
+            and decoupled_weight_decay; all groups have the other options in common.
         lr: learning rate, >= 0.
         num_grads: gradients in the window, m >= 1.
         damping: :math:`\lambda > 0`.
         momentum: :math:`\mu` in [0, 1), decay of the exponential average v of the *directions*.
         weight_decay: coefficient >= 0 of the L2 penalty, added to the gradient before it enters the window, as in the
-            paper's code. That makes the gradient of an embedding dense.
+            paper's code. It makes the gradient of an embedding dense.
         decoupled_weight_decay: multiply the parameters by (1 - lr * weight_decay) instead.
-        normalize: ``"num_grads"`` divides the sum in F by m always (the paper); ``"count"`` divides by the gradients
-            held so far, which makes the first steps shorter: a warm-up that needs no schedule. The same once the
-            window is full.
+        normalize: n in F. ``"num_grads"`` divides by m always (the paper); ``"count"`` divides by the gradients held
+            so far, which makes the first steps shorter: a warm-up without a schedule. The same once the window is
+            full.
         grad_decay: :math:`\beta_1` in [0, 1), decay of an average of the stored *gradients*, with weights
             :math:`\beta_1^{age}`, which is preconditioned in place of the newest alone. Costs no memory and no pass.
         window_dtype: torch.float32, torch.bfloat16 (half the memory; embeddings stay float32) or torch.float64.
-        window_device: None for the parameters' device, another device such as ``"cpu"``, or a list to split the window
-            over.
+        window_device: None for the parameters' device, another such as ``"cpu"``, or a list to split the window over.
         masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in
             the window.
         process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one
-            window: each keeps the columns of some parameters. Not needed under FSDP2, where each rank keeps the
-            columns of its shards. In both cases the window is not part of ``state_dict`` and refills after a resume.
+            window: each keeps the columns of some parameters. FSDP2 does not need it: each rank keeps the columns of
+            its shards. In both cases ``state_dict`` does not have the window, which refills after a resume.
         row_sparse: store gradients with few non-zero rows by these rows. Exact; turn it off for fixed state shapes.
-        save_window: put the window into ``state_dict``. Without it checkpoints are small, and the window refills after
+        save_window: put the window into ``state_dict``. Without it, checkpoints are small and the window refills after
             a resume.
 
     Raises:
@@ -127,10 +126,11 @@ class MFAC(torch.optim.Optimizer):
         self.skipped_steps = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; their columns join the window when their first gradients arrive.
+        """Add parameters, whose columns join the window when their first gradients arrive.
 
         Raises:
-            ValueError: for an option out of range, one that is common to all groups, or another device than before.
+            ValueError: for an option out of range, another value of an option that is common to all groups, or
+                parameters on another device; the optimizer stays as it was.
             TypeError: for complex parameters.
         """
         check_group(param_group, self.defaults)
@@ -147,9 +147,9 @@ class MFAC(torch.optim.Optimizer):
     def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         """Mask more coordinates: they stop where they are, and the window and the momentum forget them.
 
-        The window shrinks to the kept coordinates and is theirs exactly, as if it had never held the others. Its Gram
-        matrix is computed anew, which takes m x m x d operations. Ranks that share a window must all call this, with
-        the same masks.
+        The window shrinks to the kept coordinates, exactly as if it had never held the others. Its Gram matrix is
+        computed anew, which takes m x m x d operations. Ranks that share a window must all call this, with the same
+        masks.
 
         Args:
             masks: {parameter: bool tensor of its shape, True = keep}; other parameters stay as they are.
@@ -174,7 +174,7 @@ class MFAC(torch.optim.Optimizer):
         """The gradients that the window holds of one parameter: (count, numel), oldest first, in the window's dtype.
 
         Raises:
-            ValueError: if this rank's window has no gradient of it: before its first step, or on another rank.
+            ValueError: if this rank's window holds none: before the first step with one, or on another rank.
         """
         if self._window is None or parameter not in self._window.placements:
             raise ValueError(
@@ -199,7 +199,15 @@ class MFAC(torch.optim.Optimizer):
         change, and ``skipped_steps`` counts it.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            The loss of the closure; None without one.
+
+        Raises:
+            ValueError: for a sparse gradient that is not row-sparse, or parameters that are sharded in another way
+                than over one dimension.
+            MemoryError: if the window does not fit; nothing changes then.
         """
         loss = None
         if closure is not None:
@@ -235,19 +243,8 @@ class MFAC(torch.optim.Optimizer):
         self.skipped_steps += 1
 
     def _publish(self) -> None:
-        """Put the window and the count of skipped steps into the per-parameter state.
-
-        After each step, not when the state is read: a ``state_dict`` that somebody holds has the same dictionaries,
-        and would mix today's gradients with the counters of then.
-        """
-        states = {} if self._window is None else self._window.state()
-        for i, (p, entries) in enumerate(states.items()):
-            state = self.state[p]
-            for name in [name for name in state if name in WINDOW_KEYS and name not in entries]:
-                del state[name]  # of columns that have become dense
-            state.update(entries)
-            if i == 0:
-                state["skipped_steps"] = self.skipped_steps
+        if self._window is not None:
+            publish_window(self._window, self.state, self.skipped_steps)
 
     def window_stats(self) -> dict[str, float]:
         """Figures for a log: share of the window filled, condition number of K, counts, and size in GiB."""
@@ -261,7 +258,7 @@ class MFAC(torch.optim.Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers; the window too, unless ``save_window=False`` or several ranks share it."""
+        """Plain tensors and numbers, with the window unless ``save_window=False`` or several ranks share it."""
         if self._window is not None:
             self._window.clear_unwritten()
         state_dict = super().state_dict()
@@ -273,12 +270,12 @@ class MFAC(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state exactly: window, Gram matrix and counters continue to the bit.
 
-        The saved tensors are used as they are where the layout allows it, so that a large window is not held twice. A
-        state without a window (``save_window=False``) is loaded too; the window then refills.
+        The saved tensors are used as they are where their layout allows it, so that a large window is not held twice.
+        After a state without a window (``save_window=False``) the window refills.
 
         Raises:
-            ValueError: if the state is of another model, window length, dtype or mask, or parts of it are missing;
-                names what differs, and leaves the optimizer as it was.
+            ValueError: if the state is of another model, window length, dtype or mask, or incomplete; it names what
+                differs, and the optimizer stays as it was.
         """
         saved = check_state(state_dict, self.param_groups, self._masks(), self._options)
         if any("gram" in state for state in saved.values()) and self.shares_window:
@@ -288,7 +285,7 @@ class MFAC(torch.optim.Optimizer):
         for p in [p for p in self.state if p not in saved]:
             del self.state[p]
         for p, state in saved.items():
-            self.state[p] = {
+            self.state[p] = {  # the window goes where it belongs when it is restored
                 name: value.to(p.device) if isinstance(value, Tensor) and name not in WINDOW_KEYS else value
                 for name, value in state.items()
             }
@@ -314,11 +311,13 @@ class MFAC(torch.optim.Optimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and deepcopy keep; a window shared by ranks cannot be copied by one of them."""
+        """What pickle and deepcopy keep.
+
+        Raises:
+            TypeError: if several ranks share the window: one of them cannot copy it.
+        """
         if self.shares_window:
-            raise TypeError(
-                "an MFAC whose window is shared by several ranks cannot be pickled or deep-copied by one of them"
-            )
+            raise TypeError("a window shared by several ranks cannot be pickled or deep-copied by one of them")
         if self._window is not None:
             self._window.clear_unwritten()
         return super().__getstate__()

@@ -186,22 +186,6 @@ class ParameterWindow:
         for columns in self.columns:
             columns.clear(slice(self.count, None))
 
-    def state(self) -> dict[Tensor, dict[str, Any]]:
-        """What the state of each parameter holds of the window: views of the buffers, no copies."""
-        stores = {columns: i for i, columns in enumerate(self.columns)}
-        states = {
-            p: {**placement.state(), "window_store": stores[placement.columns], "window_start": placement.start}
-            for p, placement in self.placements.items()
-        }
-        if states:
-            next(iter(states.values())).update(
-                gram=self.gram.gram_MM,
-                pushed=self.gram.pushed,
-                jitter_escalations=self.gram.jitter_escalations,
-                window_parameters=len(states),
-            )
-        return states
-
 
 def _place_own(
     new: dict[Tensor, Tensor],

@@ -1,9 +1,9 @@
-"""Which columns of the gradient window belong to which parameter.
+"""The columns of the gradient window that belong to each parameter.
 
-A parameter gets its columns when its first gradient arrives, so frozen and unused parameters cost nothing, and one
-that is unfrozen late joins then (with zeros in the rows already stored, which is exact). Parameters placed together
-share one dense buffer, so that the two passes over the window stay two products; tables whose gradients have few
-non-zero rows get row-sparse columns of their own.
+A parameter gets its columns when its first gradient arrives. So frozen and unused parameters cost nothing, and one
+that is unfrozen late joins then, with zeros in the rows already stored, which is exact. Parameters placed together
+share one dense store, so that each pass over the window is one product. A table whose gradients have few non-zero rows
+gets a row-sparse store of its own, with values in float32 also in a bfloat16 window: they are its small part.
 """
 
 from collections.abc import Iterable
@@ -124,7 +124,7 @@ def nonzero_rows(grad: Tensor) -> SparseRows:
     if grad.is_sparse:
         grad = grad.coalesce()
         return SparseRows(grad.indices()[0], widened(grad.values()))
-    # Faster than looking at absolute values, and as exact; a NaN is not zero either.
+    # Faster than absolute values and as exact: a NaN is not zero either.
     rows = ((grad.amax(dim=1) != 0) | (grad.amin(dim=1) != 0)).nonzero().squeeze(1)
     return SparseRows(rows, widened(grad[rows]))
 

@@ -10,7 +10,7 @@ The state of a parameter p holds plain tensors and numbers only:
   ``window_parameters``, the number of parameters with columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.optim.options import ParameterWindowOptions
+from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.placement import DensePlacement, Placement, TablePlacement, kept_positions
 
-__all__ = ["WINDOW_KEYS", "check_state", "restore_placements", "without_window"]
+__all__ = ["WINDOW_KEYS", "check_state", "publish_window", "restore_placements", "without_window"]
 
 LEAD_KEYS = ("gram", "pushed", "skipped_steps", "jitter_escalations", "window_parameters")
 GROUP_KEYS = ("lr", "momentum", "weight_decay", "decoupled_weight_decay")
@@ -34,6 +35,31 @@ class _Saved(NamedTuple):
     parameter: Tensor
     state: dict[str, Any]
     label: str
+
+
+def publish_window(
+    window: ParameterWindow, states: MutableMapping[Tensor, dict[str, Any]], skipped_steps: int
+) -> None:
+    """Put the window into the states of its parameters: views of its buffers, no copies.
+
+    After each step, not when the state is read: a ``state_dict`` that somebody holds has the same dictionaries, and
+    would mix today's gradients with the counters of then.
+    """
+    stores = {columns: i for i, columns in enumerate(window.columns)}
+    for i, (p, placement) in enumerate(window.placements.items()):
+        entries = {**placement.state(), "window_store": stores[placement.columns], "window_start": placement.start}
+        if i == 0:
+            entries |= {
+                "gram": window.gram.gram_MM,
+                "pushed": window.gram.pushed,
+                "jitter_escalations": window.gram.jitter_escalations,
+                "window_parameters": len(window.placements),
+                "skipped_steps": skipped_steps,
+            }
+        state = states[p]
+        for name in [name for name in state if name in WINDOW_KEYS and name not in entries]:
+            del state[name]  # of columns that have become dense
+        state.update(entries)
 
 
 def without_window(states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Masks that grow during training: the window becomes that of the kept coordinates, as if it had never held others."""
+"""Masks, also ones that grow during training: the window is that of the kept coordinates alone."""
 
 import copy
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from mfac_hf import MFAC
 from mfac_hf.fisher.columns import RowSparseColumns
-from mfac_hf.optim import placement
 from tests.helpers.oracles import NaiveMFAC
+from tests.helpers.parameters import assert_same, make_params
 
 VOCABULARY, WIDTH = 30, 3
+SHAPES = ((4, 3), (5,), (2, 2))
 
 
 class Net(nn.Module):
@@ -35,17 +36,11 @@ def random_masks(params, keep, seed=0):
     return {p: torch.rand(p.shape, generator=generator) < keep for p in params}
 
 
-def assert_follows(params, naive):
-    for p, expected in zip(params, naive.params, strict=True):
-        torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("row_sparse", [True, False])
 @pytest.mark.parametrize("when", [0, 3, 9])  # before the first step, in a window that fills, in a full one
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"grad_decay": 0.5, "normalize": "count"}])
-def test_the_window_of_the_kept_coordinates(monkeypatch, row_sparse, when, options):
+def test_the_window_of_the_kept_coordinates(tables_of_any_size, row_sparse, when, options):
     """Two pruning steps on some parameters, against a naive optimizer whose stored rows lose the same coordinates."""
-    monkeypatch.setattr(placement, "ROW_SPARSE_MIN_NUMEL", 1)
     model = Net()
     params = list(model.parameters())
     group = {"params": params, "lr": 0.05, "momentum": options.get("momentum", 0.0)}
@@ -74,7 +69,7 @@ def test_the_window_of_the_kept_coordinates(monkeypatch, row_sparse, when, optio
         grads = model.backward(step)
         optimizer.step()
         naive.step(grads)
-        assert_follows(params, naive)
+        assert_same(params, naive)
 
     assert any(isinstance(columns, RowSparseColumns) for columns in optimizer._window.columns) == row_sparse
     assert optimizer.state[model.hidden.weight]["window"].shape == (5, int(second[model.hidden.weight].sum()))
@@ -86,9 +81,8 @@ def test_the_window_of_the_kept_coordinates(monkeypatch, row_sparse, when, optio
         assert moved.any() and (p not in second or not moved[~second[p]].any())
 
 
-def test_stored_gradients_are_those_that_came(monkeypatch):
+def test_stored_gradients_are_those_that_came(tables_of_any_size):
     """Oldest first; zeros where a mask came later; of tables by rows too."""
-    monkeypatch.setattr(placement, "ROW_SPARSE_MIN_NUMEL", 1)
     model = Net()
     optimizer = MFAC(model.parameters(), num_grads=4, window_dtype=torch.float64)
     with pytest.raises(ValueError, match="holds no gradient of a parameter of shape"):
@@ -178,3 +172,133 @@ def test_bad_masks_change_nothing(monkeypatch):
     assert "mask" not in optimizer.state[model.head.weight]
     optimizer.set_masks(smaller)
     assert optimizer.state[weight]["window"].shape == (3, 0)
+
+
+def make_masks(params):
+    generator = torch.Generator().manual_seed(7)
+    return {i: torch.rand(params[i].shape, generator=generator) < 0.5 for i in (0, 2)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ],
+)
+def test_masks_equal_an_optimizer_of_the_kept_coordinates(options):
+    """The masked weights here are not zero, so that decay would show; gradients are not zero there either."""
+    params = make_params(SHAPES)
+    masks = make_masks(params)
+    naive = NaiveMFAC([{"params": params, "lr": 0.1, **options}], num_grads=4, damping=1e-2, masks=masks)
+    optimizer = MFAC(
+        params,
+        lr=0.1,
+        num_grads=4,
+        damping=1e-2,
+        window_dtype=torch.float64,
+        masks={params[i]: mask for i, mask in masks.items()},
+        **options,
+    )
+    before = [p.detach().clone() for p in params]
+    for step in range(11):
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        naive.step([p.grad for p in params])
+        assert_same(params, naive)
+    for i, mask in masks.items():
+        assert torch.equal(params[i][~mask], before[i][~mask])
+        assert not torch.isclose(params[i][mask], before[i][mask]).any()
+        assert optimizer.state[params[i]]["window"].shape == (4, int(mask.sum()))
+    kept = 5 + sum(int(mask.sum()) for mask in masks.values())
+    assert (
+        sum(columns.dim for columns in optimizer._window.columns) == kept and optimizer._window.nbytes == 4 * kept * 8
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_weights_keep_every_bit(momentum, dtype):
+    """Also negative zeros, which a sum with zero may turn."""
+    p = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype))
+    with torch.no_grad():
+        p[:8] = -0.0
+    mask = torch.arange(64) % 2 == 0
+    optimizer = MFAC(
+        [p], lr=0.1, num_grads=3, momentum=momentum, weight_decay=0.5, decoupled_weight_decay=True, masks={p: mask}
+    )
+    bits = p.detach().view(torch.int32 if dtype == torch.float32 else torch.int16).clone()
+    for step in range(6):
+        p.grad = torch.randn(64, generator=torch.Generator().manual_seed(step)).to(dtype)
+        optimizer.step()
+    now = p.detach().view(bits.dtype)
+    assert torch.equal(bits[~mask], now[~mask]) and not torch.equal(bits[mask], now[mask])
+
+
+def test_mask_on_an_embedding_stored_by_rows(tables_of_any_size):
+    model = Net()
+    params = list(model.parameters())
+    keep = torch.rand(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(1)) < 0.5
+    group = {"params": params, "lr": 0.1, "momentum": 0.9}
+    naive = NaiveMFAC([group], num_grads=4, damping=1e-2, masks={0: keep})
+    optimizer = MFAC([group], num_grads=4, damping=1e-2, window_dtype=torch.float64, masks={params[0]: keep})
+    before = model.words.weight.detach().clone()
+    for step in range(9):
+        grads = model.backward(step)
+        optimizer.step()
+        naive.step(grads)
+        assert_same(params, naive)
+    assert any(isinstance(columns, RowSparseColumns) for columns in optimizer._window.columns)
+    assert torch.equal(model.words.weight[~keep], before[~keep])
+
+
+def test_everything_masked():
+    """A layer that was pruned away entirely, alone and beside others."""
+    for others in ([], make_params(SHAPES)):
+        gone = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
+        for _ in range(5):
+            for p in (gone, *others):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert torch.equal(gone, torch.ones(4)) and optimizer._window.gram.pushed == 5
+        twin = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
+        twin.load_state_dict(optimizer.state_dict())
+        twin.step()
+        assert twin._window.gram.pushed == 6
+
+
+def test_a_mask_is_the_optimizers_own():
+    """Changing the tensor that was passed must not shift columns under the window."""
+    p = nn.Parameter(torch.zeros(4))
+    mask = torch.tensor([True, False, True, True])
+    optimizer = MFAC([p], lr=0.1, num_grads=3, masks={p: mask})
+    p.grad = torch.ones(4)
+    optimizer.step()
+    mask.fill_(True)
+    optimizer.step()
+    assert p[1] == 0.0 and optimizer.state[p]["mask"].tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, dtype=torch.bool), r"shape \(4,\).*\(3, 2\).*bool tensor of the parameter's shape"),
+        (torch.ones(2, 3, dtype=torch.bool), r"shape \(2, 3\)"),
+        (torch.ones(3, 2), "dtype torch.float32"),
+        (torch.ones(3, 2, dtype=torch.uint8), "dtype torch.uint8"),
+    ],
+)
+def test_bad_masks(mask, message):
+    p = nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=message):
+        MFAC([p], masks={p: mask})
+
+
+def test_mask_of_an_unknown_parameter():
+    p, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"mask for a parameter of shape \(2, 2\) that this optimizer does not have"):
+        MFAC([p], masks={other: torch.ones(2, 2, dtype=torch.bool)})

@@ -1,6 +1,4 @@
-"""The optimizer's steps against a naive float64 implementation, and what must leave window and parameters alone."""
-
-import warnings
+"""The optimizer's steps against a naive float64 implementation."""
 
 import pytest
 import torch
@@ -9,43 +7,10 @@ from torch import nn
 from mfac_hf import MFAC
 from mfac_hf.ops.build import load_native
 from tests.helpers.oracles import NaiveMFAC
+from tests.helpers.parameters import all_equal, assert_same, feed, make_grads, make_params, values
 
-SHAPES = ((4, 3), (5,), (), (2, 1, 3))
 # Window and parameters in this type, the error that its rounding may leave after some twenty steps.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
-
-
-def make_params(shapes=SHAPES, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
-
-
-def make_grads(params, steps, seed=1):
-    """Gradients for each step, in the type of the parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in params]
-        for _ in range(steps)
-    ]
-
-
-def feed(optimizer, params, grads):
-    for p, grad in zip(params, grads, strict=True):
-        p.grad = None if grad is None else grad.clone()
-    return optimizer.step()
-
-
-def assert_same(params, naive, tolerance):
-    for p, expected in zip(params, naive.params, strict=True):
-        torch.testing.assert_close(p.detach().double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def values(params):
-    return [p.detach().clone() for p in params]
-
-
-def all_equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -181,50 +146,6 @@ def test_closure():
         second.step()
         assert returned.item() == loss.item() == calls[-1]
     assert len(calls) == 6 and all_equal(model.parameters(), twin.parameters())
-
-
-@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), -float("inf"), 1e30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_spoiled_gradient_is_skipped_counted_and_warned_of_once(spoiled, dtype):
-    params, twins = make_params(dtype=dtype), make_params(dtype=dtype)
-    options = {"lr": 0.01, "num_grads": 4, "damping": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
-    optimizer, undisturbed = MFAC(params, **options), MFAC(twins, **options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step, grads in enumerate(make_grads(params, 10)):
-            if step in (0, 4, 5):
-                bad = [grad.clone() for grad in grads]
-                bad[step % 4].view(-1)[-1] = spoiled
-                before = values(params)
-                feed(optimizer, params, bad)
-                assert all_equal(before, values(params))
-            feed(optimizer, params, grads)
-            feed(undisturbed, twins, grads)
-    assert all_equal(params, twins)  # window, momentum and counters of steps too, or later steps would differ
-    messages = [str(warning.message) for warning in caught if "skipped" in str(warning.message)]
-    assert len(messages) == 1 and "MFAC.skipped_steps" in messages[0]
-    assert optimizer.skipped_steps == 3 and optimizer.window_stats()["skipped_steps"] == 3.0
-    assert undisturbed.skipped_steps == 0
-
-
-def test_spoiled_sparse_gradient_is_skipped():
-    table = nn.Embedding(10, 3, sparse=True)
-    optimizer = MFAC(table.parameters(), num_grads=3)
-    before = values(table.parameters())
-    table(torch.tensor([1, 1])).mul(torch.tensor([[1.0], [float("nan")]])).sum().backward()
-    assert table.weight.grad.is_sparse
-    with pytest.warns(UserWarning, match="skipped"):
-        optimizer.step()
-    assert all_equal(before, table.parameters()) and optimizer.skipped_steps == 1
-
-
-def test_sparse_gradient_of_another_kind_is_refused():
-    p = nn.Parameter(torch.zeros(4, 3))
-    p.grad = torch.eye(4, 3).to_sparse()
-    optimizer = MFAC([p], num_grads=3)
-    with pytest.raises(ValueError, match="2 sparse dimensions"):
-        optimizer.step()
-    assert not p.any() and not optimizer.state
 
 
 def test_learning_rate_schedule():
@@ -371,57 +292,6 @@ def test_empty_parameter_list(params):
     else:
         with pytest.raises(ValueError, match="empty parameter list"):
             MFAC(params)
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (lambda: [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, device="meta"))], ValueError, "cpu, meta"),
-        (lambda: [nn.Parameter(torch.zeros(3, dtype=torch.complex64))], TypeError, "complex64.*view_as_real"),
-    ],
-)
-def test_bad_parameters(build, error, message):
-    with pytest.raises(error, match=message):
-        MFAC(build())
-    optimizer = MFAC(make_params())
-    with pytest.raises(error, match=message):
-        optimizer.add_param_group({"params": build()})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_bad_groups_leave_the_optimizer_as_it_was():
-    params = make_params()
-    optimizer = MFAC(params[:2], num_grads=4)
-    for group, message in (
-        ({"lr": -1.0}, "lr is -1.0"),
-        ({"momentum": 1.5}, "momentum is 1.5"),
-        ({"num_grads": 5}, "num_grads=5 in a parameter group.*pass num_grads to MFAC itself"),
-        ({"damping": 1.0}, "damping=1.0 in a parameter group"),
-        ({"window_dtype": torch.bfloat16}, "window_dtype=torch.bfloat16 in a parameter group"),
-        ({"normalize": "count"}, "normalize='count' in a parameter group"),
-        ({"save_window": False}, "save_window=False in a parameter group"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            optimizer.add_param_group({"params": params[2:], **group})
-        with pytest.raises(ValueError, match=message):
-            MFAC([{"params": params, **group}], num_grads=4)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
-    optimizer.add_param_group({"params": params[2:], "num_grads": 4})  # the same value is no contradiction
-    assert "num_grads" not in optimizer.param_groups[1]
-
-
-def test_frameworks_that_partition_gradients_are_refused(monkeypatch):
-    params = make_params()
-    params[1].ds_id = 3
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO.*process_group.*FSDP2"):
-        MFAC(params)
-    params = make_params()
-    params[0]._is_flat_param = True
-    with pytest.raises(ValueError, match="FSDP1 flattens.*FSDP2"):
-        MFAC(params)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
-        MFAC(make_params())
 
 
 def test_window_stats():

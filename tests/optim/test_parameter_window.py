@@ -97,7 +97,6 @@ def test_rows_without_a_gradient_are_cleared_before_they_are_saved():
     window = ParameterWindow.from_gradients(make_gradients(parameters, 0), {}, OPTIONS)
     window.push(make_gradients(parameters, 0), {})
     window.clear_unwritten()
-    states = window.state()
-    assert states[parameters[0]]["window"][0].any() and not states[parameters[0]]["window"][1:].any()
-    assert (states[parameters[1]]["window_rows"][1:] == 6).all()
-    assert states[parameters[0]]["pushed"] == 1 and states[parameters[0]]["window_parameters"] == 3
+    dense, table = window.columns
+    assert dense.buffer_MD[0].any() and not dense.buffer_MD[1:].any()
+    assert (table.rows_MN[0] < 6).any() and (table.rows_MN[1:] == 6).all()

@@ -1,4 +1,4 @@
-"""Where parameters get their columns: embeddings by rows, masks, several devices. None of it changes the steps."""
+"""Where parameters get their columns: embeddings by rows, several devices. None of it changes the steps."""
 
 import copy
 
@@ -8,18 +8,13 @@ from torch import nn
 
 from mfac_hf import MFAC
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
-from mfac_hf.optim import placement
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import nonzero_rows, place
 from tests.helpers.oracles import NaiveMFAC
+from tests.helpers.parameters import assert_same, make_params
 
 VOCABULARY, WIDTH = 24, 3
-
-
-@pytest.fixture
-def tables_of_any_size(monkeypatch):
-    """Row-sparse storage for tables that a dense oracle can follow."""
-    monkeypatch.setattr(placement, "ROW_SPARSE_MIN_NUMEL", 1)
+EXTRA_SHAPES = ((4, 3), (5,), (2, 2))
 
 
 class Bag(nn.Module):
@@ -46,11 +41,6 @@ class Bag(nn.Module):
 
 def stores(optimizer):
     return [type(columns) for columns in optimizer._window.columns]
-
-
-def assert_same(params, naive, tolerance=1e-9):
-    for p, expected in zip(params, naive.params, strict=True):
-        torch.testing.assert_close(p.detach().double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -195,150 +185,13 @@ def test_nonzero_rows():
     assert rows.shape == (0,) and values.shape == (0, 2)
 
 
-def make_params():
-    generator = torch.Generator().manual_seed(0)
-    return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in ((4, 3), (5,), (2, 2))
-    ]
-
-
-def make_masks(params):
-    generator = torch.Generator().manual_seed(7)
-    return {i: torch.rand(params[i].shape, generator=generator) < 0.5 for i in (0, 2)}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"momentum": 0.9, "weight_decay": 0.1},
-        {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True},
-    ],
-)
-def test_masks_equal_an_optimizer_of_the_kept_coordinates(options):
-    """The masked weights here are not zero, so that decay would show; gradients are not zero there either."""
-    params = make_params()
-    masks = make_masks(params)
-    naive = NaiveMFAC([{"params": params, "lr": 0.1, **options}], num_grads=4, damping=1e-2, masks=masks)
-    optimizer = MFAC(
-        params,
-        lr=0.1,
-        num_grads=4,
-        damping=1e-2,
-        window_dtype=torch.float64,
-        masks={params[i]: mask for i, mask in masks.items()},
-        **options,
-    )
-    before = [p.detach().clone() for p in params]
-    for step in range(11):
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        optimizer.step()
-        naive.step([p.grad for p in params])
-        assert_same(params, naive)
-    for i, mask in masks.items():
-        assert torch.equal(params[i][~mask], before[i][~mask])
-        assert not torch.isclose(params[i][mask], before[i][mask]).any()
-        assert optimizer.state[params[i]]["window"].shape == (4, int(mask.sum()))
-    kept = 5 + sum(int(mask.sum()) for mask in masks.values())
-    assert (
-        sum(columns.dim for columns in optimizer._window.columns) == kept and optimizer._window.nbytes == 4 * kept * 8
-    )
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_weights_keep_every_bit(momentum, dtype):
-    """Also negative zeros, which a sum with zero may turn."""
-    p = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype))
-    with torch.no_grad():
-        p[:8] = -0.0
-    mask = torch.arange(64) % 2 == 0
-    optimizer = MFAC(
-        [p], lr=0.1, num_grads=3, momentum=momentum, weight_decay=0.5, decoupled_weight_decay=True, masks={p: mask}
-    )
-    bits = p.detach().view(torch.int32 if dtype == torch.float32 else torch.int16).clone()
-    for step in range(6):
-        p.grad = torch.randn(64, generator=torch.Generator().manual_seed(step)).to(dtype)
-        optimizer.step()
-    now = p.detach().view(bits.dtype)
-    assert torch.equal(bits[~mask], now[~mask]) and not torch.equal(bits[mask], now[mask])
-
-
-def test_mask_on_an_embedding_stored_by_rows(tables_of_any_size):
-    model = Bag()
-    params = list(model.parameters())
-    keep = torch.rand(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(1)) < 0.5
-    group = {"params": params, "lr": 0.1, "momentum": 0.9}
-    naive = NaiveMFAC([group], num_grads=4, damping=1e-2, masks={0: keep})
-    optimizer = MFAC([group], num_grads=4, damping=1e-2, window_dtype=torch.float64, masks={params[0]: keep})
-    before = model.words.weight.detach().clone()
-    for step in range(9):
-        grads = model.backward(step)
-        optimizer.step()
-        naive.step(grads)
-        assert_same(params, naive)
-    assert RowSparseColumns in stores(optimizer)
-    assert torch.equal(model.words.weight[~keep], before[~keep])
-
-
-def test_everything_masked():
-    """A layer that was pruned away entirely, alone and beside others."""
-    for others in ([], make_params()):
-        gone = nn.Parameter(torch.ones(4, dtype=torch.float64))
-        optimizer = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
-        for _ in range(5):
-            for p in (gone, *others):
-                p.grad = torch.ones_like(p)
-            optimizer.step()
-        assert torch.equal(gone, torch.ones(4)) and optimizer._window.gram.pushed == 5
-        twin = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
-        twin.load_state_dict(optimizer.state_dict())
-        twin.step()
-        assert twin._window.gram.pushed == 6
-
-
-def test_a_mask_is_the_optimizers_own():
-    """Changing the tensor that was passed must not shift columns under the window."""
-    p = nn.Parameter(torch.zeros(4))
-    mask = torch.tensor([True, False, True, True])
-    optimizer = MFAC([p], lr=0.1, num_grads=3, masks={p: mask})
-    p.grad = torch.ones(4)
-    optimizer.step()
-    mask.fill_(True)
-    optimizer.step()
-    assert p[1] == 0.0 and optimizer.state[p]["mask"].tolist() == [True, False, True, True]
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(4, dtype=torch.bool), r"shape \(4,\).*\(3, 2\).*bool tensor of the parameter's shape"),
-        (torch.ones(2, 3, dtype=torch.bool), r"shape \(2, 3\)"),
-        (torch.ones(3, 2), "dtype torch.float32"),
-        (torch.ones(3, 2, dtype=torch.uint8), "dtype torch.uint8"),
-    ],
-)
-def test_bad_masks(mask, message):
-    p = nn.Parameter(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=message):
-        MFAC([p], masks={p: mask})
-
-
-def test_mask_of_an_unknown_parameter():
-    p, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"mask for a parameter of shape \(2, 2\) that this optimizer does not have"):
-        MFAC([p], masks={other: torch.ones(2, 2, dtype=torch.bool)})
-
-
 @pytest.mark.parametrize(
     "devices", ["cpu", ["cpu"], ["cpu", "cpu"], ["cpu", "cpu:0"], [torch.device("cpu"), torch.device("cpu:0")]]
 )
 def test_window_over_several_devices(tables_of_any_size, devices):
     """Parameters are dealt out by size; the steps are those of one window."""
     model = Bag()
-    extra = make_params()
+    extra = make_params(EXTRA_SHAPES)
     params = [*model.parameters(), *extra]
     naive = NaiveMFAC([{"params": params, "lr": 0.1}], num_grads=4, damping=1e-2)
     optimizer = MFAC(params, lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64, window_device=devices)
@@ -358,7 +211,7 @@ def test_window_over_several_devices(tables_of_any_size, devices):
 def test_late_parameters_add_columns_without_touching_the_others(tables_of_any_size):
     """One by one, a dense one and a table, each exact."""
     model = Bag()
-    extra = make_params()
+    extra = make_params(EXTRA_SHAPES)
     params = [*model.parameters(), *extra]
     naive = NaiveMFAC([{"params": params, "lr": 0.1, "momentum": 0.9}], num_grads=5, damping=1e-2)
     optimizer = MFAC(params, lr=0.1, momentum=0.9, num_grads=5, damping=1e-2, window_dtype=torch.float64)

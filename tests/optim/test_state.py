@@ -14,18 +14,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from mfac_hf import MFAC
 from mfac_hf.fisher.columns import RowSparseColumns
-from mfac_hf.optim import placement
+
+pytestmark = pytest.mark.usefixtures("tables_of_any_size")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Before the window of 5 is full, when it is just full, and after it wrapped.
 STEPS = (2, 5, 13)
 LATER = 6
-
-
-@pytest.fixture(autouse=True)
-def tables_of_any_size(monkeypatch):
-    """Row-sparse storage for small tables."""
-    monkeypatch.setattr(placement, "ROW_SPARSE_MIN_NUMEL", 1)
 
 
 class Net(nn.Module):
