@@ -35,7 +35,7 @@ def plan_groups(parameters: Mapping[str, Tensor], options: PruningOptions, sourc
     Args:
         parameters: the targets, by name.
         options: block size, number of gradients and budget.
-        source: of the gradients.
+        source: source of the gradients.
 
     Raises:
         MemoryError: a single target exceeds the budget; the message has the numbers and the ways out.
@@ -105,15 +105,15 @@ def mfac_step(
 
     Args:
         parameters: the targets, by name.
-        masks: which of their weights are left.
+        masks: masks of the weights that are left.
         levels: one or more sparsities to reach from here. The same gradients and costs serve all of them.
-        options: how to prune; its damping plays no part.
-        gradients: of which the Fisher is made.
+        options: options of the pruning; ``dampings`` stands in for the damping.
+        gradients: gradients that the Fisher is the average of.
         groups: names of targets whose Fishers fit into memory together (:func:`plan_groups`).
-        dampings: to try.
+        dampings: dampings to try.
 
     Returns:
-        For each damping with which the Fisher can be inverted a proposal at each level.
+        A proposal at each level for each damping with which the Fisher can be inverted.
 
     Raises:
         ValueError: a loss or gradient that is not finite, or too few gradients.
@@ -168,9 +168,9 @@ class _Step:
 
     Args:
         parameters: the targets, by name.
-        masks: which of their weights are left.
-        options: how to prune.
-        gradients: of which the Fishers are made.
+        masks: masks of the weights that are left.
+        options: options of the pruning.
+        gradients: gradients that each Fisher is the average of.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class _Step:
     def visit(self, names: Sequence[str]) -> float:
         """Make the Fishers of these targets in place of the present ones; return the mean squared entry of a gradient.
 
-        Pruned weights count for nothing.
+        Pruned weights have no part in either.
         """
         self.fishers = {}  # frees the present ones first
         self.fishers = {name: self._empty_fisher(self.parameters[name]) for name in names}

@@ -72,8 +72,8 @@ def best_proposal(
     Args:
         model: the model.
         parameters: its targets, by name.
-        proposals: for each damping one at each level, the levels in the same order.
-        source: of the held-out loss; None will do for a single damping.
+        proposals: one for each damping at each level; every damping has the levels in the same order.
+        source: source of the held-out loss; None will do for a single damping.
 
     Returns:
         The proposal at the first level with the chosen damping, and what was tried: ``damping`` and ``loss`` of each,

@@ -55,11 +55,11 @@ def prune_to(
     Args:
         model: the model.
         masks: masks of its targets; they are updated.
-        source: of the gradients; None will do for magnitude pruning without ``loss_samples``.
+        source: source of the gradients; None will do for magnitude pruning without ``loss_samples``.
         sparsity: share of the weights under the masks to be zero (with scope ``"uniform"`` in each tensor).
-        options: how to prune.
+        options: options of the pruning.
         progress: whether to show a progress bar.
-        process_group: ranks that prune copies of the same model, and must all call this; the first one decides.
+        process_group: ranks that prune copies of the same model; all must call this, and the first one decides.
 
     Returns:
         The report of what was done.
@@ -81,11 +81,11 @@ def prune_to(
         loss_after = _loss(source, model, options)
     masks.update(new)
     return PruningReport(
-        asdict(options),
-        masks.numel,
-        before,
-        masks.sparsity,
-        masks.sparsities(),
+        options=asdict(options),
+        num_weights=masks.numel,
+        sparsity_before=before,
+        sparsity=masks.sparsity,
+        sparsities=masks.sparsities(),
         predicted_loss_increase=sum(step["predicted_loss_increase"] for step in steps) if groups else None,
         loss_before=loss_before,
         loss_after=loss_after,

@@ -36,10 +36,10 @@ def full_step(
 
     Args:
         parameters: the targets, by name.
-        masks: which of their weights are left.
+        masks: masks of the weights that are left.
         level: the sparsity to reach, over all targets together.
-        options: how to prune; ``block_size`` is None.
-        gradients: of which the Fisher is made.
+        options: options of the pruning; ``block_size`` is None.
+        gradients: gradients that the Fisher is the average of.
 
     Raises:
         MemoryError: the gradients do not fit into host memory.

@@ -61,11 +61,11 @@ class GradientSet:
     """The gradients of one sub-step. They are not kept: each time they are collected, the same ones are drawn again.
 
     Attributes:
-        source: draws them.
+        source: source that draws them.
         model: the model whose gradients they are.
-        num_grads: how many there are; ranks that take a share each have so many together.
-        seed: of the draw.
-        advance: called with the number of gradients that were taken, for a progress bar.
+        num_grads: number of gradients; ranks that take a share each have so many together.
+        seed: seed of the draw.
+        advance: function that is called with the number of gradients that were taken, for a progress bar.
     """
 
     source: GradientSource
@@ -103,7 +103,7 @@ class DataLoaderGradients:
             ``model(**batch).loss``.
         batch_size: examples that each gradient is the mean of.
         loss_samples: examples held out for :meth:`loss`; they give no gradients.
-        seed: of the choice of the held-out examples.
+        seed: seed of the choice of the held-out examples.
         process_group: ranks that share the work; each takes a part of the gradients, of examples of its own.
 
     Raises:
@@ -160,8 +160,8 @@ class DataLoaderGradients:
             model: the model.
             parameters: some of its parameters, by name.
             num_grads: gradients to take, each of a batch of its own; ranks that share the work take so many together.
-            seed: of the choice of examples, and of whatever collating draws.
-            consume: takes the gradients; none is kept here.
+            seed: seed of the choice of examples, and of whatever collating draws.
+            consume: function that takes the gradients; none is kept here.
 
         Raises:
             ValueError: too few examples, a model that returns no loss, or a loss or gradient that is not finite.

@@ -17,7 +17,7 @@ from mfac_hf.pruning.targets import find_targets
 __all__ = ["prune_one_shot"]
 
 
-# Longer than 60 lines by its arguments and what is said of them.
+# long: its arguments, and what is said of them
 def prune_one_shot(
     model: nn.Module,
     dataloader: DataLoader[Any] | None,
@@ -65,7 +65,7 @@ def prune_one_shot(
         scope: ``"global"`` ranks all targets together, ``"uniform"`` prunes each alike.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of a batch; default ``model(**batch).loss``.
         loss_samples: held-out examples on which the loss is measured.
-        seed: of the choice of examples.
+        seed: seed of the choice of examples.
         pages: pieces in which the gradients go to the device where ``block_size`` is None.
         memory_budget: bytes for the Fisher's blocks; default half of what is free.
         progress: whether to show a progress bar.

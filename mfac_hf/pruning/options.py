@@ -49,13 +49,13 @@ class PruningOptions:
         recomputations: sub-steps, with new gradients in each.
         selection: ``"greedy"`` removes one weight after the other and updates the costs of the rest; ``"diagonal"``
             takes all costs from one inverse, as the paper does.
-        update: how the surviving weights move: ``"joint"`` to the exact minimum for the removed set; ``"sum"`` by the
+        update: move of the surviving weights: ``"joint"`` to the exact minimum for the removed set; ``"sum"`` by the
             sum of what each removed weight alone would ask for, as the paper does.
         pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
         scope: ``"global"`` ranks the weights of all targets together, ``"uniform"`` prunes every target alike.
         loss_samples: held-out examples on which the loss is measured before and after; 0 for none, which
             ``damping="auto"`` raises to 256. They give no gradients.
-        seed: of the choice of examples.
+        seed: seed of the choice of examples.
         pages: pieces in which the gradients go to the device where ``block_size`` is None; the result is the same.
         memory_budget: bytes for the Fisher's blocks. Targets that need more are visited in groups, each with a pass
             over the same gradients. None: half of what is free on the model's device.
@@ -147,10 +147,10 @@ class PruningReport:
         loss_before: loss on the held-out examples before the pruning; None if it was not measured.
         loss_after: the same after the pruning.
         num_grads: gradients taken in all sub-steps together.
-        steps: for each sub-step ``sparsity``, ``predicted_loss_increase``, ``damping``, ``damping_losses`` (of all
+        steps: of each sub-step ``sparsity``, ``predicted_loss_increase``, ``damping``, ``damping_losses`` (of all
             dampings that were tried), ``num_grads``, ``groups`` (of targets) and ``seconds``.
         seconds: wall time.
-        masks: which weights are kept now.
+        masks: masks of the weights that are kept now.
     """
 
     options: dict[str, Any]

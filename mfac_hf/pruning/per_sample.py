@@ -35,7 +35,7 @@ def batch_gradients(
     Args:
         model: the model, in evaluation mode.
         parameters: weights of linear layers and two-dimensional convolutions, by name.
-        loss: runs the model on the batch and returns the mean loss over its examples.
+        loss: function that runs the model on the batch and returns the mean loss over its examples.
         batch_size: number of examples, N.
 
     Yields:

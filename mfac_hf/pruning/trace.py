@@ -12,7 +12,7 @@ from mfac_hf.pruning.patterns import Pattern
 
 __all__ = ["diagonal_units", "kept_units", "trace_blocks", "unit_costs"]
 
-# Removals from one product that brings the inverse matrices up to date to the next.
+# Number of removals after which a product brings the inverse matrices up to date.
 PANEL = 16
 
 # Units that are no longer in play are dropped once this share or less is left: copying has its price too.
@@ -78,7 +78,7 @@ def _trace_blocks(inverse_KBB: Tensor, weights_KB: Tensor, keep_KB: Tensor, patt
             for i in range(unit):
                 at_K1 = unit_K1 * unit + i
                 column_KB = rows_SB.index_select(0, (starts_K1 * width + at_K1).squeeze(1))
-                # Never fewer than eight columns, if need be of zeros: products of very few are slow.
+                # At least eight columns, the rest of them zeros: products of fewer are slow.
                 earlier_KRB = columns_KRB[:, : max(removed, 8)]
                 factors_KR1 = earlier_KRB.gather(2, at_K1.unsqueeze(1).expand(-1, earlier_KRB.shape[1], 1))
                 column_KB -= torch.bmm(factors_KR1.mT, earlier_KRB).squeeze(1)

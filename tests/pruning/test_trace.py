@@ -1,4 +1,4 @@
-"""The greedy trace of single weights: the native kernel against PyTorch's; brute force is in test_pruning_obs.py."""
+"""The greedy trace of single weights: the native kernel against PyTorch's; brute force is in test_obs.py."""
 
 import pytest
 import torch

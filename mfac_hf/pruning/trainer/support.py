@@ -105,7 +105,7 @@ def check_source(
     """Raise ValueError or MemoryError where there will be too few gradients or too little memory for their Fisher.
 
     Args:
-        source: of the gradients; None where none are needed.
+        source: source of the gradients; None where none are needed.
         options: options of the prunings.
         parameters: the targets, by name.
         first_step: the step of training at which the first pruning will be.
