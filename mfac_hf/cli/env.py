@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    from mfac_hf.ops import build, cuda_toolkit
+    from mfac_hf.ops import build, build_tools, cuda_toolkit
 
     device = _accelerate_device()
     try:
@@ -92,8 +92,8 @@ def environment() -> dict[str, Any]:
         "accelerate_device": device,
         "native_kernels": kernels,
         "tools": {
-            "ninja": _tool(build.find_ninja()),
-            "cxx": _tool(build.find_compiler()),
+            "ninja": _tool(build_tools.find_ninja()),
+            "cxx": _tool(build_tools.find_compiler()),
             "nvcc": _tool(cuda_toolkit.find_nvcc()),
         },
     }

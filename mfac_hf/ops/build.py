@@ -8,33 +8,37 @@ results up to rounding. The environment variable ``MFAC_NATIVE`` chooses:
 - ``force``: raise where that fails;
 - ``off``: never.
 
-Each build has a directory of its own under ``MFAC_CACHE`` or ``~/.cache/mfac_hf``, named after a hash of everything
-that it depends on: sources, flags, torch, compilers, processor, kinds of CUDA devices. Several processes build it
-once: a lock on an open file orders them, and disappears with the process that holds it. The library is made under a
-temporary name and gets its own when it is whole.
+Each build has a directory of its own under ``MFAC_CACHE`` or ``mfac_hf`` in ``XDG_CACHE_HOME`` (``~/.cache``), named
+after a hash of everything that it depends on: sources, flags, torch, compilers, processor, kinds of CUDA devices.
+Several processes build it once: a lock on an open file orders them, and disappears with the process that holds it. A
+compiler, or a holder of the lock, that hangs is given up (`mfac_hf.ops.bounded_wait`).
+
+Only a library that nobody else can have written is loaded: its directory and all above are looked at first
+(`mfac_hf.ops.private_files`). And only a whole one, since loading half a library ends the interpreter: it is made
+under a temporary name, its checksum is recorded, both are on the disk before it gets its own name, and the two are
+compared before each use. One that does not fit is built anew.
 """
 
 import hashlib
 import os
 import platform
 import shlex
-import shutil
-import subprocess
-import sysconfig
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from mfac_hf.ops import cuda_toolkit
+from mfac_hf.ops import bounded_wait, cuda_toolkit
+from mfac_hf.ops.build_tools import compiler_command, compiler_version, find_compiler, find_ninja, processor_features
+from mfac_hf.ops.private_files import UntrustedPathError, open_lock, private_directory, put_in_place, read_private
 
 __all__ = [
     "NativeBuildError",
     "build_directory",
     "build_native",
-    "find_compiler",
-    "find_ninja",
     "load_native",
     "missing_tools",
     "native_status",
@@ -119,10 +123,10 @@ def native_status(device_type: str) -> str:
         return "; ".join(missing)
     try:
         directory = build_directory(device_type)
+        built = _find_built(directory, device_type)
     except NativeBuildError as error:
         return str(error)
-    built = os.path.exists(_library(directory, device_type))  # False also where looking is not allowed
-    return f"built, in {directory}" if built else f"built at first use, in {directory}"
+    return f"built at first use, in {directory}" if built is None else f"built, in {directory}"
 
 
 def missing_tools(device_type: str) -> list[str]:
@@ -155,20 +159,24 @@ def build_directory(device_type: str) -> Path:
     if device_type not in SOURCES:
         raise NativeBuildError("; ".join(missing_tools(device_type)))
     try:
-        root = Path(os.environ.get("MFAC_CACHE") or "~/.cache/mfac_hf").expanduser()
+        root = Path(os.environ.get("MFAC_CACHE") or _default_cache()).expanduser()
     except RuntimeError as error:
         raise NativeBuildError(
             f"no directory to build in ({error}); name one in the environment variable MFAC_CACHE"
         ) from error
-    compiler = _compiler()
+    compiler = compiler_command()
+    try:
+        version = compiler_version(compiler)
+    except bounded_wait.HungError as error:
+        raise NativeBuildError(f"{error}; name another compiler in CXX") from error
     parts = [
         *(path.read_text(encoding="utf-8") for path in sorted(CSRC.iterdir())),
         " ".join(FLAGS),
         torch.__version__,
         " ".join(compiler),
-        _compiler_version(compiler),
+        version,
         platform.machine(),
-        _processor(),
+        processor_features(),
     ]
     if device_type == "cuda":
         nvcc = cuda_toolkit.find_nvcc() or ""
@@ -185,30 +193,67 @@ def build_native(device_type: str) -> Path:
     missing = missing_tools(device_type)
     if missing:
         raise NativeBuildError("; ".join(missing))
-    import fcntl  # here: Windows has none
-
     directory = build_directory(device_type)
-    library = _library(directory, device_type)
-    if os.path.exists(library):
+    library = _find_built(directory, device_type)
+    if library is not None:
         return library
+    with _errors_named(directory):
+        library = _library(private_directory(directory, create=True), device_type)
+        lock = open_lock(library.with_name("build.lock"))
+        try:
+            bounded_wait.lock(lock)
+            if not _is_whole(library):  # another process may have built it while this one waited
+                _build(device_type, library, lambda: os.utime(lock))
+        finally:
+            os.close(lock)
+    return library
+
+
+def _find_built(directory: Path, device_type: str) -> Path | None:
+    """Return the path of a library that was built before and may be loaded; None if there is none.
+
+    Raises:
+        NativeBuildError: others can write the directory, or it cannot be looked at.
+    """
+    with _errors_named(directory):
+        try:
+            library = _library(private_directory(directory), device_type)
+        except FileNotFoundError:
+            return None
+        return library if _is_whole(library) else None
+
+
+@contextmanager
+def _errors_named(directory: Path) -> Iterator[None]:
+    """Make what can go wrong with a build directory a NativeBuildError."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "build.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():  # another process may have built it while this one waited
-                _build(device_type, library)
+        yield
+    except UntrustedPathError as error:
+        raise NativeBuildError(f"the build directory {directory} is refused: {error}") from error
+    except bounded_wait.HungError as error:
+        raise NativeBuildError(
+            f"another process holds {directory / 'build.lock'} and {error}: end it, or name another directory in the "
+            "environment variable MFAC_CACHE"
+        ) from error
     except OSError as error:
         raise NativeBuildError(
             f"the build directory {directory} cannot be written ({error}); name another in the environment variable "
             "MFAC_CACHE"
         ) from error
-    return library
 
 
-def _build(device_type: str, library: Path) -> None:
+def _is_whole(library: Path) -> bool:
+    """Whether this is the library that was built: nobody else can have written it, and its checksum fits."""
+    content, recorded = read_private(library), read_private(_checksum_file(library))
+    return content is not None and recorded == hashlib.sha256(content).hexdigest().encode()
+
+
+def _build(device_type: str, library: Path, working: Callable[[], None] = lambda: None) -> None:
+    """Compile and link a library, and put it, its checksum and the compiler's messages in place."""
     from torch.utils.cpp_extension import include_paths, library_paths  # here: slow, and most processes never need it
 
     log = library.with_name("build.log")
+    compiler, nvcc = compiler_command(), cuda_toolkit.find_nvcc() or "nvcc"
     # A directory of its own: the compiler of a build that was killed may go on writing for a while.
     with tempfile.TemporaryDirectory(
         dir=library.parent, prefix="unfinished-", ignore_cleanup_errors=True
@@ -217,32 +262,39 @@ def _build(device_type: str, library: Path) -> None:
         rules = ""
         for source, name in zip(SOURCES[device_type], objects, strict=True):
             if source.endswith(".cu"):
-                command = [*_nvcc(), *NVCC_FLAGS]
+                command = [nvcc, *NVCC_FLAGS]
                 for arch in cuda_toolkit.architectures():
                     command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
             else:
-                command = [*_compiler(), *FLAGS, *(["-DUSE_CUDA"] if device_type == "cuda" else [])]
+                command = [*compiler, *FLAGS, *(["-DUSE_CUDA"] if device_type == "cuda" else [])]
                 for path in include_paths():
                     command += ["-isystem", path]
             rules += _rule(name, [], [*command, "-c", str(CSRC / source), "-o", name])
         # The CUDA runtime goes into the library: torch's own is of the same major version at best.
-        link = [*_nvcc(), "-shared", "-cudart", "static"] if device_type == "cuda" else [*_compiler(), "-shared"]
+        link = [nvcc, "-shared", "-cudart", "static"] if device_type == "cuda" else [*compiler, "-shared"]
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
         if device_type == "cuda":
             libraries.append("-ltorch_cuda")
         rules += _rule(library.name, objects, [*link, *objects, "-o", library.name, *libraries])
         (Path(temporary) / "build.ninja").write_text(rules, encoding="utf-8")
-        with open(log, "wb") as messages:
+        messages = Path(temporary) / log.name
+        with open(messages, "wb") as output:
             try:
-                result = subprocess.run(
-                    [find_ninja() or "ninja"], cwd=temporary, stdout=messages, stderr=messages, check=False
-                )
+                ninja = [find_ninja() or "ninja"]
+                status = bounded_wait.run(ninja, folder=Path(temporary), messages=output, working=working)
+            except bounded_wait.HungError as error:
+                raise NativeBuildError(f"the compiler {error} and was ended; its messages are in {log}") from error
             except OSError as error:
                 raise NativeBuildError(f"ninja does not run ({error}): pip install --force-reinstall ninja") from error
+            finally:
+                put_in_place(messages, log)
         made = Path(temporary) / library.name
-        if result.returncode != 0 or not made.exists():
+        if status != 0 or not made.exists():
             raise NativeBuildError(f"the compiler failed; its messages are in {log}")
-        made.replace(library)
+        checksum = _checksum_file(made)
+        checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), encoding="ascii")
+        put_in_place(checksum, _checksum_file(library))
+        put_in_place(made, library)
 
 
 def _rule(made: str, needed: list[str], command: list[str]) -> str:
@@ -252,6 +304,16 @@ def _rule(made: str, needed: list[str], command: list[str]) -> str:
 
 def _library(directory: Path, device_type: str) -> Path:
     return directory / f"mfac_{device_type}.so"
+
+
+def _checksum_file(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _default_cache() -> str:
+    """Return the place that the XDG base directory specification names; it ignores relative paths."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(named, "mfac_hf") if os.path.isabs(named) else "~/.cache/mfac_hf"
 
 
 def _mode() -> str:
@@ -264,47 +326,3 @@ def _mode() -> str:
 def _torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-def find_ninja() -> str | None:
-    """Find ninja on PATH, or beside this interpreter, whose environment need not be activated."""
-    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
-
-
-def find_compiler() -> str | None:
-    """Find the C++ compiler that CXX names, or else the first of the usual ones."""
-    candidates = _cxx()[:1] or ["c++", "g++", "clang++"]
-    return next((path for path in map(shutil.which, candidates) if path), None)
-
-
-def _compiler() -> list[str]:
-    """Return the C++ compiler's command, with the arguments that CXX gives it; empty where there is none."""
-    path = find_compiler()
-    return [path, *_cxx()[1:]] if path else []
-
-
-def _nvcc() -> list[str]:
-    return [cuda_toolkit.find_nvcc() or "nvcc"]
-
-
-def _cxx() -> list[str]:
-    """Split CXX into words: it is the path of a program, or a program and its arguments, as in `ccache g++`."""
-    value = os.environ.get("CXX", "")
-    return [value] if shutil.which(value) else value.split()
-
-
-def _compiler_version(compiler: list[str]) -> str:
-    try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
-    except OSError:
-        return ""  # it does not run: the build fails, and its log says why
-
-
-def _processor() -> str:
-    """Return the processor's features, as far as the system tells: a library for one must not be loaded on another."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.split(":")[0].strip() in ("flags", "Features"):
-                return line
-    return platform.processor()

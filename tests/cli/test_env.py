@@ -11,7 +11,7 @@ import torch
 
 from mfac_hf import cli
 from mfac_hf.cli import env
-from mfac_hf.ops import build, cuda_toolkit
+from mfac_hf.ops import build, build_tools, cuda_toolkit
 
 
 def run_mfac(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,7 +86,7 @@ def test_library_that_does_not_load_is_one_line_and_exit_code_2(monkeypatch, cap
 
 def test_build_option_builds_for_the_device_and_reports(tmp_path):
     """With a shell script as compiler: what a real one makes is tests/test_build.py's matter."""
-    if build.find_ninja() is None:
+    if build_tools.find_ninja() is None:
         pytest.skip("needs ninja: pip install ninja")
     compiler = tmp_path / "my++"
     compiler.write_text('#!/bin/sh\nwhile [ "$1" ] && [ "$1" != "-o" ]; do shift; done\n[ -z "$2" ] || : > "$2"\n')
@@ -226,7 +226,7 @@ def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("CXX", "my++ -O3")
     compiler = str(tmp_path / "bin" / "my++")
-    assert build.find_compiler() == compiler
+    assert build_tools.find_compiler() == compiler
     assert env._tool(compiler) == {"path": compiler, "version": "tools, release 13.0, V13.0.1"}
 
 

@@ -4,6 +4,7 @@ Most tests compile with a shell script and note what would be loaded. The last o
 of their own, because a library that was loaded once stays.
 """
 
+import fcntl
 import json
 import os
 import pwd
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfac_hf.ops import build
+from mfac_hf.ops import bounded_wait, build, build_tools
 from tests.helpers.operators import use_operators
 
 # Answers --version, logs its arguments, and writes the word "whole" where -o says. LOG and ACTION are filled in.
@@ -31,6 +32,8 @@ out="$2"
 ACTION
 """
 WHOLE = 'echo whole > "$out"'
+
+FILES = ["build.lock", "build.log", "mfac_cpu.so", "mfac_cpu.so.sha256"]
 
 REAL_LOAD = torch.ops.load_library
 
@@ -44,7 +47,7 @@ class Machine:
         self.bin.mkdir()
         self.log = folder / "compiler.log"
         self.loaded: list[str] = []
-        (self.bin / "ninja").symlink_to(build.find_ninja())
+        (self.bin / "ninja").symlink_to(build_tools.find_ninja())
         self.compiler(WHOLE)
 
     def program(self, name: str, text: str) -> Path:
@@ -68,16 +71,17 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    if build.find_ninja() is None:
+    if build_tools.find_ninja() is None:
         pytest.skip("needs ninja: pip install ninja")
     machine = Machine(tmp_path)
     monkeypatch.setattr(build, "_outcome", {})
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
+    monkeypatch.setattr(build_tools.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
     monkeypatch.setattr(torch.ops, "load_library", machine.loaded.append)
     monkeypatch.setenv("PATH", str(machine.bin))
     monkeypatch.setenv("MFAC_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MFAC_NATIVE", raising=False)
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CXX", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     return machine
 
 
@@ -91,7 +95,7 @@ def test_first_use_builds_and_every_later_one_loads(machine):
     assert machine.loaded == [str(library)]
     assert len(machine.compilations) == 1
     assert library.read_text() == "whole\n"
-    assert sorted(path.name for path in directory.iterdir()) == ["build.lock", "build.log", "mfac_cpu.so"]
+    assert sorted(path.name for path in directory.iterdir()) == FILES
     assert build.native_status("cpu") == "in use"
 
     build._outcome.clear()  # as in the next process
@@ -284,6 +288,144 @@ def test_lock_orders_builds_and_goes_with_the_process_that_holds_it(machine):
     assert (directory / "mfac_cpu.so").read_text() == "whole\n"
 
 
+def test_a_holder_of_the_lock_that_hangs_is_named_and_not_waited_for(machine, monkeypatch):
+    monkeypatch.setattr(bounded_wait, "LOCK_SECONDS", 0.3)
+    directory = build.build_directory("cpu")
+    directory.mkdir(parents=True)
+    with open(directory / "build.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.warns(UserWarning, match=r"another process holds .*build\.lock and did nothing for .*MFAC_CACHE"):
+            assert not build.load_native("cpu")
+        build._outcome.clear()
+        monkeypatch.setenv("MFAC_NATIVE", "force")
+        with pytest.raises(build.NativeBuildError, match="another process holds"):
+            build.load_native("cpu")
+    assert build.load_native("cpu")
+
+
+@pytest.mark.parametrize("what", ["compiler", "version"])
+def test_a_compiler_that_hangs_is_ended_and_named(machine, monkeypatch, what):
+    monkeypatch.setattr(bounded_wait, "IDLE_SECONDS", 1.0)
+    if what == "version":
+        machine.program("c++", "#!/bin/sh\nexec /bin/sleep 600\n")
+        message = r"c\+\+ --version did not end within 1 seconds; name another compiler in CXX"
+    else:
+        machine.compiler("echo license? ; exec /bin/sleep 600")
+        message = r"the compiler did nothing for 1 seconds and was ended; its messages are in .*build\.log"
+    with pytest.warns(UserWarning, match=message):
+        assert not build.load_native("cpu")
+    build._outcome.clear()
+    monkeypatch.setenv("MFAC_NATIVE", "force")
+    with pytest.raises(build.NativeBuildError, match=message):
+        build.load_native("cpu")
+    if what == "compiler":
+        directory = build.build_directory("cpu")
+        assert sorted(path.name for path in directory.iterdir()) == ["build.lock", "build.log"]
+        machine.compiler(WHOLE)
+        assert build.load_native("cpu"), "the lock is free again"
+
+
+def test_a_build_that_works_touches_the_lock_for_those_that_wait(machine, monkeypatch):
+    directory, touched = build.build_directory("cpu"), []
+
+    def run(command, *, folder, messages, working):
+        os.utime(directory / "build.lock", ns=(0, 0))
+        working()
+        touched.append((directory / "build.lock").stat().st_mtime_ns)
+        return 1
+
+    monkeypatch.setattr(bounded_wait, "run", run)
+    with pytest.raises(build.NativeBuildError, match="the compiler failed"):
+        build.build_native("cpu")
+    assert touched[0] > 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no checksum", "other checksum", "link", "writable"])
+def test_a_library_that_is_not_the_one_that_was_built_is_built_anew(machine, damage):
+    library = build.build_native("cpu")
+    checksum = library.with_name("mfac_cpu.so.sha256")
+    content = library.read_bytes()
+    if damage == "cut":
+        library.write_bytes(content[:3])
+    elif damage == "flipped":
+        library.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif damage == "empty":
+        library.write_bytes(b"")
+    elif damage == "no checksum":  # as an earlier version leaves it
+        checksum.unlink()
+    elif damage == "other checksum":
+        checksum.write_text("é")
+    elif damage == "link":
+        library.rename(machine.folder / "elsewhere")
+        library.symlink_to(machine.folder / "elsewhere")
+    else:
+        library.chmod(0o666)
+    assert build.native_status("cpu") == f"built at first use, in {library.parent}"
+    assert build.load_native("cpu")
+    assert machine.loaded == [str(library)] and len(machine.compilations) == 2
+    assert library.read_bytes() == content and not library.is_symlink()
+    assert sorted(path.name for path in library.parent.iterdir()) == FILES
+
+
+@pytest.mark.parametrize("where", ["cache", "build directory", "parent"])
+def test_a_library_that_others_may_have_planted_is_not_loaded(machine, monkeypatch, where):
+    monkeypatch.setenv("MFAC_CACHE", str(machine.folder / "parent" / "cache"))
+    library = build.build_native("cpu")
+    folder = {"cache": library.parents[1], "build directory": library.parent, "parent": library.parents[2]}[where]
+    folder.chmod(0o777)
+    message = rf"the build directory .* is refused: others can write {folder} \(mode 777\).*MFAC_CACHE"
+    assert re.match(message, build.native_status("cpu"))
+    with pytest.warns(UserWarning, match=message):
+        assert not build.load_native("cpu")
+    build._outcome.clear()
+    monkeypatch.setenv("MFAC_NATIVE", "force")
+    with pytest.raises(build.NativeBuildError, match=message):
+        build.load_native("cpu")
+    assert machine.loaded == [] and len(machine.compilations) == 1
+    folder.chmod(0o755)
+    assert build.load_native("cpu")
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_files_behind_links_in_the_cache_keep_their_content(machine, kind):
+    directory = build.build_directory("cpu")
+    directory.mkdir(parents=True)
+    precious = {name: machine.folder / f"precious {name}" for name in FILES}
+    for name, file in precious.items():
+        file.write_text("years of work")
+        if kind == "hard" or name != "build.lock":
+            (os.symlink if kind == "soft" else os.link)(file, directory / name)
+    assert build.load_native("cpu")
+    assert {file.read_text() for file in precious.values()} == {"years of work"}
+    assert (directory / "mfac_cpu.so").read_text() == "whole\n"
+
+
+def test_a_link_in_place_of_the_lock_is_refused(machine):
+    directory = build.build_directory("cpu")
+    directory.mkdir(parents=True)
+    (directory / "build.lock").symlink_to(machine.folder / "nowhere")
+    with pytest.raises(build.NativeBuildError, match=r"cannot be written \(.*links.*build\.lock"):
+        build.build_native("cpu")
+    assert not (machine.folder / "nowhere").exists() and machine.compilations == []
+
+
+def test_the_library_is_on_the_disk_before_it_has_its_name(machine, monkeypatch):
+    synced, replace, fsync = set(), os.replace, os.fsync
+
+    def note(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(made, target):
+        assert os.stat(made).st_ino in synced, f"{target} gets its name too early"
+        replace(made, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    library = build.build_native("cpu")
+    assert {library.stat().st_ino, library.parent.stat().st_ino} <= synced
+
+
 def test_compiler_of_a_killed_build_cannot_spoil_the_next(machine):
     """Such a compiler goes on while the lock is free: both write at the same time, the slower one first and last."""
     fifo = machine.folder / "fifo"
@@ -344,7 +486,7 @@ def other_version_of_the_compiler(machine, monkeypatch):
 
 
 def other_processor(machine, monkeypatch):
-    monkeypatch.setattr(build, "_processor", lambda: "flags: abacus")
+    monkeypatch.setattr(build, "processor_features", lambda: "flags: abacus")
 
 
 def other_machine(machine, monkeypatch):
@@ -377,8 +519,8 @@ def test_processor_is_told_by_its_features():
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         pytest.skip("this system has no /proc/cpuinfo")
-    assert build._processor() in cpuinfo.read_text()
-    assert len(build._processor().split()) > 10
+    assert build_tools.processor_features() in cpuinfo.read_text()
+    assert len(build_tools.processor_features().split()) > 10
 
 
 def test_cache_directory(machine, monkeypatch):
@@ -386,6 +528,11 @@ def test_cache_directory(machine, monkeypatch):
     for value, expected in [("", ".cache/mfac_hf"), ("~/x", "x")]:
         monkeypatch.setenv("MFAC_CACHE", value)
         assert build.build_directory("cpu").parent == machine.folder / expected
+    monkeypatch.setenv("MFAC_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(machine.folder / "xdg"))
+    assert build.build_directory("cpu").parent == machine.folder / "xdg" / "mfac_hf"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
+    assert build.build_directory("cpu").parent == machine.folder / ".cache/mfac_hf"
     monkeypatch.chdir(machine.folder)
     monkeypatch.setenv("MFAC_CACHE", "here")
     assert build.load_native("cpu")
@@ -394,14 +541,14 @@ def test_cache_directory(machine, monkeypatch):
 
 
 def test_compiler_is_the_one_that_cxx_names(machine, monkeypatch):
-    assert build.find_compiler() == str(machine.bin / "c++")
+    assert build_tools.find_compiler() == str(machine.bin / "c++")
     folder = machine.bin / "my tools"
     folder.mkdir()
     spaced = machine.compiler(WHOLE, name="my tools/c++")
     for value, path in [("ccache c++ -O1", "ccache"), (str(spaced), "my tools/c++"), ("", "c++")]:
         monkeypatch.setenv("CXX", value)
         machine.compiler(WHOLE, name=path)
-        assert build.find_compiler() == str(machine.bin / path)
+        assert build_tools.find_compiler() == str(machine.bin / path)
         build.build_native("cpu")
     with_words, *others = machine.compilations
     assert with_words.startswith("c++ -O1 -shared")
@@ -412,9 +559,9 @@ def test_ninja_of_an_environment_that_is_not_activated(machine, monkeypatch):
     scripts = machine.folder / "scripts"
     scripts.mkdir()
     (machine.bin / "ninja").rename(scripts / "ninja")
-    assert build.find_ninja() is None
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(scripts))
-    assert build.find_ninja() == str(scripts / "ninja")
+    assert build_tools.find_ninja() is None
+    monkeypatch.setattr(build_tools.sysconfig, "get_path", lambda name: str(scripts))
+    assert build_tools.find_ninja() == str(scripts / "ninja")
     build.build_native("cpu")
 
 
@@ -423,7 +570,7 @@ PROCESS = """
 import json, pathlib, sys, warnings
 sys.path.insert(0, sys.argv[1])
 import torch
-from mfac_hf.ops import build
+from mfac_hf.ops import bounded_wait, build, build_tools
 from tests.helpers.operators import use_operators
 build.CSRC = pathlib.Path(sys.argv[2])
 with warnings.catch_warnings(record=True) as caught:
@@ -465,7 +612,7 @@ def test_processes_that_start_together_share_one_build(tmp_path):
     shutil.copytree(build.CSRC, odd / "csrc")
     log = tmp_path / "compiler.log"
     wrapper = odd / "my c++"
-    wrapper.write_text(f"#!/bin/sh\necho \"$*\" >> '{log}'\nexec '{build.find_compiler()}' \"$@\"\n")
+    wrapper.write_text(f"#!/bin/sh\necho \"$*\" >> '{log}'\nexec '{build_tools.find_compiler()}' \"$@\"\n")
     wrapper.chmod(0o755)
     environment = {"MFAC_NATIVE": "force", "MFAC_CACHE": str(odd / "cache"), "CXX": str(wrapper)}
     processes = [start(odd / "csrc", **environment) for _ in range(4)]
@@ -474,7 +621,7 @@ def test_processes_that_start_together_share_one_build(tmp_path):
     (report,) = reports
     assert json.loads(report) == {"registered": True, "loaded": [str(library)], "warnings": []}
     assert len([line for line in log.read_text().splitlines() if "-shared" in line]) == 1
-    assert sorted(path.name for path in library.parent.iterdir()) == ["build.lock", "build.log", "mfac_cpu.so"]
+    assert sorted(path.name for path in library.parent.iterdir()) == FILES
 
 
 def test_process_without_compiler_computes_the_same(tmp_path):
