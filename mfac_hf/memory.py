@@ -54,7 +54,7 @@ def memory_estimate(
     if isinstance(model_or_numel, int):
         dense = model_or_numel
     else:
-        parameters = {id(p): p for p in model_or_numel.parameters() if p.requires_grad}
+        parameters = {p for p in model_or_numel.parameters() if p.requires_grad}
         tables = {} if embedding_rows is None else _input_embeddings(model_or_numel, parameters)
         for name, table in tables.items():
             rows = min(embedding_rows or 0, table.shape[0])
@@ -63,8 +63,7 @@ def memory_estimate(
             lines.append(
                 f"{name}: {num_grads} x {rows} of {table.shape[0]:,} rows x {table.shape[1]} = {size / GIB:.2f} GiB"
             )
-        sparse = {id(table) for table in tables.values()}
-        dense = sum(p.numel() for key, p in parameters.items() if key not in sparse)
+        dense = sum(p.numel() for p in parameters.difference(tables.values()))
     if dense + total < 1:
         raise ValueError(f"{dense} parameters to optimize; expected at least 1")
     size = num_grads * dense * window_dtype.itemsize
@@ -73,15 +72,15 @@ def memory_estimate(
     return MemoryEstimate(total, "\n".join([*lines, f"total: {total / GIB:.2f} GiB"]))
 
 
-def _input_embeddings(model: nn.Module, parameters: dict[int, nn.Parameter]) -> dict[str, Tensor]:
+def _input_embeddings(model: nn.Module, parameters: set[nn.Parameter]) -> dict[str, Tensor]:
     """Trainable embedding tables large enough to be stored by rows, without those that an output layer shares."""
-    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    shared = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     return {
         name: module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
-        and id(module.weight) in parameters
-        and id(module.weight) not in shared
+        and module.weight in parameters
+        and module.weight not in shared
         and module.weight.numel() >= ROW_SPARSE_MIN_NUMEL
     }
 

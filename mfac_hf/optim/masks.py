@@ -14,9 +14,9 @@ __all__ = ["check_masks", "check_only_shrink", "without_masked"]
 
 def check_masks(masks: Mapping[Tensor, Tensor], groups: list[dict[str, Any]]) -> None:
     """Raise a ValueError unless these are bool tensors of the shapes of parameters in the groups."""
-    known = {id(p) for group in groups for p in group["params"]}
+    known = {p for group in groups for p in group["params"]}
     for parameter, mask in masks.items():
-        if id(parameter) not in known:
+        if parameter not in known:
             raise ValueError(
                 f"a mask for a parameter of shape {tuple(parameter.shape)} that this optimizer does not have"
             )

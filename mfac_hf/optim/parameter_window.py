@@ -118,8 +118,8 @@ class ParameterWindow:
         parts: dict[ColumnStore, list[Part]] = {columns: [] for columns in self.columns}
         for p, placement in list(self.placements.items()):
             part: Any = placement.part(gradients.get(p), p.device, masks.get(p))
-            if placement.outgrown_by(part):
-                placement = self._densify(p, masks.get(p))
+            if isinstance(placement, TablePlacement) and placement.outgrown_by(part):
+                placement = self._densify(p, placement, masks.get(p))
                 parts[placement.columns] = []
                 part = placement.part(gradients[p], p.device, masks.get(p))
             parts[placement.columns].append(part)
@@ -128,10 +128,8 @@ class ParameterWindow:
             columns.write(row, columns.join(parts[columns]))
         self.gram.push([columns.dots(row, self.gram.next_count) for columns in self.columns])
 
-    def _densify(self, p: Tensor, mask: Tensor | None) -> DensePlacement:
-        """Move a table into a dense store."""
-        table = self.placements[p]
-        assert isinstance(table, TablePlacement)  # a dense one is never outgrown
+    def _densify(self, p: Tensor, table: TablePlacement, mask: Tensor | None) -> DensePlacement:
+        """Move a parameter's columns from a table into a dense store."""
         dense = to_dense(table, self.count, self.options.window_dtype, kept_positions(mask))
         self.columns[self.columns.index(table.columns)] = dense.columns
         self.placements[p] = dense

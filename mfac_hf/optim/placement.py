@@ -54,10 +54,6 @@ class DensePlacement:
         flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
         return widened(flat if self.keep is None else flat[self.keep])
 
-    def outgrown_by(self, part: Tensor) -> bool:
-        """Whether the store no longer suits such gradients: a dense one suits all."""
-        return False
-
     def direction(self, combined_D: Tensor, device: torch.device) -> Tensor:
         """The parameter's direction, of its shape, from the store's; zero where it is masked."""
         return self._whole(combined_D[self._place].to(device)).view(self.shape)
