@@ -1,4 +1,4 @@
-"""Functions of the package stay short; tests mirror it, and no test module imports another."""
+"""Files and functions of the package stay short; tests mirror it, and no test module imports another."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "mfac_hf").rglob("*.py"))
-FUNCTION_LINES = 60
+FILE_LINES, FUNCTION_LINES = 330, 60
 # A longer function says why, on its `def` line or the line above.
 REASON = "# long: "
 
@@ -31,6 +31,11 @@ def long_functions(source):
         and length(node) > FUNCTION_LINES
         and not any(REASON in line for line in lines[max(0, node.lineno - 2) : node.body[0].lineno - 1])
     }
+
+
+def test_files_are_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE}
+    assert {name: count for name, count in lengths.items() if count > FILE_LINES} == {}
 
 
 def test_functions_are_short_or_say_why_not():

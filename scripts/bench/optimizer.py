@@ -36,14 +36,15 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
         optimizer = MFAC([parameter], lr=1e-6, num_grads=num_grads, damping=1e-4, window_dtype=dtype)
         parameter.grad = torch.randn(dim, device=device)
         optimizer.step()
-        state = optimizer.state[parameter]
-        buffer_MD = state["window"]
         # A full window without m steps: independent gradients, and about their Gram matrix.
-        for row in buffer_MD:
+        saved = optimizer.state_dict()
+        state = saved["state"][0]
+        for row in state["window"]:
             row.copy_(torch.randn(dim, device=device))
         state["gram"].copy_(torch.eye(num_grads, dtype=torch.float64) * dim)
         state["pushed"] = num_grads
-        optimizer._restore_window()
+        optimizer.load_state_dict(saved)
+        buffer_MD = optimizer.state[parameter]["window"]
         adamw = torch.optim.AdamW([parameter], lr=1e-9)
         contenders: dict[str, Callable[[], Any]] = {"mfac": optimizer.step, "adamw": adamw.step}
         if dtype == torch.float32 and device.type == "cpu":
