@@ -11,7 +11,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,15 @@ __all__ = [
 
 GIB = 1 << 30
 
-# The memory limits of a container, where there are any.
+# Where the system shows control groups, which limit the memory of containers, services and batch jobs; and which of
+# them this process is in.
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+# The files with a group's limit and use, and the counter in memory.stat of files that were read: they count as used,
+# although the system drops them from memory when it needs the room.
+GROUP_FILES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+GROUP_FILES_V2 = ("memory.max", "memory.current", "inactive_file")
 
 # Smaller buffers have few pages, or share the first and the last with others.
 HUGE_PAGES_MIN_BYTES = 16 << 20
@@ -56,7 +63,8 @@ def cpu_name() -> str:
 def available_bytes(device: torch.device) -> int:
     """Return the bytes of memory that a process can still take on a device.
 
-    On a CPU that is the smaller of what the system and what its control group allow.
+    On a CPU that is the least that these leave: the system; every control group around this process, of version 1 or
+    2, its own and those that hold it; the limits of the process itself (``ulimit -v`` and ``-d``).
     """
     if device.type == "cuda":
         import torch
@@ -65,14 +73,59 @@ def available_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil  # here: importing the package has to stay light
 
-    available = int(psutil.virtual_memory().available)
-    limit, usage, details = (CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.exists() and usage.exists() and limit.read_text().strip() != "max":
-        # Files that were read once count as used, although the system drops them from memory when it needs the room.
-        counters = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
-        used = int(usage.read_text()) - int(counters.get("inactive_file", 0))
-        available = min(available, int(limit.read_text()) - used)
-    return max(available, 0)
+    return max(0, min([int(psutil.virtual_memory().available), *_left_in_groups(), *_left_to_process()]))
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes that each control group around this process leaves, where it has a limit."""
+    for folder, (limit, usage, reclaimable) in _group_folders():
+        try:
+            left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            details = folder / "memory.stat"
+            counters = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
+            left += int(counters.get(reclaimable, 0))
+        except (OSError, ValueError):
+            continue  # the system shows no such group here, or its limit is "max", which is none
+        yield left
+
+
+def _group_folders() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Folders that a control group around this process may have, with the names of the files in it."""
+    try:
+        entries = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        entries = []  # no Linux
+    # A line of version 1 lists its controllers, that of version 2 none.
+    own = {"memory" if "memory" in names.split(",") else names: path for _, names, path in entries}
+    for mount, version, files in (
+        (CONTROL_GROUP, "", GROUP_FILES_V2),
+        (CONTROL_GROUP / "unified", "", GROUP_FILES_V2),  # beside those of version 1
+        (CONTROL_GROUP / "memory", "memory", GROUP_FILES_V1),
+    ):
+        parts = [part for part in own.get(version, "").split("/") if part]
+        if ".." in parts:
+            parts = []  # outside of what a container sees, which then shows its own group as the outermost
+        for depth in range(len(parts) + 1):
+            yield mount.joinpath(*parts[:depth]), files
+
+
+def _left_to_process() -> Iterator[int]:
+    """Bytes that the limits of address space and of private memory leave to this process."""
+    sizes = _own_sizes()
+    for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        allowed, _ = resource.getrlimit(limit)
+        if allowed != resource.RLIM_INFINITY and name in sizes:
+            yield allowed - sizes[name]
+
+
+def _own_sizes() -> dict[str, int]:
+    """Sizes of this process in bytes, by their names in Linux; empty elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    words = [line.split() for line in lines if line.startswith("Vm")]
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, *_ in words}
 
 
 def prefer_huge_pages(buffer: Tensor) -> None:
@@ -156,11 +209,9 @@ def _device(device: torch.device) -> str:
 
 def peak_memory() -> int:
     """Return the most bytes of memory that this process has held at once."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:  # no Linux
-        # macOS counts bytes, others kilobytes
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    # Not getrusage, in which a process begins with the peak of the one that started it.
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    # Not getrusage where it can be avoided: there a process begins with the peak of the one that started it.
+    if (peak := _own_sizes().get("VmHWM")) is not None:
+        return peak
+    # macOS counts bytes, others kilobytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,7 +16,7 @@ import subprocess
 from typing import Any
 
 from mfac_hf.cli.errors import CommandError
-from mfac_hf.machine import GIB, cpu_name, package_version
+from mfac_hf.machine import GIB, available_bytes, cpu_name, package_version
 
 PACKAGES = ("mfac_hf", "torch", "transformers", "datasets", "accelerate", "evaluate")
 
@@ -106,14 +106,13 @@ def _cpu() -> dict[str, Any]:
     import psutil
     import torch
 
-    memory = psutil.virtual_memory()
     return {
         "name": cpu_name(),
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_gib": round(memory.total / GIB, 1),
-        "available_gib": round(memory.available / GIB, 1),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "available_gib": round(available_bytes(torch.device("cpu")) / GIB, 1),
     }
 
 
