@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 StrPath = str | os.PathLike[str]
+# First bytes of a zip archive, the format of torch.save.
+_ZIP_START = b"PK\x03\x04"
 # Ends the name of a file that is not finished.
 _MARK = ".unfinished"
 # How safetensors and torch.save say that the system refused to write.
@@ -153,7 +155,8 @@ def read_json(path: StrPath) -> Any:
 def load_tensors(path: StrPath) -> Any:
     """Read what ``torch.save`` wrote: plain values and tensors, on the CPU, without running code.
 
-    The checksums of the archive are compared first: ``torch.load`` reads past a bit that has flipped.
+    The checksums of the archive are compared first: ``torch.load`` reads past a bit that has flipped. The format of
+    torch before 1.6, and files saved with ``torch.serialization.set_crc32_options(False)``, have none.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -162,16 +165,22 @@ def load_tensors(path: StrPath) -> Any:
     import torch  # here and below: the command line imports this before torch
 
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (part := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"the checksum of its part {part} does not fit")
+        with open(path, "rb") as file:
+            # As torch tells the formats apart. zipfile.is_zipfile looks at the end, where another may have anything.
+            if file.read(4) == _ZIP_START:
+                _compare_checksums(file)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # which one is left to chance where bytes are
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from error
+
+
+def _compare_checksums(file: IO[bytes]) -> None:
+    with zipfile.ZipFile(file) as archive:
+        if any(part.CRC for part in archive.infolist()) and (name := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of its part {name} does not fit")
 
 
 def _sync_directory(folder: StrPath) -> None:

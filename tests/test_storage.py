@@ -139,6 +139,20 @@ def test_what_torch_did_not_save_is_refused(content, tmp_path):
         load_tensors(tmp_path / "state.pt")
 
 
+@pytest.mark.parametrize("form", ["before torch 1.6", "an archive's end in it", "no checksums"])
+def test_files_without_checksums_load(form, tmp_path):
+    path, state = tmp_path / "state.pt", {"x": torch.arange(64.0)}
+    if form == "an archive's end in it":
+        state["x"][-1:].view(torch.uint8)[:] = torch.tensor(list(b"PK\x05\x06"), dtype=torch.uint8)
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(form != "no checksums")
+    try:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "no checksums")
+    finally:
+        torch.serialization.set_crc32_options(computed)
+    assert torch.equal(load_tensors(path)["x"], state["x"])
+
+
 def test_code_in_a_state_does_not_run(tmp_path):
     torch.save({"x": resource.getrusage}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="more than tensors"):

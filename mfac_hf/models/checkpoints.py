@@ -1,8 +1,9 @@
 r"""Published checkpoints: from files to state dicts of our models.
 
 `read_checkpoint` takes ``.pth``, ``.pth.tar``, ``.th`` (pickles, read with ``weights_only=True``: tensors and plain
-values, never code) and ``.safetensors``. The weights may lie at the top or under ``state_dict`` or ``model``, with or
-without the prefix ``module.``, with or without a pruning ``mask`` beside them.
+values, never code; their checksums are compared, where they have any) and ``.safetensors``. The weights may lie at the
+top or under ``state_dict`` or ``model``, with or without the prefix ``module.``, with or without a pruning ``mask``
+beside them.
 
 Checkpoints in the naming of the STR repository (Kusupati et al. 2020), such as the sparse MobileNetV1 and ResNet-50 of
 the M-FAC paper, are converted by `load_weights`:
@@ -43,6 +44,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from mfac_hf.storage import load_tensors
 
 __all__ = ["Checkpoint", "load_weights", "read_checkpoint"]
 
@@ -115,17 +118,16 @@ def _read(path: Path) -> Any:
         except SafetensorError as error:
             raise ValueError(f"{damaged} ({error})") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]*\.[\w.]+)", str(error))
-        if found is None:
-            raise ValueError(damaged) from error
+        return load_tensors(path)
+    except ValueError as error:
+        reason = error.__cause__
+        code = re.search(r"(?:GLOBAL|global|class|function) ([\w.]*\.[\w.]+)", str(reason))
+        if code is None or not isinstance(reason, pickle.UnpicklingError):
+            raise ValueError(f"{damaged} ({str(reason).splitlines()[0]})" if str(reason) else damaged) from error
         raise ValueError(
-            f"checkpoint {path} is refused: it holds pickled code ({found[1]}), which reading would run. Save its "
+            f"checkpoint {path} is refused: it holds pickled code ({code[1]}), which reading would run. Save its "
             "tensors alone, best as .safetensors"
         ) from error
-    except (EOFError, RuntimeError, KeyError, IndexError, UnicodeDecodeError, ValueError, AttributeError) as error:
-        raise ValueError(damaged) from error
 
 
 def _first_weights(weights: Mapping[str, Tensor]) -> str:

@@ -73,6 +73,24 @@ def test_weights_of_another_model_are_refused_and_change_nothing():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_refused_and_one_without_checksums_loads(tmp_path):
+    path, weights = tmp_path / "weights.pth.tar", small().state_dict()
+    torch.save(weights, path)
+    whole, entries = path.read_bytes(), weights["conv1.weight"].numpy().tobytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(entries) + 1] ^= 4
+    path.write_bytes(damaged)
+    assert not torch.equal(torch.load(path)["conv1.weight"], weights["conv1.weight"]), "torch itself takes no notice"
+    with pytest.raises(ValueError, match=r"weights\.pth\.tar cannot be read: .*damaged or no checkpoint \(.*checksum"):
+        read_checkpoint(path)
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(path).weights["conv1.weight"], weights["conv1.weight"])
+    path.chmod(0)
+    if not os.access(path, os.R_OK):  # root may read it
+        with pytest.raises(PermissionError):
+            read_checkpoint(path)
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("exit 0",)
