@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def _run_inspect(arguments: argparse.Namespace) -> None:
     from mfac_hf.hub.inventory import describe_weights, find_model_directory
-    from mfac_hf.sparse.files import find_weights
+    from mfac_hf.sparse.directory import find_weights
 
     with as_command_error():
         hub = {} if arguments.revision is None else {"revision": arguments.revision}

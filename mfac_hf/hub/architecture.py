@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from mfac_hf.sparse.files import SPARSE_FILE, find_weights, load_sparse
+from mfac_hf.sparse.directory import SPARSE_FILE, find_weights
+from mfac_hf.sparse.files import load_sparse
 
 __all__ = ["describe_architecture", "load_model"]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mfac_hf.pruning.mask_file import MASKS_NAME, read_masks
-from mfac_hf.sparse.files import SPARSE_FILE, dense_files, distinct, find_weights, read_tensors, save_sparse
+from mfac_hf.sparse.directory import SPARSE_FILE, dense_files, find_weights, read_tensors
+from mfac_hf.sparse.files import distinct, save_sparse
 from mfac_hf.sparse.format import SparseFile
 
 __all__ = ["describe_weights", "file_sizes", "find_model_directory"]

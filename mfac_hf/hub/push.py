@@ -28,7 +28,8 @@ from torch import nn
 from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import CardOptions, collect
 from mfac_hf.hub.latency import with_latency
-from mfac_hf.sparse.files import SPARSE_FILE, dense_files, find_weights, save_sparse
+from mfac_hf.sparse.directory import SPARSE_FILE, dense_files, find_weights
+from mfac_hf.sparse.files import save_sparse
 
 if TYPE_CHECKING:
     from transformers import Trainer

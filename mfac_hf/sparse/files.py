@@ -10,26 +10,24 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils.prune import BasePruningMethod
 
-from mfac_hf.sparse.format import DamagedFileError, SparseFile, write_sparse
+from mfac_hf.optim.unwrap import unwrap_model
+from mfac_hf.sparse.directory import DENSE_FILE, SPARSE_FILE, find_weights, read_tensors
+from mfac_hf.sparse.format import SparseFile, write_sparse
+from mfac_hf.sparse.header import DamagedFileError
 from mfac_hf.sparse.inference import to_sparse_inference
 
-__all__ = ["SPARSE_FILE", "DamagedFileError", "find_weights", "load_sparse", "save_sparse", "to_sparse_inference"]
-
-SPARSE_FILE = "sparse.safetensors"
-DENSE_FILE = "model.safetensors"
-DENSE_INDEX = "model.safetensors.index.json"
+__all__ = ["DamagedFileError", "load_sparse", "save_sparse", "to_sparse_inference"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,8 +38,8 @@ def save_sparse(
     """Save a model with each weight tensor in the smallest of three encodings (`mfac_hf.sparse.format`).
 
     Args:
-        model: a model. Or a directory that ``save_pretrained`` wrote, in one file or sharded: then only the sparse
-            file is written.
+        model: a model; inside torch.compile, DistributedDataParallel or DataParallel, what they wrap. Or a directory
+            that ``save_pretrained`` wrote, in one file or sharded: then only the sparse file is written.
         directory: gets ``sparse.safetensors``, the configuration where the model has one and, unless ``sparse_only``,
             ``model.safetensors``, so that ``from_pretrained`` loads the directory as any other; made if it is missing.
         sparse_only: whether to leave the ordinary file out.
@@ -51,24 +49,24 @@ def save_sparse(
 
     Raises:
         FileNotFoundError: ``model`` is a directory without a model, or without one of its shards.
-        ValueError: a tensor cannot be stored, which the message names; or ``sparse_only`` into a directory that holds
-            an ordinary file.
+        ValueError: a tensor cannot be stored, which the message names; the model has adapters, or layers that are
+            quantized, sharded, wrapped or masked by torch; the index of the directory names files elsewhere; or
+            ``sparse_only`` into a directory that holds an ordinary file.
     """
     directory = Path(directory)
     path = directory / SPARSE_FILE
     if not isinstance(model, nn.Module):
-        tensors = read_tensors(model)
-        directory.mkdir(parents=True, exist_ok=True)
         # transformers wrote a tied tensor once, and ties it again when it loads the model
-        write_sparse(path, tensors, {})
+        write_sparse(path, read_tensors(model), {})
         return path
     if sparse_only and any(file != path for file in find_weights(directory)):
         raise ValueError(
             f"{directory} already holds {DENSE_FILE}, which from_pretrained would go on loading in place of the "
             "sparse file: remove it or choose another directory"
         )
+    model = unwrap_model(model)
+    check_plain(model)
     state, tied = distinct(model.state_dict())
-    directory.mkdir(parents=True, exist_ok=True)
     write_sparse(path, iter(state.items()), tied)
     if sparse_only:
         config: Any = copy.deepcopy(getattr(model, "config", None))
@@ -82,52 +80,38 @@ def save_sparse(
     return path
 
 
-def find_weights(directory: str | os.PathLike[str]) -> list[Path]:
-    """Find the weight files of a model directory: the sparse one, and the ordinary one or its shards."""
-    sparse = Path(directory) / SPARSE_FILE
-    try:
-        dense = dense_files(directory)
-    except FileNotFoundError:
-        dense = []
-    return [path for path in (sparse, *dense) if path.is_file()]
-
-
-def dense_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """Find the ordinary weight file of a model directory, or its shards.
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model whose state dict is not that of its class: adapters, quantized, sharded or wrapped layers.
 
     Raises:
-        FileNotFoundError: the directory holds no model, or the index names a shard that is missing.
+        ValueError: it names what is there, and the way out.
     """
-    directory = Path(directory)
-    if (directory / DENSE_FILE).is_file():
-        return [directory / DENSE_FILE]
-    index = directory / DENSE_INDEX
-    if not index.is_file():
-        found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
-        raise FileNotFoundError(
-            f"{directory} holds no model: expected {DENSE_FILE}, or {DENSE_INDEX} and its shards, as save_pretrained "
-            f"writes them; found: {found}"
+    kind = type(model).__name__
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{kind} has PEFT adapters, whose files are of another kind: merge them first, "
+            "model = model.merge_and_unload()"
         )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
-    return [directory / name for name in names]
-
-
-def read_tensors(directory: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read the ordinary weight files of a directory, one named tensor after the other.
-
-    Raises:
-        FileNotFoundError: as from `dense_files`, at the call.
-    """
-    return _read_shards(dense_files(directory))
-
-
-def _read_shards(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"{kind} is quantized: load it without quantization, or model.dequantize() it first")
+    for name, module in model.named_modules():
+        if name and unwrap_model(module) is not module:
+            raise ValueError(
+                f"{name} of {kind} is wrapped in {type(module).__name__}: put the layer inside back in its place first"
+            )
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(f"{kind} is spread over ranks: save it with trainer.save_model, then give the directory")
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{name} of {kind} is masked by torch.nn.utils.prune: make that permanent with prune.remove first"
+            )
+    for name, value in model.state_dict().items():
+        if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+            what = f"holds {type(value).__module__}.{type(value).__name__}"
+            raise ValueError(
+                f"{name} of {kind} {what}, no plain tensor: gather a model that is spread over ranks, and load a "
+                "quantized one without quantization"
+            )
 
 
 def distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -179,9 +163,12 @@ def load_sparse(source: str | os.PathLike[str], model: nn.Module | type | None =
         weights = {name: file.read(name) for name in file.records}
         return weights | {alias: weights[name] for alias, name in file.tied.items()}
     if isinstance(model, nn.Module):
+        inner = unwrap_model(model)
+        names = _names(inner, file)
         for name in file.records:  # before anything changes: a damaged file leaves the model as it was
             file.read(name)
-        return _fill(model, file)
+        _fill(inner, file, names)
+        return model
     if not hasattr(model, "from_config"):
         raise ValueError(f"{model.__name__} has no from_config: give an Auto class, a model, or None for a state dict")
     from transformers import AutoConfig
@@ -191,7 +178,11 @@ def load_sparse(source: str | os.PathLike[str], model: nn.Module | type | None =
     for record in file.records.values():
         if record.torch_dtype.is_floating_point:
             numel[record.torch_dtype] += record.numel
-    return _fill(model.from_config(config, dtype=numel.most_common(1)[0][0]), file).eval()
+    built = model.from_config(config, dtype=numel.most_common(1)[0][0])
+    names = _names(built, file, cast=True)
+    _take_dtypes(built, file, names)
+    _fill(built, file, names)
+    return built.eval()
 
 
 def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
@@ -220,8 +211,12 @@ def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
         ) from error
 
 
-def _fill(model: Model, file: SparseFile) -> Model:
-    """Copy the weights of a file into a model that has exactly these."""
+def _names(model: nn.Module, file: SparseFile, *, cast: bool = False) -> dict[str, str]:
+    """Find the tensor of the file for each name in the model's state dict.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not the model's. With ``cast`` floating-point dtypes may differ.
+    """
     state = model.state_dict()
     _, shared = distinct(state)
     names = {**{name: name for name in file.records}, **file.tied}
@@ -233,14 +228,30 @@ def _fill(model: Model, file: SparseFile) -> Model:
         raise ValueError(f"{file.path} does not fit the model: it lacks {missing}, and the model lacks {unexpected}")
     for name, source in names.items():
         record, tensor = file.records[source], state[name]
-        if record.shape != tuple(tensor.shape) or record.torch_dtype != tensor.dtype:
+        fits = record.torch_dtype == tensor.dtype or (
+            cast and record.torch_dtype.is_floating_point and tensor.is_floating_point()
+        )
+        if record.shape != tuple(tensor.shape) or not fits:
             raise ValueError(
                 f"{name} is {record.dtype} of shape {record.shape} in {file.path}, {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)} in the model. Build the model from the configuration beside the file, and "
                 "convert its dtype with model.to(...)"
             )
+    return names
+
+
+def _take_dtypes(model: nn.Module, file: SparseFile, names: dict[str, str]) -> None:
+    """Give each weight the dtype that it has in the file: models in half precision keep some layers in float32."""
+    weights = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, source in names.items():
+        if weights[name].dtype != (dtype := file.records[source].torch_dtype):
+            weights[name].data = weights[name].data.to(dtype)
+
+
+def _fill(model: nn.Module, file: SparseFile, names: dict[str, str]) -> None:
+    """Copy the weights of a file into a model."""
+    state = model.state_dict()
     for source in file.records:
         values = file.read(source)
         for name in (n for n, s in names.items() if s == source):
             state[name].copy_(values)
-    return model

@@ -7,8 +7,13 @@
              NAME/columns   their columns, ascending within a row
              NAME/values    their values
 
-Counts are unsigned integers of as few bytes as hold the length of a row, columns of as few as hold the last column. A
-weight counts as zero only where all its bits are zero, so negative zeros and NaN payloads come back as they were.
+Counts are unsigned integers of as few bytes as hold the length of a row, columns of as few as hold the last column.
+NaN payloads come back as they were. Zeros of either sign are left out of bitmask and csr and come back as +0.0: half
+the zeros of a model that was multiplied by masks are -0.0, and to keep their signs would take a bit for each. A dense
+tensor comes back to the bit.
+
+The dense tensors take at most 1000 times the bytes of the file (or 64 MiB), which a reader checks before it takes
+memory for them. So csr is not for tensors of more than 64 KiB that it would make more than 1000 times smaller.
 
 The safetensors metadata has one entry, ``mfac_sparse``, a JSON object: ``version`` (1); ``tensors``, for each name its
 ``encoding``, ``dtype``, ``shape`` and ``sha256`` over the bytes of its parts in the order above; ``tied``, further
@@ -20,60 +25,34 @@ weights give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from mfac_hf.sparse.header import (
+    BITS,
+    GRANTED_TO_TENSOR,
+    PARTS,
+    DamagedFileError,
+    TensorRecord,
+    fits_file,
+    header_text,
+    parse_header,
+    rows_and_columns,
+)
+from mfac_hf.storage import save_safetensors
 
 __all__ = ["DamagedFileError", "SparseFile", "TensorRecord", "encode", "write_sparse"]
 
 KEY = "mfac_sparse"
-VERSION = 1
-PARTS = {"dense": ("values",), "bitmask": ("mask", "values"), "csr": ("counts", "columns", "values")}
-# By bytes of a value: the integers that carry its bits.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class DamagedFileError(ValueError):
-    """A sparse file that is truncated, altered, inconsistent or of a later version."""
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """What the header says about one tensor."""
-
-    encoding: str
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype that the header names."""
-        return getattr(torch, self.dtype)
-
-    @property
-    def numel(self) -> int:
-        """Number of weights, with the zeros."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def rows_and_columns(self) -> tuple[int, int]:
-        """The matrix that csr indexes."""
-        return _rows_and_columns(self.shape)
-
-
-def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    rows = shape[0] if len(shape) > 1 else 1
-    return rows, int(np.prod(shape[1:] if len(shape) > 1 else shape, dtype=np.int64))
+# In these one bit pattern besides 0 is a zero: the sign bit alone.
+_SIGNED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _index_dtypes(columns: int) -> tuple[np.dtype[Any], np.dtype[Any]]:
@@ -101,25 +80,27 @@ def encode(name: str, tensor: Tensor) -> tuple[TensorRecord, dict[str, Tensor]]:
         )
     values = tensor.detach().cpu().contiguous().reshape(-1)
     bits = values.view(BITS[values.element_size()]).numpy()
-    rows, columns = _rows_and_columns(tuple(tensor.shape))
+    keep = (bits & (2 ** (8 * bits.itemsize - 1) - 1) if tensor.dtype in _SIGNED else bits) != 0
+    rows, columns = rows_and_columns(tuple(tensor.shape))
     count_dtype, column_dtype = _index_dtypes(columns)
-    kept = int(np.count_nonzero(bits))
+    kept = int(np.count_nonzero(keep))
     size = {
         "dense": bits.nbytes,
         "bitmask": (bits.size + 7) // 8 + kept * bits.itemsize,
         "csr": rows * count_dtype.itemsize + kept * (column_dtype.itemsize + bits.itemsize),
     }
-    encoding = min(PARTS, key=lambda kind: size[kind])
+    if not fits_file(bits.nbytes, size["csr"], GRANTED_TO_TENSOR):
+        del size["csr"]
+    encoding = min(size, key=lambda kind: size[kind])
     parts: dict[str, Tensor] = {}
     if encoding == "bitmask":
-        keep = bits != 0
         parts["mask"] = torch.from_numpy(np.packbits(keep, bitorder="little"))
         values = values[torch.from_numpy(keep)]
     elif encoding == "csr":
-        row_of, column_of = np.nonzero(bits.reshape(rows, columns))
+        row_of, column_of = np.nonzero(keep.reshape(rows, columns))
         parts["counts"] = torch.from_numpy(np.bincount(row_of, minlength=rows).astype(count_dtype))
         parts["columns"] = torch.from_numpy(column_of.astype(column_dtype))
-        values = values[torch.from_numpy(bits != 0)]
+        values = values[torch.from_numpy(keep)]
     parts["values"] = values.reshape(tensor.shape) if encoding == "dense" else values
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorRecord(encoding, dtype, tuple(tensor.shape), _digest(parts.values())), parts
@@ -146,26 +127,11 @@ def write_sparse(path: str | os.PathLike[str], tensors: Iterator[tuple[str, Tens
     parts: dict[str, Tensor] = {}
     records = {}
     for name, tensor in tensors:
-        record, pieces = encode(name, tensor)
-        records[name] = vars(record)
+        records[name], pieces = encode(name, tensor)
         parts |= {f"{name}/{part}": piece for part, piece in pieces.items()}
-    header: dict[str, Any] = {"version": VERSION, "tensors": records, "tied": dict(tied)}
     # one entry, as safetensors writes several in an order that changes from run to run
-    metadata = {KEY: _json({**header, "sha256": _header_digest(header)})}
-    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
-    try:
-        save_file(parts, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _header_digest(header: dict[str, Any]) -> str:
-    return hashlib.sha256(_json(header).encode()).hexdigest()
+    metadata = {KEY: header_text(records, tied)}
+    save_safetensors(path, parts, metadata)
 
 
 class SparseFile:
@@ -197,42 +163,14 @@ class SparseFile:
                 f"{self.path} is not a sparse file: its metadata has {sorted(metadata)}, expected {KEY!r}. "
                 "from_pretrained reads an ordinary model.safetensors"
             )
-        header = self._header(metadata[KEY])
-        self.records = {name: self._record(name, entry) for name, entry in header["tensors"].items()}
-        self.tied: dict[str, str] = header["tied"]
-        if stray := {a: b for a, b in self.tied.items() if a in self.records or b not in self.records}:
-            raise DamagedFileError(f"{self.path} ties names that do not fit its tensors: {stray}")
+        header = parse_header(metadata[KEY], self.path)
+        self.records, self.tied = header.records, header.tied
         expected = {f"{name}/{part}" for name, record in self.records.items() for part in PARTS[record.encoding]}
         if keys != expected:
             raise DamagedFileError(
                 f"{self.path} does not hold what its header lists: missing {sorted(expected - keys)}, not listed "
                 f"{sorted(keys - expected)}"
             )
-
-    def _header(self, text: str) -> dict[str, Any]:
-        """Parse the header and check its version and checksum."""
-        try:
-            header = json.loads(text)
-            version, sha256 = header["version"], header.pop("sha256")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedFileError(
-                f"the header of {self.path} is damaged: {error!r}. Copy or download it again"
-            ) from error
-        if isinstance(version, int) and version > VERSION:
-            raise DamagedFileError(
-                f"{self.path} has version {version} of the format; this mfac_hf reads versions up to {VERSION}. "
-                "Install a newer one: pip install --upgrade mfac_hf"
-            )
-        if _header_digest(header) != sha256:
-            raise DamagedFileError(f"the header of {self.path} does not match its checksum. Copy or download it again")
-        return header
-
-    def _record(self, name: str, entry: dict[str, Any]) -> TensorRecord:
-        """Check and convert an entry of the header."""
-        dtype = getattr(torch, entry["dtype"], None)
-        if entry["encoding"] not in PARTS or not isinstance(dtype, torch.dtype) or min(entry["shape"], default=0) < 0:
-            raise DamagedFileError(f"{name} in {self.path}: its entry in the header makes no sense: {entry}")
-        return TensorRecord(entry["encoding"], entry["dtype"], tuple(entry["shape"]), entry["sha256"])
 
     def read(self, name: str) -> Tensor:
         """Read a tensor and check it against its record.
@@ -294,7 +232,10 @@ def _csr_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.ndarray
             f"counts are {counts.dtype} of shape {counts.shape} and columns {column_of.dtype}; expected {dtypes[0]} "
             f"of shape ({rows},) and {dtypes[1]}"
         )
-    kept = int(counts.sum(dtype=np.int64))
+    if rows and int(counts.max()) > columns:
+        raise ValueError(f"counts reach {int(counts.max())} in rows of {columns}")
+    counts = counts.astype(np.int64)
+    kept = int(counts.sum())
     if column_of.shape != (kept,) or tuple(parts["values"].shape) != (kept,):
         raise ValueError(
             f"counts add up to {kept}, columns have shape {column_of.shape}, values {tuple(parts['values'].shape)}"

@@ -7,11 +7,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mfac_hf.sparse import format as sparse_format
+from mfac_hf.sparse import header as sparse_header
 
 
 def same_bits(a, b):
     """Whether two tensors agree in dtype, shape and every bit."""
-    as_bits = sparse_format.BITS[a.element_size()]
+    as_bits = sparse_header.BITS[a.element_size()]
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(as_bits), b.view(as_bits))
 
 
@@ -30,7 +31,7 @@ def rewrite(path, change_parts=lambda parts: None, change_header=lambda header: 
     change_parts(parts)
     change_header(header)
     for name, entry in header["tensors"].items():
-        order = sparse_format.PARTS.get(entry["encoding"], ())
+        order = sparse_header.PARTS.get(str(entry["encoding"]), ())
         entry["sha256"] = sparse_format._digest(parts[f"{name}/{part}"] for part in order)
-    header["sha256"] = sparse_format._header_digest(header)
+    header["sha256"] = sparse_header._digest(header)
     save_file(parts, path, metadata={"mfac_sparse": json.dumps(header)})

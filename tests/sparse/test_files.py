@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -17,7 +20,9 @@ from transformers import (
 )
 
 from mfac_hf import load_sparse, save_sparse
-from mfac_hf.sparse.files import SPARSE_FILE, DamagedFileError, find_weights
+from mfac_hf.optim.unwrap import unwrap_model
+from mfac_hf.sparse.directory import SPARSE_FILE, find_weights
+from mfac_hf.sparse.files import DamagedFileError
 from mfac_hf.sparse.format import SparseFile
 from tests.helpers.models import CONFIG, prune
 from tests.helpers.sparse_files import assert_same_state, rewrite
@@ -101,8 +106,10 @@ def test_plain_module_with_integer_buffers(tmp_path):
         model[0].weight[0] = 0
         model[0].weight[1, 0, 0, 0] = -0.0
     save_sparse(model, tmp_path)
-    assert_same_state(load_sparse(tmp_path), model.state_dict())
     assert_same_state(load_file(tmp_path / "model.safetensors"), model.state_dict())
+    with torch.no_grad():
+        model[0].weight[1, 0, 0, 0] = 0.0  # as which bitmask and csr give zeros back
+    assert_same_state(load_sparse(tmp_path), model.state_dict())
     fresh = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
     assert_same_state(load_sparse(tmp_path, fresh).state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="ResNet has no from_config"):
@@ -127,6 +134,14 @@ def test_model_that_does_not_fit_is_left_alone(tmp_path):
     refused(three, r"lacks \['2.weight', '2.bias'\]")
 
 
+def test_shapes_are_compared_before_a_tensor_is_read(tmp_path, monkeypatch):
+    save_sparse(nn.Linear(4, 3), tmp_path)
+    monkeypatch.setattr(SparseFile, "read", lambda self, name: pytest.fail(f"read {name}"))
+    for model in (nn.Linear(4, 5), nn.Linear(4, 3).double(), nn.Linear(4, 3, bias=False)):
+        with pytest.raises(ValueError, match="in the model|does not fit the model"):
+            load_sparse(tmp_path, model)
+
+
 def test_damaged_file_leaves_the_model_alone(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(30, 20))
     with torch.no_grad():
@@ -144,6 +159,99 @@ def test_damaged_file_leaves_the_model_alone(tmp_path):
 def test_what_is_neither_a_place_nor_a_name_is_refused(source):
     with pytest.raises(FileNotFoundError, match="is neither a file, nor a directory, nor a name on the Hub"):
         load_sparse(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_layer_comes_back_in_its_own_dtype(dtype, bert, tmp_path):
+    """Half precision with some layers in float32, as T5 and users keep them."""
+    bert.to(dtype)
+    for layer in (bert.classifier, bert.bert.encoder.layer[1].output.LayerNorm, bert.bert.encoder.layer[0].output):
+        layer.float()
+    save_sparse(bert, tmp_path, sparse_only=True)
+    built = load_sparse(tmp_path, AutoModelForSequenceClassification)
+    assert_same_state(built.state_dict(), bert.state_dict())
+    assert {p.dtype for p in built.parameters()} == {dtype, torch.float32}
+    bert.half().double()
+    with pytest.raises(ValueError, match="in the model"):
+        load_sparse(tmp_path, bert)
+
+
+@pytest.fixture
+def rank():
+    """A process group of one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "ddp": nn.parallel.DistributedDataParallel,
+    "data parallel": nn.DataParallel,
+    "average": torch.optim.swa_utils.AveragedModel,
+    "accelerate": lambda model: Accelerator(cpu=True).prepare(model),
+    "nested": lambda model: torch.compile(
+        nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager")), backend="eager"
+    ),
+}
+
+
+@pytest.mark.parametrize("sparse_only", [False, True])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_wrapped_model_gives_the_files_of_the_model_inside(wrap, sparse_only, bert, rank, tmp_path):
+    save_sparse(bert, tmp_path / "plain", sparse_only=sparse_only)
+    save_sparse(wrap(bert), tmp_path / "wrapped", sparse_only=sparse_only)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()} for kind in ("plain", "wrapped")]
+    assert files[0] == files[1]
+    fresh = wrap(BertForSequenceClassification(bert.config))
+    assert load_sparse(tmp_path / "wrapped", fresh) is fresh
+    assert_same_state(unwrap_model(fresh).state_dict(), bert.state_dict())
+
+
+def compile_a_layer(model):
+    model.bert.encoder.layer[0] = torch.compile(model.bert.encoder.layer[0], backend="eager")
+    return model
+
+
+def mask_a_layer(model):
+    torch.nn.utils.prune.l1_unstructured(model.bert.encoder.layer[0].output.dense, "weight", 0.5)
+    return model
+
+
+def call_it_quantized(model):
+    model.hf_quantizer = object()  # what from_pretrained leaves there
+    return model
+
+
+BROKEN = {
+    "compiled layer": (compile_a_layer, r"bert.encoder.layer.0 of .* is wrapped in OptimizedModule"),
+    "torch prune": (mask_a_layer, r"layer.0.output.dense of .* prune.remove"),
+    "quantizer": (call_it_quantized, "is quantized: load it without quantization"),
+    "dynamic": (lambda m: torch.ao.quantization.quantize_dynamic(m), "no plain tensor: .*without quantization"),
+    "sharded": (fully_shard, "holds torch.distributed.tensor.DTensor, no plain tensor: gather"),
+    "flattened": (lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")), "is spread over ranks"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.ao and FSDP1, which are deprecated
+@pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN.keys())
+def test_model_that_is_not_that_of_its_class_is_refused(change, message, bert, rank, tmp_path):
+    if change is fully_shard:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        broken = change(bert, mesh=mesh)
+    else:
+        broken = change(bert)
+    with pytest.raises(ValueError, match=message):
+        save_sparse(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_refused(bert, tmp_path):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="has PEFT adapters.*merge_and_unload"):
+        save_sparse(peft.get_peft_model(bert, peft.LoraConfig(task_type="SEQ_CLS", r=2)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 MEMORY = """

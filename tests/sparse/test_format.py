@@ -35,8 +35,13 @@ def sparse_tensor(shape, density, dtype, seed=0):
     values = torch.randint(limits.min, limits.max, shape, dtype=bits, generator=generator)
     values[torch.rand(shape, generator=generator) >= density] = 0
     if dtype.is_floating_point and values.numel():
-        values.view(-1)[0] = limits.min  # the sign bit alone: a negative zero
+        values.view(-1)[-1] = limits.min  # the sign bit alone: a negative zero
     return values.view(dtype)
+
+
+def positive_zeros(tensor):
+    """Return the tensor with every -0.0 as +0.0."""
+    return torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
 
 
 def write(path, **tensors):
@@ -54,8 +59,29 @@ def write(path, **tensors):
 )
 def test_round_trip_is_exact(tmp_path_factory, dtype, shape, density, seed):
     tensor = sparse_tensor(shape or (1,), density, dtype, seed).reshape(shape)
-    path = write(tmp_path_factory.getbasetemp() / "round-trip", tensor=tensor)
-    assert same_bits(SparseFile(path).read("tensor"), tensor)
+    file = SparseFile(write(tmp_path_factory.getbasetemp() / "round-trip", tensor=tensor))
+    dense = file.records["tensor"].encoding == "dense"
+    assert same_bits(file.read("tensor"), tensor if dense else positive_zeros(tensor))
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point])
+@pytest.mark.parametrize("density", [0.02, 0.3])
+def test_negative_zeros_take_no_more_than_positive_ones(dtype, density, tmp_path):
+    """Multiplied by a mask, half of the zeros are negative."""
+    tensor = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    masked = tensor * (torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)) < density)
+    assert torch.signbit(masked[masked == 0]).any()
+    files = [write(tmp_path / name, w=w) for name, w in (("negative", masked), ("positive", positive_zeros(masked)))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert same_bits(SparseFile(files[0]).read("w"), positive_zeros(masked))
+
+
+def test_what_looks_like_a_negative_zero_in_other_dtypes_is_kept(tmp_path):
+    """The sign bit alone is NaN in float8_e4m3fnuz, and a number in integers."""
+    for dtype in (torch.float8_e4m3fnuz, torch.uint8):
+        tensor = torch.zeros(100, dtype=torch.uint8)
+        tensor[5] = 128
+        assert same_bits(SparseFile(write(tmp_path / "file", w=tensor.view(dtype))).read("w"), tensor.view(dtype))
 
 
 def test_same_weights_give_the_same_bytes(tmp_path):
@@ -64,7 +90,7 @@ def test_same_weights_give_the_same_bytes(tmp_path):
 
 
 def test_tensor_that_is_not_contiguous_round_trips(tmp_path):
-    tensor = sparse_tensor((6, 10), 0.1, torch.float32).T[::2]
+    tensor = positive_zeros(sparse_tensor((6, 10), 0.1, torch.float32).T[::2])
     assert not tensor.is_contiguous()
     assert same_bits(SparseFile(write(tmp_path / "file", tensor=tensor)).read("tensor"), tensor)
 
@@ -98,7 +124,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         Path(filename).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(sparse_format, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         write(path, w=torch.zeros(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
@@ -109,9 +135,9 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def small(tmp_path):
     """A file with all three encodings, and what it holds."""
     tensors = {
-        "dense": sparse_tensor((3,), 1.0, torch.float32),
-        "bitmask": sparse_tensor((4, 16), 0.3, torch.float32),
-        "csr": sparse_tensor((8, 200), 0.02, torch.float32),
+        "dense": sparse_tensor((33,), 1.0, torch.float32),
+        "bitmask": positive_zeros(sparse_tensor((4, 16), 0.3, torch.float32)),
+        "csr": positive_zeros(sparse_tensor((8, 200), 0.02, torch.float32)),
     }
     path = write(tmp_path / "small", **tensors)
     assert {name: record.encoding for name, record in SparseFile(path).records.items()} == {n: n for n in tensors}
@@ -203,6 +229,7 @@ def set_part(key, index, value):
         (lambda parts: parts.update({"bitmask/mask": parts["bitmask/mask"][:-1]}), "bitmask .*does not fit shape"),
         (lambda parts: parts.update({"csr/counts": parts["csr/counts"].int()}), "csr .*expected uint8"),
         (lambda parts: parts.update({"dense/values": parts["dense/values"][:2]}), r"dense .*shape \(2,\)"),
+        (set_part("csr/counts", 0, 201), "csr .*counts reach 201 in rows of 200"),
         (lambda parts: parts.update({"csr/values": parts["csr/values"].double()}), "csr .*values are torch.float64"),
     ],
 )
@@ -218,21 +245,3 @@ def test_mask_bits_after_the_last_weight_are_refused(tmp_path):
     rewrite(path, lambda parts: parts["w/mask"].__setitem__(1, parts["w/mask"][1] | 128))
     with pytest.raises(DamagedFileError, match="^w in .*index out of range"):
         load_all(path)
-
-
-def test_senseless_headers_are_refused(small):
-    path, _ = small
-    intact = path.read_bytes()
-    for change in ({"encoding": "zip"}, {"dtype": "nn"}, {"shape": [-1]}):
-        path.write_bytes(intact)
-        rewrite(path, change_header=lambda header, change=change: header["tensors"]["dense"].update(change))
-        with pytest.raises(DamagedFileError, match="dense in .*makes no sense"):
-            SparseFile(path)
-    path.write_bytes(intact)
-    rewrite(path, lambda parts: parts.update(extra=torch.ones(1)))
-    with pytest.raises(DamagedFileError, match=r"not listed \['extra'\]"):
-        SparseFile(path)
-    path.write_bytes(intact)
-    rewrite(path, change_header=lambda header: header.update(tied={"other": "nothing"}))
-    with pytest.raises(DamagedFileError, match="ties names"):
-        SparseFile(path)

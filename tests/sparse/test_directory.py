@@ -1,0 +1,69 @@
+"""Directories that may come from strangers: what lies outside of them is not read."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mfac_hf.sparse.directory import check_inside, dense_files, find_weights, read_tensors
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A weight file beside the model's directory, which is empty."""
+    (tmp_path / "model").mkdir()
+    save_file({"secret": torch.ones(4)}, tmp_path / "secret.safetensors")
+    return tmp_path / "secret.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "ABSOLUTE", "sub/../../secret.safetensors", "..\\secret.safetensors", "..", "", "C:x"],
+)
+def test_index_names_plain_files_alone(name, secret, tmp_path):
+    name = str(secret) if name == "ABSOLUTE" else name
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"secret": name}}))
+    for read in (dense_files, find_weights, read_tensors):
+        with pytest.raises(ValueError, match=r"index.json names files outside of its directory.*plain file names"):
+            read(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 7}', '{"weight_map": {"w": 7}}', "{", "\ud800"])
+def test_index_that_is_none_is_refused(content, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content, errors="surrogatepass")
+    with pytest.raises(ValueError, match="index.json is no"):
+        dense_files(tmp_path)
+
+
+def test_links_do_not_lead_out_of_the_directory(secret, tmp_path):
+    link = tmp_path / "model" / "model.safetensors"
+    link.symlink_to("../secret.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is a link to .*secret.safetensors, outside"):
+        dense_files(tmp_path / "model")
+    link.unlink()
+    (tmp_path / "model" / "shard").symlink_to(secret)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"secret": "shard"}}')
+    with pytest.raises(ValueError, match="shard is a link to"):
+        dense_files(tmp_path / "model")
+
+
+def test_links_within_and_those_of_the_cache_are_followed(secret, tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "model" / "weights")
+    (tmp_path / "model" / "model.safetensors").symlink_to("weights")
+    (tmp_path / "other name").symlink_to("model")
+    for directory in (tmp_path / "model", tmp_path / "other name"):
+        assert [name for name, _ in read_tensors(directory)] == ["w"]
+    repository = tmp_path / "models--user--name"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "1234").mkdir(parents=True)
+    (repository / "blobs" / "abc").write_bytes(secret.read_bytes())
+    cached = repository / "snapshots" / "1234" / "model.safetensors"
+    cached.symlink_to("../../blobs/abc")
+    assert check_inside(cached) == cached
+    cached.unlink()
+    cached.symlink_to(secret)
+    with pytest.raises(ValueError, match="outside"):
+        check_inside(cached)
