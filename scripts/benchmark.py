@@ -1,15 +1,16 @@
-"""Benchmarks, as ratios measured side by side: ``python scripts/benchmark.py --optimizer``.
+"""Run benchmarks that time contenders side by side: ``python scripts/benchmark.py --optimizer``.
 
     python scripts/benchmark.py --accuracy                       # error of the direction against float64, in seconds
     python scripts/benchmark.py --optimizer [--threads N]        # step time over the floor, beside AdamW and the paper
     python scripts/benchmark.py --optimizer --device cuda        # the same on a GPU
     python scripts/benchmark.py --kernels [--device cuda]        # checks and times of the two passes; minutes
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
-    python scripts/benchmark.py --pruning --threads 1            # the static inverse, blocked and full, beside theirs
+    python scripts/benchmark.py --pruning --threads 1            # static inverse, blocked and full, beside the paper's
     python scripts/benchmark.py --sparse                         # sparse files and inference, BERT-base, beside others
 
-Every round times each contender once, so that all meet the same noise; figures are medians over rounds. Results go
-to ``--output`` as JSON, with the command line and the machine. `scripts/bench/` has a module for each subject.
+Every round times each contender once, so that all meet the same noise; the tables show medians over rounds, and
+ratios. ``--output`` gets the results as JSON, with the command line and the machine. `scripts/bench/` has a module
+for each subject.
 """
 
 from __future__ import annotations
@@ -25,50 +26,47 @@ from bench import accuracy, kernels, optimizer, pruning, sparse
 from bench.common import describe_machine
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the benchmarks that the flags name, print their tables, and return what is written as JSON."""
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--accuracy", action="store_true", help="error of the direction against a dense float64 oracle"
-    )
-    parser.add_argument("--optimizer", action="store_true", help="time of an optimizer step")
-    parser.add_argument(
-        "--kernels", action="store_true", help="checks and times of the native kernels (16 GiB of memory on a CPU)"
-    )
+    for name, text in {
+        "accuracy": "error of the direction against a dense float64 oracle",
+        "optimizer": "time of an optimizer step",
+        "kernels": "checks and times of the native kernels (16 GiB of memory on a CPU)",
+        "pruning": "static inverse of ResNet-20, blocked and full, beside the paper's recursions (some 20 minutes)",
+        "sparse": "sparse files and inference of a random BERT-base, beside the alternatives",
+    }.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument(
         "--epoch",
         nargs=2,
         metavar=("MODEL", "DATA"),
         help="an epoch of SST-2 at m = 1024 beside AdamW, through run_glue.py",
     )
-    parser.add_argument(
-        "--sparse",
-        action="store_true",
-        help="sparse files and inference of a random BERT-base, beside the alternatives",
-    )
-    parser.add_argument(
-        "--pruning",
-        action="store_true",
-        help="the static inverse of ResNet-20, blocked and full, beside the paper's recursions (some 20 minutes)",
-    )
     parser.add_argument("--num_grads", type=int, nargs="+", default=[128, 512], help="window lengths m to time")
     parser.add_argument(
         "--dims", type=int, nargs="+", default=[300_000, 4_400_000], help="numbers of parameters d to time"
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="times that each contender is timed (default: 7)")
     parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch (default: its own choice)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=None, help="write the results here as JSON")
+    parser.add_argument("--device", default="cpu", help="device of --optimizer and --kernels (default: cpu)")
+    parser.add_argument("--output", type=Path, default=None, help="file to write the results to, as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the benchmarks that the flags name, print their tables, and return what is written as JSON."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if not (args.accuracy or args.optimizer or args.kernels or args.epoch or args.pruning or args.sparse):
         parser.error("nothing to do: pass --accuracy, --optimizer, --kernels, --epoch, --pruning or --sparse")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
     results: dict[str, Any] = {"command": " ".join(["python", "scripts/benchmark.py", *(argv or sys.argv[1:])])}
     if args.accuracy:
         results["accuracy"] = accuracy.benchmark_accuracy()
     if args.optimizer:
-        device = torch.device(args.device)
         results["optimizer"] = [
             row
             for dim in args.dims
@@ -77,7 +75,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ]
         optimizer.print_steps(results["optimizer"])
     if args.kernels:
-        device = torch.device(args.device)
         results["kernels"] = kernels.benchmark_kernels(device, kernels.TIMED[device.type], args.rounds)
         kernels.print_kernels(results["kernels"])
     if args.epoch:
@@ -96,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         sparse.print_sizes(results["sparse_files"])
         results["sparse_inference"] = sparse.benchmark_inference(args.rounds)
         sparse.print_inference(results["sparse_inference"])
-    results["machine"] = describe_machine(torch.device(args.device))
+    results["machine"] = describe_machine(device)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=2) + "\n")

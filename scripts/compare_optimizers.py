@@ -1,4 +1,4 @@
-"""Compare optimizers on one task, tuned equally: ``python scripts/compare_optimizers.py STUDY.yaml``.
+"""Compare optimizers on one task with equal tuning: ``python scripts/compare_optimizers.py STUDY.yaml``.
 
 A study names a training script, the flags that all runs share, and for each contender a grid of flags:
 
@@ -12,16 +12,15 @@ A study names a training script, the flags that all runs share, and for each con
       mfac: {flags: {optim_name: mfac, num_grads: 512}, grid: [{learning_rate: 1e-3}, {learning_rate: 3e-3}]}
 
 Every point of every grid is trained once without a held-out part of the *training* split and judged on that part, by
-the task's own metric or by ``tuning: {metric: eval_loss}``; ``tuning: {flags: {...}}`` makes these runs shorter, for
-all alike, ``tuning_flags: {...}`` of a contender changes them for it alone. The best point of each contender is then
-trained with every seed and judged on the validation split, which nothing before has seen; a grid of one point is taken
-as it is. Each run is a process of its own. Finished runs are kept in ``OUTPUT/NAME.jsonl``, with their command lines,
-and are not repeated, so a study that was cut off goes on where it stopped. ``OUTPUT/NAME.md`` has the table.
+the task's own metric or by ``tuning: {metric: eval_loss}``. ``tuning: {flags: {...}}`` makes these runs shorter for
+all contenders alike; ``tuning_flags: {...}`` of a contender changes them for it alone. The best point of each
+contender is then trained with every seed and judged on the validation split, which no run before has seen. A grid of
+one point is not tuned. Each run is a process of its own. ``OUTPUT/NAME.jsonl`` keeps finished runs, with their flags,
+and they are not repeated, so a study that was cut off goes on where it stopped. ``OUTPUT/NAME.md`` has the table.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -32,7 +31,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mfac_hf.training.study import StudyLog, read_study
+from mfac_hf.training.study import StudyLog, read_study, study_parser
 
 SCRIPTS = Path(__file__).parent
 SHARED_FLAGS = {"do_train": True, "do_eval": True, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
@@ -40,9 +39,8 @@ SHARED_FLAGS = {"do_train": True, "do_eval": True, "save_strategy": "no", "eval_
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what the study still lacks, write its table, and return its summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("study", type=Path, help="YAML file of the study")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
     parser.add_argument("--only", nargs="+", default=None, help="contenders to run now (default: all)")
     args = parser.parse_args(argv)
     try:
@@ -118,7 +116,7 @@ def run_once(
 
 
 def best_point(runs: list[dict[str, Any]], contender: str, grid: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The point of the grid with the best value on the held-out part; of a loss, the lowest is the best."""
+    """The point of the grid that is best on the held-out part: with the lowest loss, or the highest other metric."""
     if len(grid) == 1:
         return grid[0]
     sign = -1 if metric.endswith("loss") else 1

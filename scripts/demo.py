@@ -71,7 +71,7 @@ class DemoArguments:
     adamw_beta2: float = flag(0.999, "Second beta of AdamW.")
 
     def __post_init__(self) -> None:
-        """Check what nothing downstream would refuse clearly."""
+        """Refuse what nothing downstream would refuse clearly."""
         for name in ("steps", "seeds", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected at least 1")
@@ -93,7 +93,7 @@ class Run:
 
 
 class ProgressBar(ProgressCallback):
-    """Trainer's progress bar, with the latest figures on the bar instead of a printed line for each log."""
+    """Trainer's progress bar, which shows the latest figures itself instead of a printed line for each log."""
 
     def __init__(self) -> None:
         """Start with nothing to show."""
@@ -108,7 +108,7 @@ class ProgressBar(ProgressCallback):
 
 
 def make_optimizer(name: str, model: PreTrainedModel, args: DemoArguments) -> torch.optim.Optimizer:
-    """The two optimizers side by side: everything else of a run is the same."""
+    """Make one of the two optimizers; everything else of a run is the same for both."""
     if name == "mfac":
         return MFAC(
             model.parameters(),
@@ -122,7 +122,7 @@ def make_optimizer(name: str, model: PreTrainedModel, args: DemoArguments) -> to
 
 
 def make_data(seed: int, args: DemoArguments) -> DatasetDict:
-    """Tokenized splits, with a new training sentence for every place in every batch."""
+    """Tokenized splits, with so many training sentences that no batch sees one twice."""
     tokenizer = toy_tokenizer()
     splits = toy_dataset(args.steps * args.batch_size, args.num_validation, seed=seed)
     return splits.map(lambda rows: tokenizer(rows["sentence"]), batched=True, remove_columns="sentence")

@@ -1,8 +1,8 @@
-"""From a checkpoint to a directory for the Hub: ``python scripts/export_vision.py FILE --model NAME --output DIR``.
+"""Turn a checkpoint into a directory for the Hub: ``python scripts/export_vision.py FILE --model NAME --output DIR``.
 
-FILE is what ``train_vision.py`` and ``prune_vision.py`` write, or a published checkpoint. DIR gets
-``model.safetensors``, ``config.json``, the small ``sparse.safetensors`` and the masks of a pruned model;
-``from_pretrained`` of the model's class loads it, and ``mfac card`` and ``mfac push`` take it:
+FILE is what ``train_vision.py`` or ``prune_vision.py`` wrote, or a published checkpoint. DIR gets
+``model.safetensors``, ``config.json``, the small ``sparse.safetensors`` and the masks of a pruned model. The model
+class's ``from_pretrained`` loads DIR, and ``mfac card`` and ``mfac push`` take it:
 
     python scripts/export_vision.py experiments/rn20-prune-800.pth --model resnet20 --output outputs/rn20-80
     mfac card --model outputs/rn20-80 --model_class mfac_hf.models.ResNetCifar --results experiments/rn20.json
@@ -22,9 +22,9 @@ from mfac_hf.training.vision_arguments import masks_of
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help=".pth, .pth.tar, .th or .safetensors")
-    parser.add_argument("--model", required=True, choices=MODEL_NAMES)
-    parser.add_argument("--output", required=True, type=Path, help="folder, made if missing")
+    parser.add_argument("checkpoint", metavar="FILE", help=".pth, .pth.tar, .th or .safetensors")
+    parser.add_argument("--model", required=True, choices=MODEL_NAMES, help="name of the model")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory, made if missing")
     args = parser.parse_args(argv)
     try:
         checkpoint = read_checkpoint(args.checkpoint)

@@ -1,4 +1,4 @@
-"""One-shot pruning of fine-tuned models compared: ``python scripts/prune_study.py STUDY.yaml --output benchmarks``.
+"""Compare ways to prune fine-tuned models in one go: ``python scripts/prune_study.py STUDY.yaml``.
 
 A study names a task, directories of models that were fine-tuned on it with several seeds, and ways to prune them:
 
@@ -14,21 +14,22 @@ A study names a task, directories of models that were fine-tuned on it with seve
       ours: {options: {selection: greedy, update: joint}, grid: [{damping: 1e-5}, {damping: 1e-4}]}
     tuning: {holdout_fraction: 0.02, sparsity: 0.8, recomputations: 4}
 
-Each contender's point of the grid is the one with the lowest loss on a held-out part of the *training* split, which
-gives no gradients, at one sparsity, for the first model: once with one gradient set, for ``recomputations: 1``,
-and once with the number in ``tuning``, for all others. Then every model is pruned to every sparsity, without training,
-and judged on the validation split, which nothing before has seen. With one gradient set, one set of costs serves all
-sparsities. With up to 8 recomputations (``from_dense: 8``) each sparsity is reached from the dense model; with more,
-one path of that many sub-steps leads to the highest sparsity and stops at the others, which so had fewer. A result on
-a path belongs to the path up to there: other sparsities ask for new ones.
+Each contender is tuned on the first model at one sparsity: the point of its grid with the lowest loss on a held-out
+part of the *training* split is taken. The held-out part gives no gradients. This is done once with one gradient set,
+for ``recomputations: 1``, and once with the number of recomputations in ``tuning``, for all others. Then every model
+is pruned to every sparsity, without training, and judged on the validation split, which nothing before has seen.
 
-Results are kept in ``OUTPUT/NAME.jsonl`` and not computed again, so a study that was cut off goes on where it stopped.
-``--models 2`` does some of the models alone, in a process of its own. ``OUTPUT/NAME.md`` has the table.
+With one gradient set, one set of costs serves all sparsities. With up to 8 recomputations (``from_dense: 8``) each
+sparsity is reached from the dense model. With more, one path of that many sub-steps leads to the highest sparsity and
+stops at the others, which then have had fewer. A result on a path belongs to the path up to it, so other sparsities
+need new results.
+
+``OUTPUT/NAME.jsonl`` keeps the results, which are not computed again, so a study that was cut off goes on where it
+stopped. ``--models 2`` prunes some of the models only. ``OUTPUT/NAME.md`` has the table.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import math
@@ -48,15 +49,14 @@ from mfac_hf.pruning.engine import substep_seed
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSet
 from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
-from mfac_hf.training.study import StudyLog, mean_and_deviation, read_study
+from mfac_hf.training.study import StudyLog, mean_and_deviation, read_study, study_parser
 
 
 def main(argv: list[str] | None = None) -> str:
     """Compute what the study still lacks, write its table and return it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("study", type=Path, help="YAML file of the study")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
-    parser.add_argument("--models", nargs="+", default=None, help="models to do now, by name (default: all)")
+    parser.add_argument("--models", nargs="+", default=None, help="names of the models to prune now (default: all)")
     args = parser.parse_args(argv)
     try:
         study = load_study(args.study)
@@ -113,7 +113,7 @@ def load_study(path: Path) -> dict[str, Any]:
 
 
 def counts(study: dict[str, Any], name: str) -> list[int]:
-    """Numbers of recomputations that make a difference to a contender."""
+    """Numbers of recomputations to prune with; for magnitude pruning, where they change nothing, 1 alone."""
     is_magnitude = study["contenders"][name]["options"].get("method") == "magnitude"
     return [1] if is_magnitude else study["recomputations"]
 
@@ -158,7 +158,7 @@ class Pruner:
     def at_once(
         self, sparsities: Sequence[float], options: PruningOptions, dampings: Sequence[float]
     ) -> Iterator[tuple[Proposal, dict[str, Any]]]:
-        """Every sparsity and damping from one gradient set; the model is each proposal in turn."""
+        """Prune to every sparsity with every damping, from one gradient set; the model is each proposal in turn."""
         masks, started = self.restart(), time.perf_counter()
         parameters = masks.parameters(self.model)
         if options.method == "magnitude":
@@ -183,7 +183,7 @@ class Pruner:
     def in_substeps(
         self, sparsities: Sequence[float], options: PruningOptions
     ) -> Iterator[tuple[float, dict[str, Any]]]:
-        """Every sparsity with recomputation; the model is at each in turn."""
+        """Prune to every sparsity with recomputations; the model is at each in turn."""
         source, masks = self.source(options), self.restart()
         for sparsity, steps in substeps(sparsities, options.recomputations, self.from_dense):
             if options.recomputations <= self.from_dense:
@@ -202,7 +202,7 @@ class Pruner:
 
 
 def substeps(sparsities: Sequence[float], recomputations: int, from_dense: int) -> list[tuple[float, int]]:
-    """Sub-steps to each sparsity: from the dense model, or on a path, geometric but for rounding, from the last.
+    """Sub-steps to each sparsity: from the dense model, or on one path that is nearly geometric in the density.
 
     >>> substeps([0.5, 0.9], 4, from_dense=8)
     [(0.5, 4), (0.9, 4)]
@@ -234,14 +234,14 @@ def tuned_point(study: dict[str, Any], name: str, count: int, results: Results) 
     pruner = Pruner(study, model, tuning["holdout_fraction"]) if missing else None
     for point in missing:
         if results.find(**key(point)) is not None:
-            continue  # came along with another point
+            continue  # it came along with another point
         assert pruner is not None
         options = PruningOptions(**contender["options"], **point, recomputations=tried, seed=99)
         if tried > 1:
             for _, took in pruner.in_substeps([tuning["sparsity"]], options):
                 results.add(key(point), took | pruner.measure())
             continue
-        # points that differ in the damping alone share their gradients
+        # Points that differ in the damping alone share their gradients.
         alike = [other for other in missing if other | {"damping": 0} == point | {"damping": 0}]
         for proposal, took in pruner.at_once([tuning["sparsity"]], options, [other["damping"] for other in alike]):
             results.add(key(point | {"damping": proposal.damping}), took | pruner.measure())
@@ -266,7 +266,7 @@ def result_keys(
 
 
 def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any], results: Results) -> None:
-    """Prune one model in every way to every sparsity, and judge it on the validation split."""
+    """Prune one model in every way to every sparsity, and judge each result on the validation split."""
     pruner: Pruner | None = None
     for (name, count), point in points.items():
         keys = result_keys(study, model, name, count, point)

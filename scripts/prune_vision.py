@@ -12,14 +12,14 @@ Gradual pruning with training in between, through the flags of the M-FAC paper's
 DATASET is ``cifar10``, a name on the Hub, a local directory laid out like the Hub repository, or a folder of images;
 without it, scikit-learn's digits.
 
-The first pruning step comes before the first epoch and the others ``--prun_every`` epochs apart. Until the last,
-epochs cycle through ``--prun_lrs``; from then on they run at ``--lr``, dropped at ``--drop_at``, counted over all
-epochs. The defaults are our procedure; ``--selection diagonal --update sum`` is the paper's, ``--pruner mag`` is
-magnitude pruning, and ``--blocksize -1`` takes the inverse of the whole Fisher, in ``--pages`` pages.
+The first pruning step comes before the first epoch, and the others follow ``--prun_every`` epochs apart. Until the
+last one, the learning rate cycles through ``--prun_lrs``; from then on it is ``--lr``, which drops at the epochs
+``--drop_at``, counted over all epochs. The defaults are our procedure; ``--selection diagonal --update sum`` is the
+paper's, ``--pruner mag`` is magnitude pruning, and ``--blocksize -1`` takes the inverse of the whole Fisher.
 
-``PREFIX.csv`` and ``.json`` have accuracy and time of every step and epoch, as the model is and with re-estimated
-batch norms; ``PREFIX.png`` shows accuracy over sparsity; ``PREFIX-prune-XXX.pth`` and ``PREFIX-last.pth`` are the
-models and their masks. ``--resume`` continues a run that was cut off.
+``PREFIX.csv`` and ``PREFIX.json`` have the time of every pruning step and epoch and the accuracy after it, as the
+model is and with re-estimated batch norms. ``PREFIX.png`` shows accuracy over sparsity. ``PREFIX-prune-XXX.pth`` and
+``PREFIX-last.pth`` are the models and their masks. ``--resume`` continues a run that was cut off.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class PruneArguments(VisionArguments):
         """(epoch, sparsity) of each pruning step, before any adjustment.
 
         Raises:
-            ValueError: missing or falling sparsities, or a step that comes after the last epoch.
+            ValueError: sparsities are missing or fall, or a pruning step comes after the last epoch.
         """
         if self.nepochs is None or self.nepochs < 0:
             raise ValueError(f"--nepochs {self.nepochs}: expected a number of epochs, or 0 to prune in one go")
@@ -120,7 +120,7 @@ class PruneArguments(VisionArguments):
         """Learning rate of each epoch.
 
         Raises:
-            ValueError: drops outside the run.
+            ValueError: a drop lies outside the run.
         """
         if not self.nepochs:
             return []
@@ -131,10 +131,10 @@ class PruneArguments(VisionArguments):
         return plan
 
     def options(self, step: int, num_steps: int) -> PruningOptions:
-        """What one pruning step is asked to do.
+        """The options of one pruning step.
 
         Raises:
-            ValueError: a value out of range.
+            ValueError: a flag is out of range.
         """
         schedule = self.ngrads_schedule or [PruningOptions.num_grads]
         if len(schedule) not in (1, num_steps):
@@ -167,8 +167,8 @@ class Pruner:
         args: the flags.
         run: model and data.
         masks: what is pruned; updated by each pruning step.
-        header: what the log says beside its rows.
-        state: of a run that was cut off, to continue it.
+        header: what the log holds beside its rows.
+        state: where a run that was cut off stopped; None for a new run.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Pruner:
         self.run.save(f"{self.args.prefix}-last.pth", model_state(self.run, self.masks, epoch=epoch))
 
     def save(self, epoch: int, steps: int) -> None:
-        """Save what it takes to go on before this epoch, after so many pruning steps."""
+        """Save what it takes to go on at this epoch, after this number of pruning steps."""
         now = {"arguments": self.args.to_dict(), "epoch": epoch, "steps": steps, "rows": self.log.rows}
         now |= {"model": self.run.bare_model.state_dict(), "masks": dict(self.masks)}
         self.run.save(f"{self.args.prefix}.state", now | {"optimizer": self.optimizer.state_dict()})
@@ -261,7 +261,7 @@ def draw_plot(log: RunLog) -> None:
 
 
 def budget(options: PruningOptions, perbatch: int, masks: MaskSet) -> PruningOptions:
-    """The options with a memory budget of so many blocks, or of the largest layer where that is more."""
+    """The options with a memory budget for this number of blocks, or for the largest layer where that is more."""
     if options.block_size is None:
         return options
     weights = max(perbatch * options.block_size, *(keep.numel() for keep in masks.values()))
@@ -270,7 +270,7 @@ def budget(options: PruningOptions, perbatch: int, masks: MaskSet) -> PruningOpt
 
 
 def adjusted(points: Sequence[tuple[int, float]], model: torch.nn.Module, masks: MaskSet) -> list[tuple[int, float]]:
-    """Sparsities of the targets that make the whole model as sparse as asked for.
+    """Sparsities of the targets at which these are the sparsities of the whole model.
 
     Raises:
         ValueError: the targets are too few for that.

@@ -53,7 +53,7 @@ def choose_splits(
     """Pick the training split, the evaluation splits by name, and the test splits by name.
 
     Raises:
-        ValueError: a split that the flags ask for is missing, or a limit or the hold-out fraction is out of range.
+        ValueError: a split that the flags need is missing, or a limit or the hold-out fraction is out of range.
     """
 
     def split(name: str, flag: str) -> Dataset:

@@ -107,7 +107,7 @@ def choose_splits(
 
 
 def write_predictions(output_dir: str, predictions: SquadPredictions) -> None:
-    """Write the answers by question id, and beside them the n best and, for v2, the null score differences."""
+    """Write the answers by question id, the n best answers and, for v2, the null score differences."""
     files = {"predictions.json": predictions.texts, "nbest_predictions.json": predictions.nbest}
     if predictions.null_score_diffs:
         files["null_odds.json"] = predictions.null_score_diffs

@@ -1,20 +1,19 @@
-r"""One-shot pruning of ResNet-20 compared: ``python scripts/study_one_shot.py --checkpoint FILE --dataset DATASET``.
+"""Compare ways to prune ResNet-20 in one go: ``python scripts/study_one_shot.py --checkpoint FILE --dataset DATA``.
 
-Magnitude pruning, the M-FAC paper's procedure and ours, at several sparsities and seeds, without any training
-afterwards. Accuracy is measured on the test images and on 5,000 training images that give no gradients, as the model
-is and after its batch norms were re-estimated on other training images. Damping is chosen among three values for each
-family of methods, by the accuracy on 2,000 training images of which no other number is made, at 80 % with four
-recomputations.
+Magnitude pruning, the M-FAC paper's procedure and ours are compared at several sparsities and seeds, without any
+training afterwards. Accuracy is measured on the test images and on 5,000 training images that give no gradients, as
+the model is and after its batch norms were re-estimated on other training images. For each family of methods, damping
+is the best of three values at 80 % with four recomputations, by the accuracy on 2,000 training images that serve
+nothing else.
 
 Each result is a line of ``OUTPUT/one-shot-resnet20.jsonl`` and is not computed again, so a study that was cut off goes
-on where it stopped, and ``--seeds`` and ``--methods`` add to it. ``OUTPUT/one-shot-resnet20.md`` has the table.
+on where it stopped; other ``--seeds`` and ``--methods`` add to it. ``OUTPUT/one-shot-resnet20.md`` has the table.
 
     python scripts/study_one_shot.py --checkpoint resnet20_cifar10.pth.tar --dataset cifar10 --seeds 0 1 2
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions
-from mfac_hf.training.study import StudyLog, mean_and_deviation
+from mfac_hf.training.study import StudyLog, mean_and_deviation, study_parser
 from mfac_hf.training.vision_arguments import VisionArguments, build_run, split_images, vision_targets
 from mfac_hf.training.vision_run import VisionRun
 
@@ -37,7 +36,7 @@ NUM_HELD_OUT, NUM_TUNING, NUM_BN = 5_000, 2_000, 5_120
 _PAPER = {"selection": "diagonal", "update": "sum", "num_grads": 64, "grad_batch_size": 32}
 _OURS = {"selection": "greedy", "update": "joint"}
 _BATCHES = {**_OURS, "num_grads": 64, "grad_batch_size": 32}
-# 16 recomputations to 90 %, geometric but for rounding, with a stop at each sparsity: 11 of them lead to 80 %
+# 16 recomputations to 90 %, geometric but for rounding, with a stop at each sparsity: 11 of them lead to 80 %.
 _PATH = {0.5: 5, 0.6: 1, 0.7: 2, 0.8: 3, 0.9: 5}
 
 
@@ -46,9 +45,9 @@ class Method:
     """A way to prune.
 
     Attributes:
-        family: methods that share a damping.
-        options: of `PruningOptions`, without damping, seed and recomputations.
-        recomputations: for each sparsity, from the dense model; or, by sparsity, from one to the next.
+        family: name of the methods that share a damping.
+        options: fields of `PruningOptions` other than damping, seed and recomputations.
+        recomputations: number of them from the dense model to each sparsity or, by sparsity, from the one before.
     """
 
     family: str
@@ -71,7 +70,7 @@ METHODS = {
     "ours, 16 x 1000": Method("ours", {**_OURS, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
     "ours, 16 x 64 batches": Method("ours, batches", _BATCHES, _PATH),
 }
-# by family: what the damping is chosen with, at 80 %, and its candidates
+# By family: the method that the damping is chosen with, at 80 %, and its candidates.
 TUNING = {
     "paper": (Method("paper", _PAPER, 4), (1e-6, 1e-5, 1e-4)),
     "ours": (METHODS["ours, 4 x 512"], (1e-6, 1e-5, 1e-4)),
@@ -103,7 +102,7 @@ class Study:
         print(key, {name: value for name, value in row.items() if "accuracy" in name}, flush=True)
 
     def prune(self, masks: MaskSet, sparsity: float, options: PruningOptions) -> dict[str, Any]:
-        """One pruning step; what it took."""
+        """Prune in one step; what it took."""
         source = DataLoaderGradients(
             self.run.gradient_loader(), loss_fn=self.run.loss, batch_size=options.grad_batch_size, seed=options.seed
         )
@@ -111,7 +110,7 @@ class Study:
         return {"seconds": report.seconds, "predicted_loss_increase": report.predicted_loss_increase}
 
     def damping(self, family: str) -> float:
-        """The damping of a family with the best accuracy on the tuning images; tried now if that is not done yet."""
+        """The damping of a family with the best accuracy on the tuning images; what is missing is tried now."""
         if family not in TUNING:
             return 1e-5  # magnitude pruning has none
         method, candidates = TUNING[family]
@@ -188,19 +187,32 @@ def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Compute what is missing, and return the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="dense ResNet-20")
+    parser = study_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="file of a dense ResNet-20")
     parser.add_argument("--dataset", required=True, help="CIFAR-10: 'cifar10' or a directory")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=list(METHODS),
+        metavar="METHOD",
+        help=f"methods to prune with, of {'; '.join(METHODS)} (default: all)",
+    )
+    parser.add_argument(
+        "--sparsities",
+        type=float,
+        nargs="+",
+        default=list(SPARSITIES),
+        choices=SPARSITIES,
+        help="sparsities to prune to (default: all)",
+    )
     args = parser.parse_args(argv)
     run, _ = build_run(VisionArguments("resnet20", dataset=args.dataset, checkpoint=args.checkpoint, progress=False))
     study = Study(run, args.output / "one-shot-resnet20.jsonl", describe_run(argv, run.accelerator.device))
     for seed in args.seeds:
         for name in args.methods:
-            # nothing in magnitude pruning is random
+            # Nothing in magnitude pruning is random.
             study.compare(name, sorted(args.sparsities), 0 if name == "magnitude" else seed)
     text = table(study.log.rows)
     (args.output / "one-shot-resnet20.md").write_text(text)

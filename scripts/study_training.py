@@ -1,16 +1,17 @@
-r"""SGD, Adam and M-FAC on a part of CIFAR-10, tuned equally: ``python scripts/study_training.py --dataset cifar10``.
+"""Compare SGD, Adam and M-FAC with equal tuning: ``python scripts/study_training.py --dataset cifar10``.
 
-Every optimizer gets the same number of learning rates, each tried once and judged on 2,000 training images that are
-not trained on; the best is then run with every seed and judged on the test images, by epoch and by second. Everything
-else is the same for all. ``--checkpoint FILE --sparse`` compares them on the survivors of a pruned model.
+They train a vision model on a part of the training images. Every optimizer has the same number of learning rates; each
+is tried once and judged on 2,000 training images that are not trained on. The best is then run with every seed and
+judged on the test images, by epoch and by second. Everything else is the same for all. ``--checkpoint FILE --sparse``
+compares the optimizers on the survivors of a pruned model.
 
 Each run is a line of ``OUTPUT/training.jsonl`` and is not repeated, so that a longer study can go on from the tuning
-of a shorter one (``--tuning_images``, ``--tuning_nepochs``). ``NAME.md`` has the table, ``NAME.png`` the curves.
+of a shorter one (``--tuning_images``, ``--tuning_nepochs``). ``OUTPUT/NAME.md`` has the table, ``OUTPUT/NAME.png`` the
+curves.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,10 @@ import torch
 import train_vision
 
 from mfac_hf.machine import describe_run
-from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure
+from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure, study_parser
 
-# The values that M-FAC does not tune here were the best of few tries on the demo's task (benchmarks/README.md).
+# By optimizer: flags, and learning rates to try. The other values of M-FAC were the best of few tries on the demo's
+# task (benchmarks/README.md).
 GRIDS: dict[str, tuple[list[str], list[float]]] = {
     "sgd": (["--optim", "sgd", "--momentum", "0.9", "--weightdecay", "5e-4"], [0.01, 0.03, 0.1, 0.2, 0.4]),
     "adam": (["--optim", "adam"], [2e-4, 5e-4, 1e-3, 3e-3, 1e-2]),
@@ -39,7 +41,7 @@ class Study:
     """The runs so far, and what all of them share."""
 
     def __init__(self, shared: Sequence[str], sizes: Mapping[Any, tuple[int, int]], log: Path) -> None:
-        # sizes: images and epochs of a phase, or of (phase, optimizer)
+        # sizes: images and epochs by phase or, for one optimizer, by (phase, optimizer).
         self.shared, self.sizes, self.log = list(shared), sizes, StudyLog(log)
 
     def run(self, optimizer: str, phase: str, lr: float, seed: int) -> dict[str, Any]:
@@ -105,25 +107,34 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Run what is missing, and return the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--nepochs", type=int, default=10)
-    parser.add_argument("--train_images", type=int, default=10_000)
-    parser.add_argument("--tuning_nepochs", type=int, default=None, help="of the tuning runs (default: the same)")
-    parser.add_argument("--tuning_images", type=int, default=None, help="of the tuning runs (default: the same)")
+    parser = study_parser(__doc__)
+    parser.add_argument("--dataset", default="digits", help="as in train_vision.py (default: digits)")
+    parser.add_argument("--model", default="resnet20", help="as in train_vision.py (default: resnet20)")
+    parser.add_argument("--nepochs", type=int, default=10, help="epochs of a final run (default: 10)")
+    parser.add_argument(
+        "--train_images", type=int, default=10_000, help="images to train on in a final run (default: 10000)"
+    )
+    parser.add_argument("--tuning_nepochs", type=int, default=None, help="epochs of a tuning run (default: --nepochs)")
+    parser.add_argument(
+        "--tuning_images", type=int, default=None, help="images to train on in a tuning run (default: --train_images)"
+    )
     parser.add_argument(
         "--mfac_tuning_nepochs",
         type=int,
         default=None,
-        help="of M-FAC's tuning runs (default: as of the others), which say little if the window fills later",
+        help="epochs of a tuning run of M-FAC, whose window may fill later (default: --tuning_nepochs)",
     )
-    parser.add_argument("--checkpoint", default=None, help="weights to start from")
+    parser.add_argument("--checkpoint", default=None, help="file of weights to start from")
     parser.add_argument("--sparse", action="store_true", help="train the survivors of a pruned checkpoint")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS))
-    parser.add_argument("--name", default="training-resnet20", help="of the files")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run finally (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="optimizers to run (default: all)"
+    )
+    parser.add_argument(
+        "--name", default="training-resnet20", help="name of table and picture (default: training-resnet20)"
+    )
     args = parser.parse_args(argv)
     shared = ["--model", args.model, "--dataset", args.dataset]
     shared += [] if args.checkpoint is None else ["--checkpoint", args.checkpoint]

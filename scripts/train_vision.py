@@ -1,8 +1,8 @@
 r"""Train a vision model: ``python scripts/train_vision.py --model resnet20 --dataset DATASET --optim mfac``.
 
-CIFAR ResNets, Wide ResNets and MobileNetV1 with SGD, Adam or M-FAC, through the flags of the M-FAC paper's own
-script. DATASET is ``cifar10``, a name on the Hub, a local directory laid out like the Hub repository, or a folder of
-images; without it, scikit-learn's digits, which need no download:
+It trains CIFAR ResNets, Wide ResNets and MobileNetV1 with SGD, Adam or M-FAC, through the flags of the M-FAC paper's
+own script. DATASET is ``cifar10``, a name on the Hub, a local directory laid out like the Hub repository, or a folder
+of images; without it, the data are scikit-learn's digits, which need no download:
 
     python scripts/train_vision.py --model resnet20 --dataset DATASET --optim mfac --ngrads 512 --weightdecay .003 \
         --batchsize 128 --save rn20-mfac.pth
@@ -10,9 +10,9 @@ images; without it, scikit-learn's digits, which need no download:
     python scripts/train_vision.py --model resnet20 --dataset cifar10 --checkpoint pruned.pth --sparse --optim mfac
 
 The last call trains only the survivors of a pruned checkpoint, and M-FAC's window holds nothing else. Under
-``accelerate launch`` several processes share the work. After each epoch the model goes to ``--save``, and beside it
-accuracy and time to ``.csv`` and ``.json``; ``--resume`` continues a run that was cut off, and ends with the same
-weights to the bit.
+``accelerate launch`` several processes share the work. After each epoch the model is written to the file ``--save``,
+and accuracy and time to files beside it that end in ``.csv`` and ``.json``. ``--resume`` continues a run that was cut
+off, and ends with the same weights to the bit.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TrainArguments(VisionArguments):
         """Learning rate of each epoch.
 
         Raises:
-            ValueError: no epoch, or drops outside the run.
+            ValueError: there is no epoch, or a drop lies outside the run.
         """
         family = next((name for name in _PLANS if self.model.startswith(name)), "resnet")
         epochs, drops = _PLANS[family]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -15,7 +16,16 @@ import yaml  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["StudyLog", "mean_and_deviation", "new_figure", "read_study"]
+__all__ = ["StudyLog", "mean_and_deviation", "new_figure", "read_study", "study_parser"]
+
+
+def study_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a study's flags: ``--output`` is the folder of its results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks"), help="folder of the results (default: %(default)s)"
+    )
+    return parser
 
 
 def read_study(path: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Any]:

@@ -1,29 +1,21 @@
 """The benchmark of the kernels judges rightly; its times are not looked at."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench import kernels
 
 from mfac_hf.ops import build
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def kernels(monkeypatch):
+@pytest.fixture(autouse=True)
+def native():
     if not build.load_native("cpu"):
         pytest.skip(f"no native kernels: {build.native_status('cpu')}")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    from bench import kernels
-
-    yield kernels
-    for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
-        del sys.modules[name]
 
 
-def test_right_kernels_pass_and_are_timed(kernels, monkeypatch, capsys):
+def test_right_kernels_pass_and_are_timed(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "SHAPES", [(7, 8191), (9, 33)])
     monkeypatch.setattr(kernels, "available_bytes", lambda device: 1 << 20)
     results = kernels.benchmark_kernels(CPU, [(5, 1000)], rounds=1)
@@ -40,7 +32,7 @@ def test_right_kernels_pass_and_are_timed(kernels, monkeypatch, capsys):
     assert "4 of 4 passed" in capsys.readouterr().out
 
 
-def test_what_is_not_written_or_wrong_or_changes_does_not_pass(kernels, monkeypatch):
+def test_what_is_not_written_or_wrong_or_changes_does_not_pass(monkeypatch):
     right = kernels.row_dots
 
     def unwritten(grads, x):

@@ -1,20 +1,11 @@
 """The benchmark of the static inverse runs from end to end on small tensors."""
 
-import importlib
-from pathlib import Path
-
 import pytest
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
-    return importlib.import_module("bench.pruning")
+from bench import pruning as bench
 
 
 @pytest.mark.slow
-def test_blocked_and_full(bench, capsys):
+def test_blocked_and_full(capsys):
     assert sum(bench.tensor_sizes()) == 270_896
     blocked = bench.benchmark_blocked(12, 10, rounds=2, sizes=[200, 35])
     full = bench.benchmark_full(12, 3, rounds=2, sizes=[200, 35])

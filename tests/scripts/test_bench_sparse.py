@@ -1,22 +1,13 @@
 """The benchmark of sparse files and inference runs from end to end, on a BERT that is small enough for a test."""
 
-import importlib
 import importlib.util
-from pathlib import Path
 
-import pytest
+from bench import sparse as bench
 
 SMALL = dict(vocab_size=200, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
-    return importlib.import_module("bench.sparse")
-
-
-def test_sizes(bench, monkeypatch, capsys):
+def test_sizes(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "zstandard" else find_spec(name))
     row, sparser = bench.benchmark_sizes(1, (0.9, 0.97), **SMALL)
@@ -29,7 +20,7 @@ def test_sizes(bench, monkeypatch, capsys):
     assert "| 90% | " in capsys.readouterr().out
 
 
-def test_inference(bench, monkeypatch, capsys):
+def test_inference(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find_spec(name))
     rows = bench.benchmark_inference(1, (0.9,), ((2, 16),), **SMALL)

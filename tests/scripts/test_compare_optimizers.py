@@ -1,15 +1,9 @@
 """How a study of optimizers chooses and sums up; the runs themselves are those of run_glue.py and run_squad.py."""
 
-import importlib.util
 import json
-from pathlib import Path
 
+import compare_optimizers as compare
 import pytest
-
-PATH = Path(__file__).parents[2] / "scripts" / "compare_optimizers.py"
-spec = importlib.util.spec_from_file_location("compare_optimizers", PATH)
-compare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare)
 
 GRID = [{"learning_rate": 0.1}, {"learning_rate": 0.2}, {"learning_rate": 0.3}]
 

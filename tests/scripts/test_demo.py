@@ -1,33 +1,21 @@
 """The demonstration, end to end, with a tiny model and very few steps."""
 
-import importlib.util
 import io
 import json
 import math
 import sys
-from pathlib import Path
 
+import demo
 import pytest
 from rich.console import Console
 
 from mfac_hf.training.study import mean_and_deviation
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "demo.py"
 TINY = ["--steps=13", "--batch_size=4", "--num_validation=16", "--hidden_size=8", "--num_grads=5"]
 
 
 @pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # dataclasses and HfArgumentParser resolve annotations through it
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["demo"]
-
-
-@pytest.fixture(scope="module")
-def finished(demo, tmp_path_factory):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     return demo.main([*TINY, "--seeds=2", f"--output_dir={folder}"]), folder
 
@@ -74,7 +62,7 @@ def test_picture_is_a_png(finished):
         assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 20  # something is drawn
 
 
-def test_table_is_computed_from_the_runs(demo, finished):
+def test_table_is_computed_from_the_runs(finished):
     runs, _ = finished
     console = Console(record=True, width=160, file=io.StringIO())
     console.print(demo.make_table(runs))
@@ -86,7 +74,7 @@ def test_table_is_computed_from_the_runs(demo, finished):
     assert "none" in rows["AdamW"] and "none" not in rows["M-FAC"]
 
 
-def test_missing_matplotlib_is_said_and_survived(demo, tmp_path, monkeypatch, capsys):
+def test_missing_matplotlib_is_said_and_survived(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     demo.main([*TINY, "--steps=2", f"--output_dir={tmp_path}"])
     assert "matplotlib is not installed" in capsys.readouterr().out
@@ -94,13 +82,13 @@ def test_missing_matplotlib_is_said_and_survived(demo, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("flag", ["steps", "seeds", "batch_size"])
-def test_impossible_counts_are_refused(demo, flag, tmp_path):
+def test_impossible_counts_are_refused(flag, tmp_path):
     with pytest.raises(ValueError, match=f"--{flag} is 0"):
         demo.main([*TINY, f"--{flag}=0", f"--output_dir={tmp_path / 'never'}"])
     assert not (tmp_path / "never").exists()
 
 
-def test_both_learning_rates_reach_their_optimizers(demo):
+def test_both_learning_rates_reach_their_optimizers():
     args = demo.DemoArguments(mfac_lr=0.25, adamw_lr=0.125)
     model = demo.toy_model(hidden_size=8)
     assert demo.make_optimizer("mfac", model, args).param_groups[0]["lr"] == 0.25

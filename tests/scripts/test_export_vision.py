@@ -1,8 +1,6 @@
 """A vision checkpoint becomes a directory that from_pretrained loads."""
 
-import importlib
-from pathlib import Path
-
+import export_vision
 import pytest
 import torch
 
@@ -12,15 +10,8 @@ from mfac_hf.models import ResNetCifar
 from tests.helpers.sparse_files import assert_same_state
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
-    return importlib.import_module("export_vision")
-
-
 @pytest.mark.parametrize("shortcut", ["conv", "pad"])
-def test_checkpoint_becomes_a_directory(shortcut, script, tmp_path):
+def test_checkpoint_becomes_a_directory(shortcut, tmp_path):
     torch.manual_seed(0)
     model = ResNetCifar(20, 7, 1, shortcut)
     with torch.no_grad():
@@ -28,7 +19,7 @@ def test_checkpoint_becomes_a_directory(shortcut, script, tmp_path):
     name = "layer1.0.conv1.weight"
     masks = {name: model.get_parameter(name) != 0}
     torch.save({"model": model.state_dict(), "normalization": "half", "mask": masks}, tmp_path / "model.pth")
-    script.main([str(tmp_path / "model.pth"), "--model", "resnet20", "--output", str(tmp_path / "out")])
+    export_vision.main([str(tmp_path / "model.pth"), "--model", "resnet20", "--output", str(tmp_path / "out")])
     assert_same_state(ResNetCifar.from_pretrained(tmp_path / "out").state_dict(), model.state_dict())
     assert_same_state(load_sparse(tmp_path / "out"), model.state_dict())
     # what was pruned is what has a mask, not everything that could have been
@@ -37,7 +28,7 @@ def test_checkpoint_becomes_a_directory(shortcut, script, tmp_path):
     assert counts["targets"] == {"numel": masks[name].numel(), "zeros": int((~masks[name]).sum())}
 
 
-def test_what_is_no_checkpoint_is_refused(script, tmp_path, capsys):
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        script.main([str(tmp_path / "nothing.pth"), "--model", "resnet20", "--output", str(tmp_path / "out")])
+        export_vision.main([str(tmp_path / "nothing.pth"), "--model", "resnet20", "--output", str(tmp_path / "out")])
     assert "nothing.pth" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,18 +1,15 @@
 """The study of one-shot pruning: from a study file to the table, without doing anything twice."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import prune_study
 import pytest
 import yaml
 
 from tests.helpers.glue_data import save_classifier, write_glue
 
-PATH = Path(__file__).parents[2] / "scripts" / "prune_study.py"
-spec = importlib.util.spec_from_file_location("prune_study", PATH)
-study_script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study_script)
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,7 @@ def whole_sentences(monkeypatch):
 
 
 def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
-    table = study_script.main([str(study), "--output", str(tmp_path)])
+    table = prune_study.main([str(study), "--output", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
     keys = [json.dumps(row["key"]) for row in rows]
     assert len(set(keys)) == len(keys) == 2 * 2 + 1 + 2 + 2 * 2  # tuning, dense, magnitude, ours
@@ -69,21 +66,21 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| magnitude", "| ours", "| ours"]
     assert "| 50% | 80% |" in lines[0] and (tmp_path / "tiny.md").read_text() == table
 
-    monkeypatch.setattr(study_script, "load_fine_tuned", None)  # nothing is loaded when all is there
-    assert study_script.main([str(study), "--output", str(tmp_path)]) == table
+    monkeypatch.setattr(prune_study, "load_fine_tuned", None)  # nothing is loaded when all is there
+    assert prune_study.main([str(study), "--output", str(tmp_path)]) == table
 
 
 def test_a_study_that_was_cut_off_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
-    table = study_script.main([str(study), "--output", str(tmp_path)])
+    table = prune_study.main([str(study), "--output", str(tmp_path)])
     log = tmp_path / "tiny.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     kept = [row for row in rows if row["key"].get("sparsity") != 0.8]
     assert len(kept) == len(rows) - 3  # magnitude, and ours with 1 and 2 recomputations
     log.write_text("".join(json.dumps(row) + "\n" for row in kept))
     reached = []
-    prune_to = study_script.prune_to
-    monkeypatch.setattr(study_script, "prune_to", lambda *args, **kw: reached.append(args[3]) or prune_to(*args, **kw))
-    assert study_script.main([str(study), "--output", str(tmp_path)]) == table
+    prune_to = prune_study.prune_to
+    monkeypatch.setattr(prune_study, "prune_to", lambda *args, **kw: reached.append(args[3]) or prune_to(*args, **kw))
+    assert prune_study.main([str(study), "--output", str(tmp_path)]) == table
     assert reached == [0.8]
 
     def losses(rows):
@@ -99,7 +96,7 @@ def test_another_point_asks_for_new_results(study, tmp_path):
     for damping in (1e-4, 10.0):
         content["contenders"]["ours"]["grid"] = [{"damping": damping}]
         study.write_text(yaml.safe_dump(content))
-        tables.append(study_script.main([str(study), "--output", str(tmp_path)]))
+        tables.append(prune_study.main([str(study), "--output", str(tmp_path)]))
         rows = [json.loads(line)["key"] for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
     assert [row["point"] for row in rows if row["contender"] == "ours"] == [{"damping": 1e-4}, {"damping": 10.0}]
     assert [row["contender"] for row in rows].count("magnitude") == 1
@@ -114,7 +111,7 @@ def test_another_path_asks_for_new_results(study, tmp_path):
     tables, found = [], []
     for sparsities in ([0.8], [0.5, 0.8], [0.8]):
         study.write_text(yaml.safe_dump(content | {"sparsities": sparsities}))
-        tables.append(study_script.main([str(study), "--output", str(tmp_path)]))
+        tables.append(prune_study.main([str(study), "--output", str(tmp_path)]))
         rows = [json.loads(line)["key"] for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
         found.append([row["path"] for row in rows if row["contender"] == "ours"])
     assert found[1] == [[[0.8, 3]], [[0.5, 1]], [[0.5, 1], [0.8, 2]]]
@@ -123,8 +120,8 @@ def test_another_path_asks_for_new_results(study, tmp_path):
 
 
 def test_one_path_of_substeps_stops_at_every_sparsity():
-    assert study_script.substeps([0.5, 0.8], 4, from_dense=8) == [(0.5, 4), (0.8, 4)]
-    path = study_script.substeps([0.5, 0.6, 0.7, 0.8, 0.9, 0.95], 16, from_dense=8)
+    assert prune_study.substeps([0.5, 0.8], 4, from_dense=8) == [(0.5, 4), (0.8, 4)]
+    path = prune_study.substeps([0.5, 0.6, 0.7, 0.8, 0.9, 0.95], 16, from_dense=8)
     assert sum(steps for _, steps in path) == 16 and all(steps >= 1 for _, steps in path)
     assert path[0] == (0.5, 4)  # a quarter of the way in the logarithm of the density
 
@@ -144,12 +141,12 @@ def test_a_study_that_cannot_be_is_refused_at_once(change, message, study, capsy
     change(content)
     study.write_text(yaml.safe_dump(content))
     with pytest.raises(SystemExit):
-        study_script.main([str(study)])
+        prune_study.main([str(study)])
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((PATH.parent.parent / "benchmarks" / "studies").glob("prune-*.yaml")))
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("prune-*.yaml")))
 def test_shipped_studies_can_be_read(path):
-    study = study_script.load_study(path)
+    study = prune_study.load_study(path)
     budgets = {len(contender["grid"]) for name, contender in study["contenders"].items() if name != "magnitude"}
     assert len(budgets) == 1  # everyone is tuned with as many points

@@ -1,20 +1,16 @@
 """The pruning script: the reference's call, one-shot and gradual runs, pages, resuming, refusals."""
 
 import json
-import sys
 from pathlib import Path
 
+import prune_vision
 import pytest
 import torch
+import train_vision
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import prune_vision  # noqa: E402
-import train_vision  # noqa: E402
-
-from mfac_hf.models import read_checkpoint  # noqa: E402
-from mfac_hf.training.arguments import parse_args  # noqa: E402
-from mfac_hf.training.vision_run import VisionRun  # noqa: E402
+from mfac_hf.models import read_checkpoint
+from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.vision_run import VisionRun
 
 QUIET = ["--progress", "false", "--bn_images", "128"]
 CALL = """--model resnet20 --checkpoint F --data DATASET --nepochs 10 --optim sgd --lr .005 --momentum .9

@@ -1,10 +1,10 @@
 """The GLUE script from end to end, on a random BERT of two layers and synthetic data."""
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
+import run_glue
 import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
@@ -14,16 +14,8 @@ from mfac_hf.tasks import glue
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments, parse_args
 from tests.helpers.glue_data import ROWS, WORDS, make_tokenizer, write_glue
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+RECIPES = Path(run_glue.__file__).parent / "recipes"
 PRUNER = ("--prune_num_grads", "8", "--prune_block_size", "16", "--recomputations", "2")
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        return importlib.import_module("run_glue")
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +48,14 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run(script, model, data, tmp_path):
+def run(model, data, tmp_path):
     """Run the script with the flags that every test shares, then the given ones."""
 
     def call(*flags, task="sst2", output="out", optim="adamw"):
         common = ["--model_name_or_path", model, "--dataset_name", data, "--task_name", task, "--max_seq_length", "32"]
         common += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / output), "--use_cpu"]
         common += ["--optim_name", optim, "--num_grads", "6", "--learning_rate", "1e-3", "--disable_tqdm", "True"]
-        return script.main([*common, "--per_device_train_batch_size", "4", "--num_train_epochs", "2", *flags])
+        return run_glue.main([*common, "--per_device_train_batch_size", "4", "--num_train_epochs", "2", *flags])
 
     return call
 
@@ -138,7 +130,7 @@ def test_regression_predicts_without_training(run, tmp_path):
     assert len(lines) == ROWS and all(0 <= float(line.split("\t")[1]) <= 5 for line in lines)
 
 
-def test_holdout_leaves_the_validation_split_alone(run, script, tmp_path, monkeypatch):
+def test_holdout_leaves_the_validation_split_alone(run, tmp_path, monkeypatch):
     """Training and evaluation share no example, and neither comes from the validation split."""
     seen = {}
 
@@ -147,7 +139,7 @@ def test_holdout_leaves_the_validation_split_alone(run, script, tmp_path, monkey
             seen.update(train=kwargs["train_dataset"], evaluation=kwargs["eval_dataset"])
             super().__init__(**kwargs)
 
-    monkeypatch.setattr(script, "Trainer", Spy)
+    monkeypatch.setattr(run_glue, "Trainer", Spy)
     monkeypatch.setattr(glue, "tokenize", _keep_idx(glue.tokenize))
     results = run("--do_train", "--do_eval", "--holdout_fraction", "0.25", "--max_steps", "1", task="stsb")
     train, held_out = (seen[part]["idx"][:] for part in ("train", "evaluation"))
@@ -227,10 +219,10 @@ def test_bad_input_is_named_before_anything_is_written(flags, task, error, messa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("recipe", sorted(SCRIPTS.glob("recipes/glue_*.yaml")), ids=lambda path: path.name)
-def test_shipped_recipes_parse(recipe, script):
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("glue_*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_parse(recipe):
     """Each names a model and the data, and leaves the task to the command line."""
-    kinds = (ModelArguments, script.GlueArguments, OptimizerArguments, TrainingArguments)
+    kinds = (ModelArguments, run_glue.GlueArguments, OptimizerArguments, TrainingArguments)
     _, data_args, optimizer_args, training_args = parse_args(*kinds, argv=[str(recipe), "--task_name", "cola"])
     assert data_args.dataset_name == "nyu-mll/glue" and training_args.do_train
     assert recipe.stem.split("_")[1] == optimizer_args.optim_name

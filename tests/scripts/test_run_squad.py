@@ -1,12 +1,11 @@
 """The SQuAD script from end to end, on a random BERT of one layer and synthetic data."""
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
+import run_squad
 import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
@@ -16,20 +15,9 @@ from mfac_hf.tasks.squad_metric import SquadMetric, best_null_threshold
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments, parse_args
 from tests.helpers.squad_data import WORDS, make_examples, make_row, make_tokenizer, write_squad
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+RECIPES = Path(run_squad.__file__).parent / "recipes"
 ARTICLES, PER_ARTICLE = 8, 4
 ANSWERS = ("gold", "king")
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("run_squad", SCRIPTS / "run_squad.py")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up there
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_split(seed, *, unanswerable=False):
@@ -87,7 +75,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run(script, model, data, tmp_path):
+def run(model, data, tmp_path):
     """Run the script with the flags that every test shares, then the given ones."""
 
     def call(*flags, source="v1", output="out", optim="adamw"):
@@ -95,13 +83,13 @@ def run(script, model, data, tmp_path):
         common += ["--doc_stride", "6", "--max_query_length", "6", "--cache_dir", str(tmp_path / "cache")]
         common += ["--output_dir", str(tmp_path / output), "--use_cpu", "--disable_tqdm", "True"]
         common += ["--optim_name", optim, "--num_grads", "6", "--learning_rate", "1e-3", "--num_train_epochs", "1"]
-        return script.main([*common, "--per_device_train_batch_size", "4", *flags])
+        return run_squad.main([*common, "--per_device_train_batch_size", "4", *flags])
 
     return call
 
 
 @pytest.fixture
-def seen(script, monkeypatch):
+def seen(monkeypatch):
     """The data sets that the script hands to Trainer."""
     found = {}
 
@@ -110,7 +98,7 @@ def seen(script, monkeypatch):
             found.update(train=kwargs["train_dataset"], evaluation=kwargs["eval_dataset"])
             super().__init__(**kwargs)
 
-    monkeypatch.setattr(script, "Trainer", Spy)
+    monkeypatch.setattr(run_squad, "Trainer", Spy)
     return found
 
 
@@ -270,10 +258,10 @@ def test_gradual_pruning_with_a_teacher_for_both_ends_of_the_answer(run):
     assert len(results["pruning"]["reports"]) == 2
 
 
-@pytest.mark.parametrize("recipe", sorted(SCRIPTS.glob("recipes/squad*.yaml")), ids=lambda path: path.name)
-def test_shipped_recipes_parse(recipe, script):
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("squad*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_parse(recipe):
     """The name of each says the data and the optimizer."""
-    kinds = (ModelArguments, script.SquadArguments, OptimizerArguments, TrainingArguments)
+    kinds = (ModelArguments, run_squad.SquadArguments, OptimizerArguments, TrainingArguments)
     _, data_args, optimizer_args, training_args = parse_args(*kinds, argv=[str(recipe)])
     version, optimizer = recipe.stem.rsplit("_", 1)
     assert data_args.dataset_name == f"rajpurkar/{version}" and optimizer_args.optim_name == optimizer

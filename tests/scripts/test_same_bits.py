@@ -2,17 +2,13 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import same_bits
 import torch
 
 ROOT = Path(__file__).parents[2]
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import same_bits  # noqa: E402
 
 CHANGE = """
 

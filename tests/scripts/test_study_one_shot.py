@@ -1,17 +1,12 @@
 """The one-shot study: what is there is not computed again, and the table has it."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import study_one_shot as study
+import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import study_one_shot as study  # noqa: E402
-import torch  # noqa: E402
-
-from mfac_hf.models import ResNetCifar  # noqa: E402
+from mfac_hf.models import ResNetCifar
 
 SMALL = {"selection": "diagonal", "update": "sum", "num_grads": 4, "grad_batch_size": 4, "block_size": 16}
 

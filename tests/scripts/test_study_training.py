@@ -1,14 +1,9 @@
 """The study of optimizers: equal tuning on held-out images, no run twice, a table and curves."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import study_training as study  # noqa: E402
+import study_training as study
 
 
 @pytest.mark.slow

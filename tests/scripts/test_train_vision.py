@@ -1,19 +1,15 @@
 """The training script: the reference's call, plans, resuming after a kill, sparse optimization."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import train_vision
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import train_vision  # noqa: E402
-
-from mfac_hf.models import ResNetCifar, read_checkpoint  # noqa: E402
-from mfac_hf.training.arguments import parse_args  # noqa: E402
-from mfac_hf.training.vision_run import VisionRun  # noqa: E402
+from mfac_hf.models import ResNetCifar, read_checkpoint
+from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.vision_run import VisionRun
 
 FEW = ["--train_images", "192", "--batchsize", "64", "--ngrads", "4", "--progress", "false"]
 

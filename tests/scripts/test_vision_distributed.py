@@ -1,9 +1,8 @@
 """Vision runs on two processes: they train as one does, and prune alike."""
 
 import os
-import sys
-from pathlib import Path
 
+import prune_vision
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +11,6 @@ from torch import nn
 from mfac_hf.models import ResNetCifar, read_checkpoint
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.vision_runs import digits_run, small_model
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def assert_ranks_agree(tensors):
@@ -53,9 +50,6 @@ def on_a_rank(rank, directory, weights, loss, accuracy):
     assert_ranks_agree(run.bare_model.buffers())
 
     os.chdir(directory)
-    sys.path.insert(0, str(SCRIPTS))
-    import prune_vision
-
     runs, build = [], prune_vision.build_run
     prune_vision.build_run = lambda args: runs.append(build(args)) or runs[-1]
     flags = "--model resnet20 --checkpoint dense.pth --nepochs 1 --sparsities .6 --optim mfac --momentum 0 --ngrads 4"
