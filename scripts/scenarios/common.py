@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 VOCABULARY = 60
+# Ends of the names under which results hold what differs from run to run: times, speeds and peak memory.
+_VARYING = ("seconds", "runtime", "per_second", "ms_per_step", "date", "memory_gib")
 
 
 def shared_data() -> Path | None:
-    """The folder of real data and models, where there is one."""
+    """Return the folder of real data and models, if there is one."""
     named = os.environ.get("MFAC_SHARED_DATA")
     return Path(named) if named else None
 
 
 def tiny_bert(seed: int = 0, layers: int = 2) -> BertForSequenceClassification:
-    """A random BERT of width 32, with dropout, so that a disturbed random state shows."""
+    """Make a random BERT of width 32, with dropout, so that a disturbed random state shows."""
     torch.manual_seed(seed)
     return BertForSequenceClassification(
         BertConfig(
@@ -36,7 +37,7 @@ def tiny_bert(seed: int = 0, layers: int = 2) -> BertForSequenceClassification:
 
 
 def sentences(count: int = 64) -> list[dict[str, Any]]:
-    """Random token ids of random lengths, padded."""
+    """Draw token ids of random lengths, padded."""
     generator = torch.Generator().manual_seed(1)
     data = []
     for i in range(count):
@@ -58,22 +59,14 @@ def zero_most(model: BertForSequenceClassification) -> BertForSequenceClassifica
 
 
 def report_of(report: Any) -> dict[str, Any]:
-    """A `PruningReport` without times."""
+    """Return a `PruningReport` and its masks as a dictionary, without times."""
     return without_times(report.to_dict()) | {"masks": dict(report.masks or {})}
 
 
 def without_times(value: Any) -> Any:
-    """The same without what differs from run to run: times, speeds, and the memory that is free."""
+    """Return the same without what differs from run to run."""
     if isinstance(value, Mapping):
         return {key: without_times(item) for key, item in value.items() if not str(key).endswith(_VARYING)}
     if isinstance(value, list | tuple):
         return [without_times(item) for item in value]
     return value
-
-
-_VARYING = ("seconds", "runtime", "per_second", "ms_per_step", "date", "memory_gib")
-
-
-def by_index(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Tensors by their number."""
-    return dict(enumerate(tensors))

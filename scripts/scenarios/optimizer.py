@@ -12,7 +12,6 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from mfac_hf import MFAC
-from scenarios.common import by_index
 
 __all__ = ["copies", "masks_while_training", "options", "ranks", "resume"]
 
@@ -175,6 +174,6 @@ def _rank(rank: int, folder: Path) -> None:
     optimizer = MFAC(net.parameters(), num_grads=6, damping=1e-3, momentum=0.5)
     losses = train(net, optimizer, range(10))
     weights = [p.full_tensor().detach() for p in net.parameters()]
-    found["fsdp"] = {"losses": losses, "weights": by_index(weights)}
+    found["fsdp"] = {"losses": losses, "weights": weights}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
