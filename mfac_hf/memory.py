@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from mfac_hf.defaults import TOUCHED_EMBEDDING_ROWS
 from mfac_hf.machine import GIB, available_bytes
 
-__all__ = ["MemoryEstimate", "memory_estimate", "require_memory"]
+__all__ = ["MemoryEstimate", "gram_matrix_bytes", "memory_estimate", "require_memory"]
+
+# m x m matrices that a step holds at once, in float64, where it factors anew: the Gram matrix, the factor that is in
+# use, and the one that replaces it with the rows that it is made of.
+GRAM_MATRICES = 4
 
 
 class MemoryEstimate(NamedTuple):
@@ -30,7 +34,7 @@ def memory_estimate(
     *,
     embedding_rows: int | None = TOUCHED_EMBEDDING_ROWS,
 ) -> MemoryEstimate:
-    """Memory of the window that `MFAC` would allocate, m * d numbers for dense parameters.
+    """Memory of the window that `MFAC` would allocate: m * d numbers for dense parameters, and the Gram matrix.
 
     Embedding tables are stored by the rows that each batch looks up. Their number depends on the data: about 250 for
     SST-2 in batches of 32, about 1,500 for SQuAD in batches of 12.
@@ -45,10 +49,12 @@ def memory_estimate(
         The bytes, and a line in words for each part.
 
     Raises:
-        ValueError: if ``num_grads`` or the number of parameters is below 1.
+        ValueError: if ``num_grads`` or the number of parameters is below 1, or ``embedding_rows`` below 0.
     """
     if num_grads < 1:
         raise ValueError(f"num_grads is {num_grads}; expected at least 1")
+    if embedding_rows is not None and embedding_rows < 0:
+        raise ValueError(f"embedding_rows is {embedding_rows}; expected at least 0, or None for dense embeddings")
     lines = []
     total = 0
     if isinstance(model_or_numel, int):
@@ -67,9 +73,18 @@ def memory_estimate(
     if dense + total < 1:
         raise ValueError(f"{dense} parameters to optimize; expected at least 1")
     size = num_grads * dense * window_dtype.itemsize
-    total += size
+    gram = gram_matrix_bytes(num_grads)
+    total += size + gram
     lines.insert(0, f"dense: {num_grads} x {dense:,} x {window_dtype.itemsize} bytes = {size / GIB:.2f} GiB")
+    lines.append(
+        f"Gram matrix and factor: {GRAM_MATRICES} x {num_grads} x {num_grads} x 8 bytes = {gram / GIB:.2f} GiB"
+    )
     return MemoryEstimate(total, "\n".join([*lines, f"total: {total / GIB:.2f} GiB"]))
+
+
+def gram_matrix_bytes(num_grads: int) -> int:
+    """Bytes of the m x m float64 matrices of a step, which lie on the window's first device."""
+    return GRAM_MATRICES * num_grads**2 * torch.float64.itemsize
 
 
 def _input_embeddings(model: nn.Module, parameters: set[nn.Parameter]) -> dict[str, Tensor]:

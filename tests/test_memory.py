@@ -1,6 +1,8 @@
 """What the window costs is said right, before it is allocated, and refused where it does not fit."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 from mfac_hf import MFAC, memory, memory_estimate
 from mfac_hf.fisher.columns import DenseColumns
-from mfac_hf.memory import require_memory
+from mfac_hf.memory import GRAM_MATRICES, require_memory
 
 GIB = 1 << 30
 
@@ -30,10 +32,41 @@ class Tiny(nn.Module):
 
 def test_a_number_of_parameters():
     estimate = memory_estimate(4_400_000, 1024)
-    assert estimate.bytes == 1024 * 4_400_000 * 4
-    assert "1024 x 4,400,000 x 4 bytes" in estimate.breakdown and "total: 16.78 GiB" in estimate.breakdown
-    assert memory_estimate(4_400_000, 1024, torch.bfloat16).bytes == estimate.bytes // 2
-    assert memory_estimate(10, 1, torch.float64).bytes == 80
+    assert estimate.bytes == 1024 * 4_400_000 * 4 + matrices(1024)
+    assert "1024 x 4,400,000 x 4 bytes" in estimate.breakdown and "total: 16.82 GiB" in estimate.breakdown
+    assert "4 x 1024 x 1024 x 8 bytes = 0.03 GiB" in estimate.breakdown
+    assert memory_estimate(4_400_000, 1024, torch.bfloat16).bytes == 1024 * 4_400_000 * 2 + matrices(1024)
+    assert memory_estimate(10, 1, torch.float64).bytes == 80 + matrices(1)
+
+
+def matrices(m):
+    """Gram matrix, factor, the next factor and what it is made of."""
+    return 4 * m * m * 8
+
+
+def test_the_matrices_of_a_step_are_what_it_holds_at_once():
+    """A long window of few numbers: what a step takes beyond it are the m x m matrices."""
+    code = """if True:
+        import torch
+        from pathlib import Path
+        from mfac_hf.fisher.gram import GramMatrix
+        from mfac_hf.fisher.options import WindowOptions
+        from mfac_hf.machine import peak_memory
+
+        m = 2048
+        torch.linalg.cholesky_ex(torch.eye(64, dtype=torch.float64))  # its library takes memory of its own
+        before = peak_memory()
+        gram = GramMatrix(WindowOptions(num_grads=m, damping=1.0))
+        gram.gram_MM.fill_diagonal_(1.0)
+        for pushed in (m, m + 16):  # factored anew in each run of pushes
+            gram.pushed = pushed
+            gram.direction_weights()
+        gram.gram_MM.add_(0.0)  # every page of it was touched
+        print((peak_memory() - before) / (8 * m * m))
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 3.5 < float(result.stdout) < GRAM_MATRICES + 0.5
 
 
 def test_a_model_is_what_the_optimizer_allocates():
@@ -42,25 +75,25 @@ def test_a_model_is_what_the_optimizer_allocates():
     dense = 2 * 16 + 16 * 8 + 8
     table = 64 * 512 * (16 * 4 + 8)
     estimate = memory_estimate(model, 64)
-    assert estimate.bytes == 64 * dense * 4 + table
+    assert estimate.bytes == 64 * dense * 4 + table + matrices(64)
     assert "words: 64 x 512 of 4,096 rows x 16" in estimate.breakdown
-    assert memory_estimate(model, 64, embedding_rows=None).bytes == 64 * (dense + 4096 * 16) * 4
-    assert memory_estimate(model, 64, embedding_rows=10**9).bytes == 64 * dense * 4 + 64 * 4096 * (16 * 4 + 8)
+    assert memory_estimate(model, 64, embedding_rows=None).bytes == 64 * (dense + 4096 * 16) * 4 + matrices(64)
+    whole = memory_estimate(model, 64, embedding_rows=10**9).bytes
+    assert whole == 64 * dense * 4 + 64 * 4096 * (16 * 4 + 8) + matrices(64)
 
     optimizer = MFAC(model.parameters(), num_grads=64)
     model.hidden(model.words(torch.arange(512)) + model.types(torch.zeros(512, dtype=torch.int64))).sum().backward()
     optimizer.step()
     held = optimizer._window.nbytes
-    assert (
-        estimate.bytes <= held <= 64 * dense * 4 + table * 5 // 4
-    )  # room for a quarter more rows than the first batch
+    # Room for a quarter more rows than the first batch has.
+    assert estimate.bytes - matrices(64) <= held <= 64 * dense * 4 + table * 5 // 4
     assert optimizer.window_stats()["window_gib"] == held / GIB
 
 
 def test_a_table_shared_with_an_output_layer_is_dense():
     model = Tiny(tied=True)
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert memory_estimate(model, 8).bytes == 8 * numel * 4
+    assert memory_estimate(model, 8).bytes == 8 * numel * 4 + matrices(8)
     assert "of 4,096 rows" not in memory_estimate(model, 8).breakdown
 
 
@@ -109,6 +142,20 @@ def test_a_step_that_does_not_fit_changes_nothing_and_a_later_one_works(monkeypa
     optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert optimizer._window.count == 1
+
+
+def test_the_first_step_needs_room_for_the_gram_matrix_too(monkeypatch):
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = MFAC([parameter], lr=0.1, num_grads=1000)
+    parameter.grad = torch.ones(3)
+    needed = memory_estimate(3, 1000).bytes
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(MemoryError, match="1000 gradients x 3 parameters .*and 30 MiB for the Gram matrix"):
+        optimizer.step()
+    assert not parameter.any() and not optimizer.state
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
+    optimizer.step()
+    assert parameter.all()
 
 
 def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch):

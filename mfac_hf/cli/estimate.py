@@ -3,8 +3,10 @@
     mfac estimate google/bert_uncased_L-2_H-128_A-2 --num_grads 1024 --dtype bfloat16
     mfac estimate 4400000 --num_grads 512
 
-It reads the configuration of the model and downloads no weights. The time is that of the two passes over the window,
-at the pace that this machine shows on a small window of the same dtype, and of factoring an m x m matrix.
+It reads the configuration of the model and downloads no weights. A checkpoint with a head for pretraining is counted
+with the head of a classifier, with which it is fine-tuned; ``--head`` chooses another. The time is that of the two
+passes over the window, at the pace that this machine shows on a small window of the same dtype, and of factoring an
+m x m matrix.
 """
 
 from __future__ import annotations
@@ -17,6 +19,26 @@ from typing import Any
 from mfac_hf.cli.errors import as_command_error
 from mfac_hf.defaults import MFAC_NUM_GRADS, TOUCHED_EMBEDDING_ROWS
 
+# Names of --head, and the classes of transformers that build a model with such a head.
+HEADS = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "multiple_choice": "AutoModelForMultipleChoice",
+    "image_classification": "AutoModelForImageClassification",
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "pretraining": "AutoModelForPreTraining",
+    "none": "AutoModel",
+}
+# Classes of these endings hold what a task is seldom trained with. Language models that generate are another matter.
+PRETRAINING_HEADS = ("ForMaskedLM", "ForPreTraining", "ForMaskedImageModeling")
+# What is counted in their place: the first that there is.
+FINE_TUNED_HEADS = ("sequence_classification", "image_classification")
+
+# Above this size the factorization is timed at this size, and the time grows with the third power.
+FACTOR_SAMPLE = 2048
 SAMPLE_BYTES = 128 << 20  # larger than the caches
 ROUNDS = 5
 
@@ -30,6 +52,12 @@ def add_parser(commands: Any) -> None:
     )
     estimate.add_argument(
         "model", help="directory or Hub name of a model (config.json is read), or a number of parameters"
+    )
+    estimate.add_argument(
+        "--head",
+        choices=tuple(HEADS),
+        help="head that the model is trained with (default: that of its class, or a classifier's if that is for "
+        "pretraining)",
     )
     estimate.add_argument(
         "--num_grads",
@@ -58,20 +86,35 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
     import torch
 
     from mfac_hf.machine import GIB, available_bytes
-    from mfac_hf.memory import memory_estimate
+    from mfac_hf.memory import gram_matrix_bytes, memory_estimate
 
     with as_command_error():
-        model = int(arguments.model) if arguments.model.isdecimal() else _skeleton(arguments.model)
+        model: Any = int(arguments.model) if arguments.model.isdecimal() else None
+        named = ""
+        if model is None:
+            model, named = _skeleton(arguments.model, arguments.head)
+        elif arguments.head is not None:
+            raise ValueError(f"--head {arguments.head} needs a model; {model} is a number of parameters")
         dtype = getattr(torch, arguments.dtype)
         memory = memory_estimate(model, arguments.num_grads, dtype, embedding_rows=arguments.embedding_rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = available_bytes(device)
-    report: dict[str, Any] = {"bytes": memory.bytes, "device": str(device), "free_bytes": free, "step_seconds": None}
+    report: dict[str, Any] = {
+        "model_class": None if isinstance(model, int) else type(model).__name__,
+        "checkpoint_class": named or None,
+        "bytes": memory.bytes,
+        "device": str(device),
+        "free_bytes": free,
+        "step_seconds": None,
+    }
     if not arguments.no_time:
-        report["step_seconds"] = _step_seconds(memory.bytes, arguments.num_grads, dtype, device)
+        window_bytes = memory.bytes - gram_matrix_bytes(arguments.num_grads)
+        report["step_seconds"] = _step_seconds(window_bytes, arguments.num_grads, dtype, device)
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
+    if report["model_class"] is not None:
+        print(f"counted: {_describe_class(report['model_class'], named)}")
     print(memory.breakdown)
     verdict = "fits" if memory.bytes <= free else "does NOT fit"
     print(f"{verdict}: {free / GIB:.2f} GiB are free on {device} (the model and its training come on top)")
@@ -79,17 +122,79 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
         print(f"about {1000 * report['step_seconds']:.0f} ms in each step on top of forward and backward, window full")
 
 
-def _skeleton(name: str) -> Any:
-    """Build the model from its configuration, without weights."""
+def _describe_class(counted: str, named: str) -> str:
+    """Say in words which class was counted, which one the checkpoint is of, and how to count another."""
+    if named == counted:
+        return f"{counted}, the class of the checkpoint (--head counts another)"
+    of_checkpoint = f"the checkpoint is a {named}" if named else "the configuration names no class"
+    return f"{counted} ({of_checkpoint}; --head counts another)"
+
+
+def _skeleton(name: str, head: str | None) -> tuple[Any, str]:
+    """Build a model from its configuration, without weights.
+
+    Args:
+        name: directory or Hub name of the model.
+        head: key of `HEADS`. None takes the class that the configuration names, or a classifier in its place where
+            that one has a head for pretraining.
+
+    Returns:
+        The model, and the class that the configuration names ("" if none).
+
+    Raises:
+        ValueError: no model can be built from the configuration, or none with this head.
+        OSError: there is no configuration.
+    """
     import torch
     import transformers
 
+    config, named = _configuration(name)
+    own = getattr(transformers, named, None)
+    is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
+    heads = [head] if head else [*FINE_TUNED_HEADS] if named.endswith(PRETRAINING_HEADS) else []
+    builders = [getattr(transformers, HEADS[key]).from_config for key in heads]
+    if head is None:
+        builders.append(own if is_model else transformers.AutoModel.from_config)
+    reasons = []
+    for build in builders:
+        try:
+            with torch.device("meta"):
+                return build(config), named
+        except Exception as error:  # which one is left to chance where a configuration says anything
+            reasons.append(_one_line(error))
+    wanted = f"no model with --head {head}" if head else "no model"
+    raise ValueError(f"{name}: its {type(config).__name__} makes {wanted} ({reasons[-1]})")
+
+
+def _configuration(name: str) -> tuple[Any, str]:
+    """Read the configuration of a model, and the class that it names ("" if none).
+
+    Raises:
+        ValueError: it has another form than that of a configuration.
+        OSError: there is none.
+    """
+    from transformers import AutoConfig
+
     path = Path(name)
-    source = path / "config.json" if path.is_dir() else name
-    config = transformers.AutoConfig.from_pretrained(source)
-    kind = getattr(transformers, str((config.architectures or [""])[0]), None)
-    with torch.device("meta"):
-        return transformers.AutoModel.from_config(config) if kind is None else kind(config)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json; expected the directory of a model")
+    try:
+        source = path / "config.json" if path.is_dir() else name
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"{name} has no configuration of a model ({_one_line(error)})") from error
+    named = config.architectures or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str) or not (named[0] or "_").isidentifier():
+        raise ValueError(
+            f"{name}: architectures is {named!r} in its configuration; expected a list of names of classes"
+        )
+    return config, named[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any) -> float:
@@ -104,7 +209,8 @@ def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any) ->
     window_MD = torch.ones(rows, columns, dtype=dtype, device=device)
     x_D = torch.ones(columns, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     weights_M = torch.ones(rows, dtype=torch.float64, device=device)
-    gram_MM = torch.eye(num_grads, dtype=torch.float64, device=device)
+    size = min(num_grads, FACTOR_SAMPLE)
+    gram_MM = torch.eye(size, dtype=torch.float64, device=device)
     scope = {
         "dots": row_dots,
         "combine": combine,
@@ -117,4 +223,4 @@ def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any) ->
     threads = torch.get_num_threads()
     passes = Timer("dots(g, x); combine(g, w)", globals=scope, num_threads=threads).timeit(ROUNDS).median
     factor = Timer("torch.linalg.cholesky_ex(k)", globals=scope, num_threads=threads).timeit(ROUNDS).median
-    return passes * window_bytes / (window_MD.numel() * dtype.itemsize) + factor
+    return passes * window_bytes / (window_MD.numel() * dtype.itemsize) + factor * (num_grads / size) ** 3

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mfac_hf.fisher.columns import ColumnStore, DenseColumns, Part
 from mfac_hf.fisher.gram import GramMatrix
+from mfac_hf.memory import gram_matrix_bytes
 from mfac_hf.optim.masks import without_masked
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import (
@@ -78,7 +79,8 @@ class ParameterWindow:
             MemoryError: if it does not fit, with the numbers; nothing is allocated then.
         """
         owners = assign_owners(gradients, masks, options.row_sparse, {}, sharing)
-        window = cls(_place_own(gradients, owners, masks, options, sharing), options, sharing=sharing, shards=shards)
+        own = _place_own(gradients, owners, masks, options, sharing, gram_bytes=gram_matrix_bytes(options.num_grads))
+        window = cls(own, options, sharing=sharing, shards=shards)
         window.owners = owners
         return window
 
@@ -191,8 +193,11 @@ def _place_own(
     masks: dict[Tensor, Tensor],
     options: ParameterWindowOptions,
     sharing: dist.ProcessGroup | None,
+    *,
+    gram_bytes: int = 0,
 ) -> dict[Tensor, Placement]:
     """Columns for those new parameters that are this rank's."""
     rank = 0 if sharing is None else dist.get_rank(sharing)
     own = {p: grad for p, grad in new.items() if owners[p].rank == rank}
-    return place(own, masks, options, options.devices(next(iter(new.values())).device))
+    devices = options.devices(next(iter(new.values())).device)
+    return place(own, masks, options, devices, gram_bytes=gram_bytes)

@@ -130,6 +130,8 @@ def place(
     masks: dict[Tensor, Tensor],
     options: ParameterWindowOptions,
     devices: list[torch.device],
+    *,
+    gram_bytes: int = 0,
 ) -> dict[Tensor, Placement]:
     """Columns for parameters that have none yet, judged by their first gradients (a parameter's own, or its shard's).
 
@@ -138,6 +140,7 @@ def place(
         masks: {parameter: bool tensor of its shape, True = keep}, for those that have one.
         options: num_grads, window_dtype and row_sparse.
         devices: to deal the dense columns out to; tables go to the first.
+        gram_bytes: what the first has to have room for beside them, as the Gram matrix comes next.
 
     Raises:
         MemoryError: if they do not fit, with the numbers; nothing is allocated then.
@@ -149,7 +152,8 @@ def place(
     table_bytes = sum(_slot_bytes(tables[p], options) * n * options.num_grads for p, n in slots.items())
     dealt = _deal_out(sizes, devices)
     for device, members in dealt.items():
-        _require_room(sum(sizes[p] for p in members), table_bytes if device == devices[0] else 0, device, options)
+        beside = (table_bytes, gram_bytes) if device == devices[0] else (0, 0)
+        _require_room(sum(sizes[p] for p in members), *beside, device, options)
 
     placements: dict[Tensor, Placement] = {}
     for device, members in dealt.items():
@@ -185,10 +189,14 @@ def _slot_bytes(grad: Tensor, options: ParameterWindowOptions) -> int:
     return grad.shape[1] * options.result_dtype.itemsize + 8
 
 
-def _require_room(dim: int, table_bytes: int, device: torch.device, options: ParameterWindowOptions) -> None:
+def _require_room(
+    dim: int, table_bytes: int, gram_bytes: int, device: torch.device, options: ParameterWindowOptions
+) -> None:
     words = f"{options.num_grads} gradients x {dim:,} parameters in {options.window_dtype}"
     words += f" and {table_bytes >> 20} MiB of embedding rows" if table_bytes else ""
-    require_memory(options.num_grads * dim * options.window_dtype.itemsize + table_bytes, device, words)
+    words += f" and {gram_bytes >> 20} MiB for the Gram matrix and its factor" if gram_bytes >> 20 else ""
+    dense_bytes = options.num_grads * dim * options.window_dtype.itemsize
+    require_memory(dense_bytes + table_bytes + gram_bytes, device, words)
 
 
 def _is_row_sparse(grad: Tensor) -> bool:
