@@ -6,17 +6,31 @@ damping for the size of its gradients.
 Shape suffixes: K matrices, B their rows.
 """
 
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mfac_hf.ops.blocks import spd_inverse, spd_solve
 
-__all__ = ["check_damping", "factor_blocks", "inverse_blocks", "solve_blocks"]
+__all__ = ["check_damping", "factor_blocks", "inverse_blocks", "is_number", "solve_blocks"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of Python or numpy, or a tensor that holds one; texts and booleans are not.
+
+    >>> [is_number(value) for value in (1e-4, 3, torch.tensor(0.5), "1e-4", None, True)]
+    [True, True, True, False, False, False]
+    """
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_damping(value: float) -> float:
     """The damping as a float; a ValueError unless it is a finite number above 0."""
-    if not 0.0 < value < float("inf"):
+    if not is_number(value) or not 0.0 < value < float("inf"):
         raise ValueError(f"damping is {value!r}; expected a finite number above 0 (1e-4 to 1e-7 are usual)")
     return float(value)
 

@@ -1,6 +1,8 @@
 """The options of a gradient window, checked when they are put together."""
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -41,13 +43,16 @@ class WindowOptions:
     window_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_grads, bool) or not isinstance(self.num_grads, int) or self.num_grads < 1:
-            raise ValueError(f"num_grads is {self.num_grads!r}; expected a whole number of gradients, at least 1")
-        check_damping(self.damping)
+        length: Any = self.num_grads
+        if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
+            raise ValueError(f"num_grads is {length!r}; expected a whole number of gradients, at least 1")
+        # Python's own types are what can be saved. This is the way to set a field of a frozen dataclass.
+        object.__setattr__(self, "num_grads", int(length))
+        object.__setattr__(self, "damping", check_damping(self.damping))
         if self.normalize not in NORMALIZATIONS:
             raise ValueError(
                 f"normalize is {self.normalize!r}; expected one of {', '.join(map(repr, NORMALIZATIONS))}"
             )
         if self.window_dtype not in WINDOW_DTYPES:
             allowed = ", ".join(map(str, WINDOW_DTYPES))
-            raise ValueError(f"window dtype is {self.window_dtype}; expected one of {allowed}")
+            raise ValueError(f"window_dtype is {self.window_dtype!r}; expected one of {allowed}")

@@ -3,9 +3,12 @@
 import os
 from typing import Any
 
-from mfac_hf.optim.options import ParameterWindowOptions
+import torch.distributed as dist
 
-__all__ = ["check_group", "check_parameters", "remove_window_options"]
+from mfac_hf.fisher.definite import is_number
+from mfac_hf.optim.options import ParameterWindowOptions, check_bool
+
+__all__ = ["check_group", "check_numbers", "check_parameters", "check_process_group", "remove_window_options"]
 
 
 def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -25,9 +28,20 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
                 f"pass {name} to MFAC itself"
             )
     options = {**defaults, **group}
+    check_numbers(options)
+
+
+def check_numbers(group: dict[str, Any]) -> None:
+    """Refuse options of a group's own, which a user may change at any time, that are out of range.
+
+    Raises:
+        ValueError: names the first option that does not fit.
+    """
     for name, upper in (("lr", float("inf")), ("momentum", 1.0), ("weight_decay", float("inf"))):
-        if not 0.0 <= options[name] < upper:
-            raise ValueError(f"{name} is {options[name]!r}; expected a number in [0, {upper})")
+        value = group.get(name, 0.0)
+        if not is_number(value) or not 0.0 <= value < upper:
+            raise ValueError(f"{name} is {value!r}; expected a number in [0, {upper})")
+    check_bool("decoupled_weight_decay", group.get("decoupled_weight_decay", False))
 
 
 def check_parameters(groups: list[dict[str, Any]]) -> None:
@@ -53,10 +67,35 @@ def check_parameters(groups: list[dict[str, Any]]) -> None:
             raise ValueError(
                 "FSDP1 flattens parameters, which MFAC does not support. Use FSDP2 (fsdp_version: 2) instead"
             )
-    devices = {p.device for p in parameters}
+    for group in groups:
+        _check_listed_once(group)
+    devices = {p.device for p in parameters if p.requires_grad}  # frozen ones may stay elsewhere
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters on several devices ({names}); move the model to one device before building MFAC")
+
+
+def _check_listed_once(group: dict[str, Any]) -> None:
+    """Refuse a tied weight that is listed under each of its names: it would step twice, with two sets of columns."""
+    first: dict[int, int] = {}
+    names = group.get("param_names", [])
+    for position, p in enumerate(group["params"]):
+        if (other := first.setdefault(id(p), position)) != position:
+            both = f" ({names[other]} and {names[position]})" if names else ""
+            raise ValueError(
+                f"the same parameter of shape {tuple(p.shape)} is listed twice in a group, at {other} and {position}"
+                f"{both}: a tied weight. List it once, as model.parameters() does"
+            )
+
+
+def check_process_group(group: Any) -> dist.ProcessGroup | None:
+    """The process group; refuses what is none, before a step calls it."""
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return group
+    raise ValueError(
+        f"process_group is {group!r}; expected one of torch.distributed, such as torch.distributed.group.WORLD once "
+        "init_process_group was called, or None"
+    )
 
 
 def remove_window_options(groups: list[dict[str, Any]]) -> None:

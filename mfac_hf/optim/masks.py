@@ -14,8 +14,14 @@ __all__ = ["check_masks", "check_only_shrink", "without_masked"]
 
 def check_masks(masks: Mapping[Tensor, Tensor], groups: list[dict[str, Any]]) -> None:
     """Raise a ValueError unless these are bool tensors of the shapes of parameters in the groups."""
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"masks is {masks!r:.80}; expected a dictionary {{parameter: bool tensor of its shape}}")
     known = {p for group in groups for p in group["params"]}
     for parameter, mask in masks.items():
+        if not isinstance(parameter, Tensor) or not isinstance(mask, Tensor):
+            raise ValueError(
+                f"masks maps {parameter!r:.80} to {mask!r:.80}; expected a parameter (not its name) and a bool tensor"
+            )
         if parameter not in known:
             raise ValueError(
                 f"a mask for a parameter of shape {tuple(parameter.shape)} that this optimizer does not have"

@@ -23,7 +23,7 @@ from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
 from mfac_hf.fisher.options import MAX_NORM
 from mfac_hf.machine import GIB
 from mfac_hf.optim.gradients import are_finite, read_gradients
-from mfac_hf.optim.groups import check_group, check_parameters, remove_window_options
+from mfac_hf.optim.groups import check_group, check_parameters, check_process_group, remove_window_options
 from mfac_hf.optim.masks import check_masks, check_only_shrink
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
@@ -115,8 +115,8 @@ class MFAC(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             **asdict(self._options),
         }
+        self._process_group = check_process_group(process_group)
         self._forget_window()
-        self._process_group = process_group
         super().__init__(params, defaults)
         check_masks(masks or {}, self.param_groups)
         self._keep_masks(masks or {})

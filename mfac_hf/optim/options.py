@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from mfac_hf.fisher.definite import is_number
 from mfac_hf.fisher.options import WindowOptions
 
-__all__ = ["ParameterWindowOptions"]
+__all__ = ["ParameterWindowOptions", "check_bool"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +33,18 @@ class ParameterWindowOptions(WindowOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.grad_decay < 1.0:
+        if not is_number(self.grad_decay) or not 0.0 <= self.grad_decay < 1.0:
             raise ValueError(f"grad_decay is {self.grad_decay!r}; expected a number in [0, 1)")
+        for name in ("row_sparse", "save_window"):
+            check_bool(name, getattr(self, name))
         device: Any = self.window_device
         if isinstance(device, (list, tuple)):
             if not device:
                 raise ValueError("window_device is an empty list; name at least one device, or leave it out")
-            device = [str(each) for each in device]
+            device = [_device_name(each) for each in device]
         elif device is not None:
-            device = str(device)
+            device = _device_name(device)
+        object.__setattr__(self, "grad_decay", float(self.grad_decay))
         object.__setattr__(self, "window_device", device)  # the way to set a field of a frozen dataclass
 
     @classmethod
@@ -62,3 +66,22 @@ class ParameterWindowOptions(WindowOptions):
     def result_dtype(self) -> torch.dtype:
         """The type of directions, and of table values: float64 in a float64 window, else float32."""
         return torch.float64 if self.window_dtype == torch.float64 else torch.float32
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise a ValueError unless an option is True or False: the text "false" counts as true."""
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's is bool_, or bool since numpy 2
+        raise ValueError(f"{name} is {value!r}; expected True or False")
+
+
+def _device_name(device: Any) -> str:
+    """The name of a device that this machine has."""
+    try:
+        torch.empty(0, device=torch.device(str(device)))
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # as torch says it of each kind of device
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"window_device is {str(device)!r}, which cannot be used here ({reason}); expected None for the "
+            "parameters' device, another such as 'cpu' or 'cuda:0', or a list of devices"
+        ) from None
+    return str(device)

@@ -57,3 +57,47 @@ def test_frameworks_that_partition_gradients_are_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
         MFAC(make_params())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", "1e-4"),
+        ("lr", None),
+        ("lr", True),
+        ("momentum", None),
+        ("momentum", "0.9"),
+        ("weight_decay", [0.1]),
+        ("weight_decay", float("nan")),
+        ("decoupled_weight_decay", "false"),
+        ("process_group", True),
+        ("process_group", "gloo"),
+        ("masks", [True]),
+        ("masks", {"weight": torch.ones(3, dtype=torch.bool)}),
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} (is|maps) .*expected"):
+        MFAC(make_params(), **{name: value})
+
+
+@pytest.mark.parametrize("names", [("a", "b"), None])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_tied_weight_is_listed_once(names):
+    p, other = make_params()[:2]
+    listed = [p, other, p] if names is None else [("a", p), ("c", other), ("b", p)]
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) is listed twice.*tied" if names is None else r"\(a and b\)"):
+        MFAC(listed)
+    optimizer = MFAC([other])
+    with pytest.raises(ValueError, match="listed twice"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_frozen_parameters_may_lie_elsewhere():
+    frozen = nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False)
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = MFAC([p, frozen], num_grads=2)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert bool((p != 0).all())

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
 
@@ -41,3 +42,41 @@ def test_picked_from_the_settings_of_an_optimizer():
         options.damping = 1.0
     with pytest.raises(ValueError, match="grad_decay is 1.0"):
         ParameterWindowOptions.pick({**settings, "grad_decay": 1.0})
+
+
+@pytest.mark.parametrize("value", [numpy.int64(3), numpy.int32(3)])
+def test_whole_numbers_of_any_type(value):
+    options = make(num_grads=value, damping=numpy.float32(0.5), grad_decay=numpy.float64(0.25))
+    assert options == make(num_grads=3, damping=0.5, grad_decay=0.25)
+    assert (type(options.num_grads), type(options.damping), type(options.grad_decay)) == (int, float, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_grads", "3"),
+        ("num_grads", 3.0),
+        ("num_grads", True),
+        ("damping", "1e-3"),
+        ("damping", None),
+        ("damping", float("nan")),
+        ("grad_decay", "0.9"),
+        ("grad_decay", None),
+        ("row_sparse", "false"),
+        ("save_window", None),
+        ("window_dtype", "float32"),
+        ("window_device", "gpu"),
+        ("window_device", ["cpu", "gpu:1"]),
+        ("window_device", 17),
+    ],
+)
+def test_other_types_are_refused_by_name_and_value(name, value):
+    seen = value[-1] if isinstance(value, list) else value
+    with pytest.raises(ValueError, match=f"{name} is '?{seen}'?[;,].*expected"):
+        make(**{name: value})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device of this name")
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="window_device is 'cuda:0', which cannot be used here"):
+        make(window_device="cuda:0")
