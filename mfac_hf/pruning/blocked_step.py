@@ -21,7 +21,7 @@ from mfac_hf.machine import GIB, available_bytes
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.agreement import sum_over_ranks
 from mfac_hf.pruning.damping import Dampings
-from mfac_hf.pruning.gradients import GradientSet, GradientSource
+from mfac_hf.pruning.gradients import Consumer, GradientSet, GradientSource
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.proposal import Level, Proposal
@@ -145,13 +145,16 @@ def mfac_step(
 def _costs(
     step: _Step, groups: Sequence[Sequence[str]], dampings: Dampings
 ) -> tuple[dict[float, dict[str, Tensor]], float]:
-    """Return costs by damping and target, and the mean squared entry of a gradient, taken from the first group."""
-    scale = 0.0
+    """Return costs by damping and target, and the mean squared entry of a gradient.
+
+    That is of all targets where dampings are relative to it, else of the first group.
+    """
+    scale = step.mean_square() if dampings.relative and len(groups) > 1 else 0.0
     costs: dict[float, dict[str, Tensor]] = {}
     for names in groups:
         mean_square = step.visit(names)
         if not costs:
-            scale = mean_square
+            scale = scale or mean_square
             costs = {damping: {} for damping in dampings.absolute(scale)}
         for damping in list(costs):
             try:
@@ -194,6 +197,14 @@ class _Step:
         """
         self.fishers = {}  # frees the present ones first
         self.fishers = {name: self._empty_fisher(self.parameters[name]) for name in names}
+        return self._collect(names, lambda name, rows: self.fishers[name].add(rows))
+
+    def mean_square(self) -> float:
+        """Return the mean squared entry of a gradient over all targets, by a pass of its own."""
+        return self._collect(list(self.parameters), lambda name, rows: None)
+
+    def _collect(self, names: Sequence[str], consume: Consumer) -> float:
+        """Hand gradients that are zero where weights are pruned to ``consume``; return their mean squared entry."""
         everything = {name: bool(self.kept[name].all()) for name in names}
         total = 0.0
 
@@ -201,7 +212,7 @@ class _Step:
             nonlocal total
             if not everything[name]:
                 rows = rows * self.kept[name]
-            self.fishers[name].add(rows)
+            consume(name, rows)
             total += float(torch.linalg.vector_norm(rows)) ** 2
 
         self.gradients.collect({name: self.parameters[name] for name in names}, add)

@@ -169,7 +169,7 @@ class _Substeps:
         if options.method == "magnitude":
             return magnitude_step(self.parameters, masks, levels, options)
         assert self.source is not None  # _check
-        passes = 1 if len(self.groups) == 1 else 2 * len(self.groups)
+        passes = 1 if len(self.groups) == 1 else 2 * len(self.groups) + dampings.relative
         with tqdm(
             desc=f"pruning {step}/{options.recomputations}",
             total=passes * options.num_grads,

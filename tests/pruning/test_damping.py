@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mfac_hf.fisher import BlockedFisher
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
 from mfac_hf.pruning.damping import Dampings, best_proposal
 from mfac_hf.pruning.proposal import Proposal
@@ -75,3 +76,27 @@ def test_the_proposal_is_judged_at_the_last_level_and_taken_at_the_first():
         alone = [proposal(1e-3, {"weight": torch.ones(1)})]
         assert best_proposal(model, dict(model.named_parameters()), alone, None) == (alone[0], [])
     assert float(model.weight.detach()) == 8.0, "a single damping is not tried"
+
+
+@pytest.mark.parametrize("first", ["dense", "fully pruned"])
+def test_groups_of_targets_have_the_dampings_of_all_targets_together(first, model, trained):
+    """Even where the first group has no weight left, and so no gradient."""
+    budget = BlockedFisher.nbytes(model[2].weight.numel(), 8, 16)
+    assert budget >= BlockedFisher.nbytes(model[0].weight.numel(), 8, 16)
+    reports = {}
+    for memory_budget in (None, budget):
+        model.load_state_dict(trained)
+        masks = MaskSet.dense(model, find_targets(model))
+        if first == "fully pruned":
+            masks.update({"0.weight": torch.zeros_like(masks["0.weight"])})
+            masks.apply(model)
+        options = PruningOptions(
+            num_grads=16, block_size=8, damping="auto", loss_samples=24, recomputations=2, memory_budget=memory_budget
+        )
+        reports[memory_budget] = prune_to(model, masks, Spy(loss_samples=24), 0.8, options, progress=False)
+    assert [step["groups"] for step in reports[budget].steps] == [3, 3]
+    for alone, together in zip(reports[budget].steps, reports[None].steps, strict=True):
+        assert alone["damping"] == pytest.approx(together["damping"], rel=1e-5)
+        assert [d["damping"] for d in alone["damping_losses"]] == pytest.approx(
+            [d["damping"] for d in together["damping_losses"]], rel=1e-5
+        )

@@ -1,6 +1,7 @@
 """Files of masks: what they hold to the bit, and files that hold none."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -53,3 +54,106 @@ def test_files_that_hold_no_masks_are_refused(tmp_path):
         save_file(content, file, metadata=header | {"version": "1"})
         with pytest.raises(ValueError, match="damaged"):
             MaskSet.load(file)
+
+
+MASKS = MaskSet({"a.weight": torch.arange(9).view(3, 3) % 3 > 0, "b.weight": torch.arange(20).view(2, 10) % 7 > 2})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_flipped_bit_is_found(seed, tmp_path):
+    file, generator = MASKS.save(tmp_path), random.Random(seed)
+    content = file.read_bytes()
+    for at in generator.sample(range(8 * len(content)), 20):
+        damaged = bytearray(content)
+        damaged[at // 8] ^= 1 << at % 8
+        file.write_bytes(damaged)
+        try:
+            assert MaskSet.load(file) == MASKS  # the bit was none of the masks
+        except ValueError as error:
+            assert str(file) in str(error)
+
+
+def test_a_file_from_before_the_checksum_is_read_and_it_is_said(tmp_path, caplog):
+    file = MASKS.save(tmp_path)
+    with safe_open(file, "pt") as stored:
+        header, bits = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
+    assert len(header.pop("sha256")) == 64
+    save_file(bits, file, metadata=header)
+    assert MaskSet.load(file) == MASKS
+    assert "has no checksum" in caplog.text and str(file) in caplog.text
+
+
+HEADERS = [
+    None,
+    "null",
+    "[]",
+    "[" * 50_000,
+    '{"a": null}',
+    '{"a": [-3, -3]}',
+    '{"a": [9.0]}',
+    '{"a": [true, 9]}',
+    '{"a": 9}',
+]
+HEADERS += [
+    '{"a": [3, 3], "b": [1]}',
+    '{"b": [3, 3]}',
+    '{"a": [4611686018427387905, 4]}',
+    "{",
+    '{"a": ' + str([1] * 99) + "}",
+]
+
+
+@pytest.mark.parametrize("shapes", HEADERS, ids=lambda shapes: str(shapes)[:20])
+def test_headers_that_are_none_are_refused_by_name(shapes, tmp_path):
+    header = {"format": "mfac_hf.masks", "version": "1"} | ({} if shapes is None else {"shapes": shapes})
+    save_file({"a": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "masks.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="masks.safetensors (has|is damaged)"):
+        MaskSet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a": torch.tensor([0, 1], dtype=torch.uint8)},
+        {"a": torch.zeros(2)},
+        {"a": torch.zeros(2, 1, dtype=torch.uint8)},
+        {},
+    ],
+    ids=["bits after the last weight", "another dtype", "another shape", "no masks"],
+)
+def test_tensors_that_are_no_masks_are_refused_by_name(content, tmp_path):
+    header = {"format": "mfac_hf.masks", "version": "1", "shapes": '{"a": [3, 3]}'}
+    save_file(content, tmp_path / "masks.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="masks.safetensors (has|is damaged)"):
+        MaskSet.load(tmp_path)
+
+
+@given(
+    cut=st.integers(0, 400),
+    junk=st.binary(max_size=60),
+    header=st.dictionaries(
+        st.sampled_from(["format", "version", "shapes", "sha256", "a"]),
+        st.sampled_from(
+            ["mfac_hf.masks", "1", '{"a": [3, 3]}', '{"a.weight": [3, 3], "b.weight": [2, 10]}', "{}", ""]
+        ),
+    ),
+    tensors=st.dictionaries(
+        st.sampled_from(["a", "a.weight", "b.weight", ""]),
+        st.sampled_from(
+            [torch.zeros(2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.zeros(0), torch.zeros(())]
+        ),
+    ),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_file_holds_it_is_masks_or_refused_by_name(cut, junk, header, tensors, tmp_path_factory):
+    file = tmp_path_factory.mktemp("masks") / "masks.safetensors"
+    MASKS.save(file)
+    whole = file.read_bytes()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, metadata=header)
+    strange = file.read_bytes()
+    for content in (whole[:cut] + junk + whole[cut + len(junk) :], whole[:cut], junk, strange, strange + junk):
+        file.write_bytes(content)
+        try:
+            MaskSet.load(file)
+        except ValueError as error:
+            assert str(file) in str(error)

@@ -20,7 +20,14 @@ from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.options import PruningKeywords, PruningOptions, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
-from mfac_hf.pruning.trainer.checkpoint import Progress, checkpoint_folder, read_checkpoint, write_checkpoint
+from mfac_hf.pruning.trainer.checkpoint import (
+    Progress,
+    checkpoint_folder,
+    forget_state,
+    read_checkpoint,
+    write_checkpoint,
+    write_state,
+)
 from mfac_hf.pruning.trainer.distillation import Distillation
 from mfac_hf.pruning.trainer.evaluation import mean_loss
 from mfac_hf.pruning.trainer.lr_cycle import LearningRateCycle
@@ -30,6 +37,7 @@ from mfac_hf.pruning.trainer.support import (
     gradient_source,
     refuse_unsupported,
     schedule_in_steps,
+    warn_of_end,
     without_fp16,
 )
 
@@ -108,6 +116,7 @@ class MFACPruningCallback(TrainerCallback):
         self.reports: list[PruningReport] = []
         self._steps = schedule  # the same by steps, once training has begun
         self._reached = 0.0  # the last sparsity of the schedule that was reached
+        self._changed = 0  # the step of the last pruning
         self._pending_log: dict[str, float] = {}  # of the last pruning, for the next log
 
     @property
@@ -146,6 +155,7 @@ class MFACPruningCallback(TrainerCallback):
         check_source(self._source(args, optimizer, dataloader), self.options, parameters, steps.points[0][0])
 
         self._steps, self.masks, self._reached = steps, masks, progress.target
+        self._changed = progress.step
         self.reports = [PruningReport(**report) for report in progress.reports]
         self._pending_log = {}
         self._begin_distillation(args, model, folder, progress)
@@ -153,6 +163,7 @@ class MFACPruningCallback(TrainerCallback):
             masks.clear_optimizer_state(model, optimizer)
         if self.lr_cycle is not None:
             self.lr_cycle.begin([step for step, _ in steps.points], state.max_steps)
+        write_state(args, masks, self._progress())
         masks.attach(model)
 
     def _load_or_begin(
@@ -199,6 +210,9 @@ class MFACPruningCallback(TrainerCallback):
             self._prune(sparsity, args, state, model, optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"])
         # The best model so far has more weights.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self._changed = state.global_step
+        assert self.masks is not None
+        write_state(args, self.masks, self._progress())
         logger.info("step %d: pruned to a sparsity of %.4f", state.global_step, self.sparsity)
 
     def _prune(
@@ -284,22 +298,27 @@ class MFACPruningCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write masks and progress into the checkpoint."""
         assert self.masks is not None
-        if not args.should_save:
-            return
-        progress = Progress(
+        if args.should_save:
+            write_checkpoint(checkpoint_folder(args, state), kwargs["model"], self.masks, self._progress())
+
+    def _progress(self) -> Progress:
+        return Progress(
             schedule=dataclasses.asdict(self.schedule),
             target=self._reached,
             teacher=None if self.distillation is None else self.distillation.mark,
             reports=[report.to_dict() for report in self.reports],
+            step=self._changed,
         )
-        write_checkpoint(checkpoint_folder(args, state), kwargs["model"], self.masks, progress)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the model at the end of training has the sparsity that was reached."""
+        """Say where the schedule was not reached; check that the model has the sparsity that was."""
         assert self.masks is not None
         self.masks.detach()
+        forget_state(args)
+        if self._reached < self.schedule.final:
+            warn_of_end(self._steps, state, self.sparsity)
         if self.distillation is not None:
             self.distillation.end()
         if nonzeros := self.masks.nonzeros(kwargs["model"]):

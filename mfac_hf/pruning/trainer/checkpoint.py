@@ -1,10 +1,17 @@
-"""State of a pruning run in Trainer's checkpoints: masks and a small JSON file, from which it resumes."""
+"""State of a pruning run: masks and a small JSON file, from which it resumes.
+
+Each checkpoint gets both when Trainer calls ``on_save``. By then Trainer has written the model and, with
+``save_total_limit``, has deleted older checkpoints: a run that is killed in between leaves a checkpoint without them.
+So the masks in force lie in ``_pruning`` beside the checkpoints too, from the start of the training and after each
+pruning until the training ends. They change only there, so they are those of any later checkpoint.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import logging
+import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +23,26 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfac_hf.pruning.masks import MaskSet, shortened
+from mfac_hf.pruning.options import PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.storage import read_json, write_json
 
-__all__ = ["PROGRESS_NAME", "Progress", "checkpoint_folder", "fingerprint", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "PROGRESS_NAME",
+    "Progress",
+    "checkpoint_folder",
+    "fingerprint",
+    "forget_state",
+    "read_checkpoint",
+    "write_checkpoint",
+    "write_state",
+]
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_NAME = "pruning.json"
+# Trainer leaves folders that begin with an underscore out when it pushes the output directory.
+_STATE_FOLDER = "_pruning"
 
 
 @dataclass
@@ -32,7 +54,8 @@ class Progress:
         target: the last sparsity of the schedule that was reached; 0 before the first.
         teacher: fingerprint of the teacher that was taken; None without one.
         reports: the report of each pruning so far, as a dictionary.
-        weights: fingerprint of the weights under masks.
+        weights: fingerprint of the weights under masks; empty beside the checkpoints, where no weights are.
+        step: the step of the last pruning, at whose beginning the masks changed; 0 before the first.
     """
 
     schedule: dict[str, Any]
@@ -40,6 +63,26 @@ class Progress:
     teacher: str | None
     reports: list[dict[str, Any]]
     weights: str = ""
+    step: int = 0
+
+    @classmethod
+    def read(cls, file: Path) -> Progress:
+        """Read what :func:`write_state` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or none of its kind.
+        """
+        content = read_json(file)
+        try:
+            progress = cls(**content)
+            SparsitySchedule(tuple(map(tuple, progress.schedule["points"])), progress.schedule["unit"])
+            for report in progress.reports:
+                PruningReport(**report)
+            if not isinstance(progress.target, int | float) or not isinstance(progress.step, int):
+                raise TypeError("target and step are no numbers")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged, or no record of a pruning run: {error}") from error
+        return progress
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -56,12 +99,35 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def write_checkpoint(folder: Path, model: nn.Module, masks: MaskSet, progress: Progress) -> None:
-    """Add masks and progress to a checkpoint; the progress comes last, so that where it is, nothing is missing."""
+    """Add masks and progress to a checkpoint.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    _write(folder, masks, dataclasses.replace(progress, weights=fingerprint(masks.parameters(model).values())))
+
+
+def write_state(args: TrainingArguments, masks: MaskSet, progress: Progress) -> None:
+    """Write the masks in force beside the checkpoints, unless this run or this rank saves nothing.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    if args.should_save and args.save_strategy != "no":
+        folder = Path(str(args.output_dir)) / _STATE_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, masks, progress)
+
+
+def forget_state(args: TrainingArguments) -> None:
+    """Remove what :func:`write_state` wrote: every checkpoint has its own."""
+    if args.should_save:
+        shutil.rmtree(Path(str(args.output_dir)) / _STATE_FOLDER, ignore_errors=True)
+
+
+def _write(folder: Path, masks: MaskSet, progress: Progress) -> None:
     masks.save(folder)
-    progress = dataclasses.replace(progress, weights=fingerprint(masks.parameters(model).values()))
-    half = folder / f"{PROGRESS_NAME}.tmp"
-    half.write_text(json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
-    half.replace(folder / PROGRESS_NAME)
+    write_json(folder / PROGRESS_NAME, dataclasses.asdict(progress))  # last: where it is, nothing is missing
 
 
 def read_checkpoint(
@@ -76,7 +142,8 @@ def read_checkpoint(
 
     Trainer does not tell callbacks where it loaded from. The folder is ``given``, or else the directory in
     ``args.resume_from_checkpoint``, or ``checkpoint-<step>`` in the output directory; the fingerprint of the weights
-    shows whether it is the right one.
+    shows whether it is the right one. A checkpoint whose ``on_save`` was cut off has the state beside it,
+    and gets it now.
 
     Args:
         args: arguments of the training.
@@ -95,21 +162,15 @@ def read_checkpoint(
     """
     named = args.resume_from_checkpoint
     folder = given or (Path(named) if named and Path(named).is_dir() else checkpoint_folder(args, state))
-    if not (folder / PROGRESS_NAME).is_file():
-        raise FileNotFoundError(
-            f"training resumes at step {state.global_step}, but there is no {folder / PROGRESS_NAME}. If the "
-            "checkpoint lies elsewhere, name it: MFACPruningCallback(..., resume_from=DIRECTORY). If it was cut off "
-            "while being saved, resume from the one before. If it comes from a run without this callback, start a new "
-            "run from its model: pruning begins with the zeros that it has"
-        )
-    progress = Progress(**json.loads((folder / PROGRESS_NAME).read_text()))
+    source = _state_of(folder, state.global_step)
+    progress = Progress.read(source / PROGRESS_NAME)
     saved = SparsitySchedule(tuple(map(tuple, progress.schedule["points"])), progress.schedule["unit"])
     if saved != schedule:
         raise ValueError(
             f"the run in {folder} follows the schedule {saved.points} by {saved.unit}, this one {schedule.points} by "
             f"{schedule.unit}; resume with the same, or start a new run from the checkpoint's model"
         )
-    masks = MaskSet.load(folder)
+    masks = MaskSet.load(source)
     if masks.keys() != set(targets):
         raise ValueError(
             f"the run in {folder} prunes {shortened(masks)}, and the targets of this one are {shortened(targets)}; "
@@ -118,10 +179,29 @@ def read_checkpoint(
     parameters = masks.parameters(model)
     masks = MaskSet({name: keep.to(parameters[name].device) for name, keep in masks.items()})
     nonzeros = masks.nonzeros(model)
-    if nonzeros or fingerprint(parameters.values()) != progress.weights:
+    if nonzeros or (source == folder and fingerprint(parameters.values()) != progress.weights):
         nonzero = f" (weights that should be pruned are not zero in {shortened(nonzeros)})" if nonzeros else ""
         raise ValueError(
             f"the model that Trainer resumes with is not the one in {folder}{nonzero}; name the checkpoint that it "
             "was loaded from: MFACPruningCallback(..., resume_from=DIRECTORY)"
         )
+    if source != folder and args.should_save:  # the state beside it will be that of later prunings
+        write_checkpoint(folder, model, masks, progress)
     return folder, masks, progress
+
+
+def _state_of(folder: Path, step: int) -> Path:
+    """Return where the state of a checkpoint lies: in its folder, or beside it if the run was killed while saving."""
+    if (folder / PROGRESS_NAME).is_file():
+        return folder
+    beside = folder.parent / _STATE_FOLDER
+    # Masks that changed at this step or later are not those of the checkpoint.
+    if folder.is_dir() and (beside / PROGRESS_NAME).is_file() and Progress.read(beside / PROGRESS_NAME).step < step:
+        logger.warning("%s was cut off while being saved; its masks are taken from %s", folder, beside)
+        return beside
+    raise FileNotFoundError(
+        f"training resumes at step {step}, but there is no {folder / PROGRESS_NAME}. If the checkpoint lies "
+        "elsewhere, name it: MFACPruningCallback(..., resume_from=DIRECTORY). If it was cut off while being saved, "
+        "resume from the one before. If it comes from a run without this callback, start a new run from its model: "
+        "pruning begins with the zeros that it has"
+    )

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mfac_hf.pruning.trainer.checkpoint import fingerprint
+from mfac_hf.storage import written_aside
 
 __all__ = ["Distillation", "distillation_loss"]
 
@@ -96,12 +98,14 @@ class Distillation:
         self._attach(model, teacher)
 
     def save(self, directory: Path) -> None:
-        """Write the teacher's weights into a directory; a run that is killed meanwhile leaves no half of a file."""
+        """Write the teacher's weights into a directory; a run that is killed meanwhile leaves no half of a file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         assert self.teacher is not None
-        directory.mkdir(parents=True, exist_ok=True)
-        half = directory / f"{TEACHER_NAME}.tmp"
-        save_model(self.teacher, str(half))
-        half.replace(directory / TEACHER_NAME)
+        with written_aside(directory / TEACHER_NAME) as unfinished:
+            save_model(self.teacher, str(unfinished))
 
     def load(self, directory: Path, model: nn.Module, expected: str | None) -> None:
         """Bring back a teacher that :meth:`save` wrote.
@@ -113,7 +117,7 @@ class Distillation:
 
         Raises:
             FileNotFoundError: there is no teacher in the directory.
-            ValueError: it is another teacher, or the run so far had none.
+            ValueError: it is another teacher, or a damaged file, or the run so far had none.
         """
         if expected is None:
             raise ValueError(
@@ -128,7 +132,10 @@ class Distillation:
             )
         self.end()
         teacher = _copy(model)
-        load_model(teacher, str(file))
+        try:
+            load_model(teacher, str(file))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{file} is damaged, or holds another model: {error}") from error
         self.mark = fingerprint(teacher.parameters())
         if self.mark != expected:
             raise ValueError(f"the teacher at {file} is not the one of the interrupted run; bring that one back")

@@ -26,6 +26,7 @@ __all__ = [
     "gradient_source",
     "refuse_unsupported",
     "schedule_in_steps",
+    "warn_of_end",
     "without_fp16",
 ]
 
@@ -75,6 +76,16 @@ def schedule_in_steps(
             last, state.max_steps, steps.sparsity_at(state.max_steps - 1), schedule.final,
         )  # fmt: skip
     return steps
+
+
+def warn_of_end(steps: SparsitySchedule, state: TrainerState, sparsity: float) -> None:
+    """Warn that the training has ended before the last sparsity of its schedule (by steps) was reached."""
+    if state.is_world_process_zero:
+        logger.warning(
+            "training ended at step %d with a sparsity of %.4g; the schedule asks for %g, from step %d on: train on, "
+            "or prune the rest with prune_one_shot",
+            state.global_step, sparsity, steps.final, steps.points[-1][0],
+        )  # fmt: skip
 
 
 def gradient_source(

@@ -221,6 +221,19 @@ class StopAt(TrainerCallback):
         return control
 
 
+@pytest.mark.parametrize("stop", [6, 16])
+def test_a_schedule_whose_end_was_not_reached_is_named_at_the_end(stop, tmp_path, caplog):
+    schedule = SparsitySchedule(((2, 0.3), (5, 0.5), (12, 0.8)))
+    pruning = MFACPruningCallback(schedule, method="magnitude")
+    make_trainer(tmp_path, "sgd", [StopAt(stop), pruning], save_strategy="no").train()
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("mfac_hf.pruning")]
+    if stop == 6:
+        assert len(warnings) == 1
+        assert "ended at step 6 with a sparsity of 0.5; the schedule asks for 0.8, from step 12 on" in warnings[0]
+    else:
+        assert warnings == []
+
+
 def test_distillation_begins_with_the_first_pruning(tmp_path):
     """With hardness 1 the loss right after is the teacher's alone."""
     distillation = Distillation(hardness=1.0)

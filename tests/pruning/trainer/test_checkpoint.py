@@ -140,6 +140,62 @@ def test_the_training_arguments_may_name_the_checkpoint(finished, tmp_path):
     assert differing(weights, weights_of(trainer.model)) == []
 
 
+class CutOff(TrainerCallback):
+    """Ends a run while Trainer saves: older checkpoints are gone, callbacks after this one never hear of it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class StopAt(TrainerCallback):
+    """Ends a run at the beginning of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [4, 8], ids=["before the first pruning", "after two"])
+def test_a_checkpoint_that_was_cut_off_while_being_saved_resumes(step, tmp_path, one_thread, caplog):
+    schedule = SparsitySchedule(((5, 0.3), (7, 0.5))) if step == 4 else SCHEDULE
+    whole, pruned = make_run(tmp_path / "whole", "adamw", schedule=schedule)
+    whole.train()
+    assert not (tmp_path / "whole" / "_pruning").exists(), "nothing is left beside checkpoints that are all whole"
+    trainer = make_trainer(tmp_path, "adamw", [CutOff(step), make_pruning(schedule, lr_cycle=0.1)], save_total_limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    assert list(tmp_path.glob("checkpoint-*")) == [checkpoint] and not (checkpoint / "pruning.json").exists()
+    for cut in (None, CutOff(step + 4)):  # the state stays in reach however often the resumed run ends
+        callbacks = [make_pruning(schedule, lr_cycle=0.1)]
+        resumed = make_trainer(tmp_path, "adamw", [cut, *callbacks] if cut else callbacks, max_steps=16)
+        if cut is None:
+            resumed.add_callback(StopAt(step + 1))
+        with pytest.raises(KeyboardInterrupt):
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert "was cut off while being saved" in caplog.text
+    resumed, pruning = make_run(tmp_path, "adamw", schedule=schedule)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step + 4}"))
+    assert differing(weights_of(whole.model), weights_of(resumed.model)) == []
+    assert pruning.masks == pruned.masks and len(pruning.reports) == len(schedule.points)
+
+
+def test_masks_of_a_later_pruning_do_not_serve_a_checkpoint(finished, tmp_path):
+    shutil.copytree(finished[0] / "checkpoint-8", tmp_path / "checkpoint-8")
+    shutil.copytree(finished[0] / "checkpoint-12", tmp_path / "_pruning")  # pruned last at step 10
+    (tmp_path / "checkpoint-8" / "pruning.json").unlink()
+    trainer, _ = make_run(tmp_path, "distillation")
+    with pytest.raises(FileNotFoundError, match="If it was cut off"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
 def spoil_nothing(folder):
     pass
 
@@ -172,11 +228,21 @@ def spoil_model(folder):
         (lambda folder: (folder / "masks.safetensors").unlink(), {}, FileNotFoundError, "no masks at"),
         (spoil_masks, {}, ValueError, "should be pruned are not zero in bert.encoder"),
         (spoil_model, {}, ValueError, "should be pruned are not zero in bert.encoder"),
+        *[
+            (lambda folder, text=text: (folder / "pruning.json").write_text(text), {}, ValueError, "pruning.json is ")
+            for text in ("{", "[]", "{}", '{"schedule": 1, "target": 0, "teacher": null, "reports": []}')
+        ],
         (spoil_weights, {}, ValueError, "is not the one in .*checkpoint-8; name the checkpoint"),
         (spoil_nothing, {"schedule": SparsitySchedule(((3, 0.3), (7, 0.6)))}, ValueError, "follows the schedule"),
         (spoil_nothing, {"targets": ["query"]}, ValueError, "resume with the same targets"),
         (spoil_teacher, {}, ValueError, "weights were pruned before distillation was asked for"),
         (lambda folder: (folder.parent / "teacher.safetensors").unlink(), {}, FileNotFoundError, "no teacher at"),
+        (
+            lambda folder: (folder.parent / "teacher.safetensors").write_bytes(b"none"),
+            {},
+            ValueError,
+            "teacher.safetensors is damaged",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_refused(spoil, options, error, message, finished, tmp_path):
