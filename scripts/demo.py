@@ -21,7 +21,6 @@ from sklearn.metrics import accuracy_score
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     ProgressCallback,
     Trainer,
@@ -31,7 +30,7 @@ from transformers import (
 from mfac_hf import MFAC
 from mfac_hf.hub.run_records import write_results
 from mfac_hf.tasks.toy import LABEL_NAMES, toy_dataset, toy_model, toy_tokenizer
-from mfac_hf.training.arguments import flag
+from mfac_hf.training.arguments import flag, parse_args
 from mfac_hf.training.study import mean_and_deviation, new_figure
 
 LABELS = {"mfac": "M-FAC", "adamw": "AdamW"}
@@ -227,7 +226,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Train, print the table, and write results and picture."""
     started = time.perf_counter()
-    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(argv)
+    args: DemoArguments = parse_args(DemoArguments, argv=argv, description=__doc__)[0]
     console = Console()
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):

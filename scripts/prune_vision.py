@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     Returns:
         A row for the beginning, each pruning step and each epoch.
     """
-    args: PruneArguments = parse_args(PruneArguments, argv=argv)[0]
+    args: PruneArguments = parse_args(PruneArguments, argv=argv, description=__doc__)[0]
     points, plan = args.steps(), args.plan()
     options = [args.options(step, len(points)) for step in range(len(points))]
     state = load_state(f"{args.prefix}.state", args.to_dict()) if args.resume else None

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         The metrics: Trainer's ``train_*`` and ``eval_*`` values, and the name and value of the metric that selects
         models.
     """
-    run = TrainerRun(GlueArguments, argv)
+    run = TrainerRun(GlueArguments, argv, __doc__)
     data_args, training_args = run.data_args, run.training_args
     task = glue.get_task(data_args.task_name)
     data = glue.load_glue(data_args.dataset_name, task, cache_dir=run.model_args.cache_dir)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         The metrics: Trainer's ``train_*`` and ``eval_*`` values, the name and value of the metric that selects models
         and, for v2 with ``--do_predict``, under ``threshold_search`` what the best threshold would have given.
     """
-    run = TrainerRun(SquadArguments, argv)
+    run = TrainerRun(SquadArguments, argv, __doc__)
     data_args, training_args = run.data_args, run.training_args
     train, evaluation = choose_splits(data_args, training_args, run.model_args.cache_dir)
     if evaluation is not None and training_args.train_sampling_strategy == "group_by_length":

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     Returns:
         A row for each epoch: epoch, learning rate, training loss, test accuracy, seconds.
     """
-    args: TrainArguments = parse_args(TrainArguments, argv=argv)[0]
+    args: TrainArguments = parse_args(TrainArguments, argv=argv, description=__doc__)[0]
     plan = args.plan()
     target = Path(args.save)
     state_path = target.with_name(target.name + ".state")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -84,6 +85,13 @@ class OptimizerArguments:
     save_window: bool = flag(True, "mfac: write the window into checkpoints; without it, a resumed run refills it.")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a description as it is written, and defaults unless they are None, which a flag's text explains."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def recipe_to_flags(path: str | os.PathLike[str], known: Iterable[str]) -> list[str]:
     """Read a YAML or JSON mapping of argument names to values as command line flags.
 
@@ -118,7 +126,9 @@ def recipe_to_flags(path: str | os.PathLike[str], known: Iterable[str]) -> list[
     return flags
 
 
-def parse_args(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_args(
+    *dataclass_types: Any, argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
     """Parse flags, or a recipe followed by flags that override it, into one instance of each dataclass.
 
     Where :class:`OptimizerArguments` is among the types, mfac was chosen and no learning rate was given, the
@@ -127,13 +137,16 @@ def parse_args(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tupl
     Args:
         dataclass_types: dataclasses with disjoint field names.
         argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+        description: text above the flags in ``--help``.
 
     Raises:
         ValueError: an unknown flag or recipe key.
         SystemExit: a missing or malformed flag (argparse prints which).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    parser = HfArgumentParser(
+        dataclass_types, allow_abbrev=False, description=description, formatter_class=HelpFormatter
+    )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         names = [f.name for kind in dataclass_types for f in dataclasses.fields(kind) if f.init]
         argv = recipe_to_flags(argv[0], names) + argv[1:]

@@ -44,6 +44,7 @@ class TrainerRun:
     Args:
         data_arguments: the script's own dataclass of flags.
         argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+        description: text above the flags in ``--help``.
 
     Attributes:
         data_args: the script's own flags.
@@ -56,12 +57,15 @@ class TrainerRun:
         ValueError: a flag is out of range, or one that another needs is missing.
     """
 
-    def __init__(self, data_arguments: type[Any], argv: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, data_arguments: type[Any], argv: Sequence[str] | None = None, description: str | None = None
+    ) -> None:
         self.started, self.argv = time.perf_counter(), argv
         self.arguments = parse_args(
             *(ModelArguments, data_arguments, OptimizerArguments, PruningArguments, GradualArguments),
             TrainingArguments,
             argv=argv,
+            description=description,
         )
         self.model_args: ModelArguments
         self.optimizer_args: OptimizerArguments

@@ -151,3 +151,11 @@ def test_model_without_trainable_parameters(tmp_path):
     layer = nn.Linear(3, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         build_optimizer(layer, OptimizerArguments(), TrainingArguments(output_dir=str(tmp_path)))
+
+
+def test_help_shows_the_description_as_written_and_the_defaults_that_are_values(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(ModelArguments, argv=["--help"], description="First line.\n\n    python script.py")
+    printed = capsys.readouterr().out
+    assert "First line.\n\n    python script.py" in printed
+    assert "(default: main)" in printed and "None" not in printed
