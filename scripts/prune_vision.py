@@ -37,7 +37,7 @@ from mfac_hf.machine import describe_run
 from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
-from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.options import PruningOptions, Scope, Selection, Update
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.training.arguments import flag, parse_args
 from mfac_hf.training.study import new_figure
@@ -80,14 +80,14 @@ class PruneArguments(VisionArguments):
     targets: list[str] | None = flag(
         None, "Regular expressions of the weights to prune; default: classifier, convolutions but 1 x 1 shortcuts."
     )
-    selection: Literal["greedy", "diagonal"] | None = flag(
+    selection: Selection | None = flag(
         None, "greedy (default with blocks) updates all costs after each removed weight; diagonal is the paper's."
     )
-    update: Literal["joint", "sum"] = flag(
+    update: Update = flag(
         PruningOptions.update, "Update of the surviving weights: joint is exact for all removed; sum is the paper's."
     )
     pattern: str = flag(PruningOptions.pattern, "unstructured, 2:4 (any N:M) or block4 (any length).")
-    scope: Literal["global", "uniform"] = flag(
+    scope: Scope = flag(
         PruningOptions.scope, "global ranks the weights of all layers together; uniform prunes all layers alike."
     )
     reestimate_bn: Literal["none", "before", "after", "both"] = flag(
@@ -303,12 +303,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if points[0][1] < masks.sparsity:
         raise ValueError(f"--sparsities {points[0][1]:g}: the model is {masks.sparsity:.4f} sparse already")
     if args.perbatch is not None:
-        options = [budget(asked, args.perbatch, masks) for asked in options]
+        options = [budget(each, args.perbatch, masks) for each in options]
     header = {"arguments": args.to_dict(), **describe_run(argv, run.accelerator.device)}
     pruner = Pruner(args, run, masks, header, state)
     if args.pruner == "mfac":
-        for asked in options:
-            pruner.source.check(asked.num_grads)
+        for each in options:
+            pruner.source.check(each.num_grads)
     first, done = (state["epoch"], state["steps"]) if state is not None else (0, 0)
     if state is None:
         pruner.measure("initial", -1)

@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         default=list(METHODS),
         choices=list(METHODS),
         metavar="METHOD",
-        help=f"methods to prune with, of {'; '.join(METHODS)} (default: all)",
+        help=f"methods to prune with: {', '.join(map(repr, METHODS))} (default: all)",
     )
     parser.add_argument(
         "--sparsities",

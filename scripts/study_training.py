@@ -126,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--checkpoint", default=None, help="file of weights to start from")
     parser.add_argument("--sparse", action="store_true", help="train the survivors of a pruned checkpoint")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run finally (default: 0 1 2)"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of final runs (default: 0 1 2)")
     parser.add_argument(
         "--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="optimizers to run (default: all)"
     )

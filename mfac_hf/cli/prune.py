@@ -40,8 +40,10 @@ def add_parser(commands: Any) -> None:
         "--dataset", help="Hub name of the data, or a directory in the same layout (default: that of the task)"
     )
     data.add_argument("--max-seq-length", type=int, help="tokens of an input at most (default: 128, SQuAD 384)")
-    data.add_argument("--max-train-samples", type=int, help="take gradients from the first N examples only")
-    data.add_argument("--max-eval-samples", type=int, help="evaluate on the first N examples only")
+    data.add_argument(
+        "--max-train-samples", type=int, help="take gradients from N examples only, always the same ones"
+    )
+    data.add_argument("--max-eval-samples", type=int, help="evaluate on N examples only, always the same ones")
     data.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
     _add_method(prune.add_argument_group("method"))
     prune.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")

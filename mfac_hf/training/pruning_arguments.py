@@ -9,7 +9,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from mfac_hf.pruning import Distillation, MFACPruningCallback, SparsitySchedule
-from mfac_hf.pruning.options import PruningOptions, parse_damping
+from mfac_hf.pruning.options import Method, PruningOptions, Scope, Selection, Update, parse_damping
 from mfac_hf.training.arguments import flag
 
 __all__ = ["GradualArguments", "PruningArguments", "build_pruning_callback"]
@@ -20,7 +20,7 @@ class PruningArguments:
     """Whether and how to prune. With --num_train_epochs 0 the model is pruned in one go and not trained."""
 
     sparsity: float | None = flag(None, "Share of the target weights to prune, such as 0.9; without it, none.")
-    prune_method: Literal["mfac", "magnitude"] = flag(PruningOptions.method, "mfac, or magnitude as the baseline.")
+    prune_method: Method = flag(PruningOptions.method, "mfac, or magnitude as the baseline.")
     prune_targets: list[str] | None = flag(
         None, "Regular expressions of parameter names; default: the linear layers of the encoder."
     )
@@ -32,14 +32,14 @@ class PruningArguments:
         str(PruningOptions.damping),
         "Damping of the Fisher, or auto: the value with the lowest loss on held-out training examples.",
     )
-    prune_selection: Literal["greedy", "diagonal"] = flag(
+    prune_selection: Selection = flag(
         PruningOptions.selection, "greedy updates all costs after each removed weight; diagonal is the paper's."
     )
-    prune_update: Literal["joint", "sum"] = flag(
+    prune_update: Update = flag(
         PruningOptions.update, "Update of the surviving weights: joint is exact for all removed; sum is the paper's."
     )
     prune_pattern: str = flag(PruningOptions.pattern, "unstructured, 2:4 (any N:M) or block4 (any length).")
-    prune_scope: Literal["global", "uniform"] = flag(
+    prune_scope: Scope = flag(
         PruningOptions.scope, "global ranks the weights of all targets together; uniform prunes all targets alike."
     )
 

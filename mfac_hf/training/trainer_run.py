@@ -61,12 +61,8 @@ class TrainerRun:
         self, data_arguments: type[Any], argv: Sequence[str] | None = None, description: str | None = None
     ) -> None:
         self.started, self.argv = time.perf_counter(), argv
-        self.arguments = parse_args(
-            *(ModelArguments, data_arguments, OptimizerArguments, PruningArguments, GradualArguments),
-            TrainingArguments,
-            argv=argv,
-            description=description,
-        )
+        kinds = (ModelArguments, data_arguments, OptimizerArguments, PruningArguments, GradualArguments)
+        self.arguments = parse_args(*kinds, TrainingArguments, argv=argv, description=description)
         self.model_args: ModelArguments
         self.optimizer_args: OptimizerArguments
         self.pruning_args: PruningArguments

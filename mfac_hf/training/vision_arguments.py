@@ -123,7 +123,7 @@ def build_run(args: VisionArguments) -> tuple[VisionRun, Checkpoint | None]:
 
 
 def split_images(images: Any, count: int, seed: int, name: str = "count") -> tuple[Any, Any]:
-    """Divide images at random into a part of so many and the rest.
+    """Divide images at random into a part of ``count`` images and the rest.
 
     Args:
         images: a split.
