@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
     "load_tensors",
     "read_json",
+    "read_yaml",
     "save_safetensors",
     "save_tensors",
     "write_json",
@@ -36,8 +35,8 @@ StrPath = str | os.PathLike[str]
 _ZIP_START = b"PK\x03\x04"
 # Ends the name of a file that is not finished.
 _MARK = ".unfinished"
-# How safetensors and torch.save say that the system refused to write.
-_WRITE_FAILURES = ("I/O error", "IoError", "PytorchStreamWriter", "iostream error", "unexpected pos")
+# How safetensors, torch.save and tokenizers say that the system refused to write.
+_WRITE_FAILURES = ("I/O error", "IoError", "PytorchStreamWriter", "iostream error", "unexpected pos", "(os error ")
 
 
 @contextmanager
@@ -75,10 +74,11 @@ def written_directory(path: StrPath) -> Iterator[Path]:
         OSError: a file cannot be written; the error names ``path``.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_MARK}")
+    whole = Path(os.path.abspath(path))  # "." has no name
+    unfinished = whole.with_name(f".{whole.name}.{os.getpid()}{_MARK}")
     try:
         with _named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            whole.parent.mkdir(parents=True, exist_ok=True)
             unfinished.mkdir()
             yield unfinished
             files = [file for file in sorted(unfinished.rglob("*")) if file.is_file()]
@@ -152,6 +152,21 @@ def read_json(path: StrPath) -> Any:
         raise ValueError(f"{path} is no JSON file, or a damaged one: {error}") from error
 
 
+def read_yaml(path: StrPath) -> Any:
+    """Read a YAML file of plain values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML in UTF-8, holds other objects, or is nested too deeply; the message names the file.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML file, or a damaged one: {' '.join(str(error).split())}") from error
+
+
 def load_tensors(path: StrPath) -> Any:
     """Read what ``torch.save`` wrote: plain values and tensors, on the CPU, without running code.
 
@@ -208,7 +223,7 @@ def _named(path: Path) -> Iterator[None]:
         if error.errno is None or (error.filename is not None and _MARK not in str(error.filename)):
             raise  # of another file, or of no file
         raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
-    except (SafetensorError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raise no narrower one
         if not any(words in str(error) for words in _WRITE_FAILURES):
             raise
         raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error

@@ -16,7 +16,6 @@ for each subject.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from typing import Any
 import torch
 from bench import accuracy, kernels, optimizer, pruning, sparse
 from bench.common import describe_machine
+
+from mfac_hf.storage import write_json
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -95,8 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         sparse.print_inference(results["sparse_inference"])
     results["machine"] = describe_machine(device)
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.output, results)
     return results
 
 

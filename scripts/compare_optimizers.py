@@ -31,6 +31,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mfac_hf.storage import write_text
 from mfac_hf.training.study import StudyLog, read_study, study_parser
 
 SCRIPTS = Path(__file__).parent
@@ -63,8 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run_once(study, contender, "final", best, {**shared, **best, "seed": seed}, log)
     summary = summarize(study, log.rows)
     table = format_table(study, summary)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{study['name']}.md").write_text(table)
+    write_text(args.output / f"{study['name']}.md", table)
     print(table)
     return summary
 

@@ -31,7 +31,7 @@ from mfac_hf import MFAC
 from mfac_hf.hub.run_records import write_results
 from mfac_hf.tasks.toy import LABEL_NAMES, toy_dataset, toy_model, toy_tokenizer
 from mfac_hf.training.arguments import flag, parse_args
-from mfac_hf.training.study import mean_and_deviation, new_figure
+from mfac_hf.training.study import mean_and_deviation, new_figure, save_figure
 
 LABELS = {"mfac": "M-FAC", "adamw": "AdamW"}
 COLORS = {"mfac": "tab:red", "adamw": "tab:blue"}
@@ -219,7 +219,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
     print(f"picture: {path}")
 
 

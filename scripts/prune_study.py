@@ -48,6 +48,7 @@ from mfac_hf.pruning.damping import Dampings
 from mfac_hf.pruning.engine import substep_seed
 from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSet
 from mfac_hf.pruning.proposal import Proposal, write_weights
+from mfac_hf.storage import write_text
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
 from mfac_hf.training.study import StudyLog, mean_and_deviation, read_study, study_parser
 
@@ -76,8 +77,7 @@ def main(argv: list[str] | None = None) -> str:
             compare(study, model, {("dense", 1): {}, **chosen}, results)
         points |= chosen
     table = format_table(study, points, results)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{study['name']}.md").write_text(table)
+    write_text(args.output / f"{study['name']}.md", table)
     print(table)
     return table
 

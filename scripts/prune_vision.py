@@ -40,7 +40,7 @@ from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions, Scope, Selection, Update
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.training.arguments import flag, parse_args
-from mfac_hf.training.study import new_figure
+from mfac_hf.training.study import new_figure, save_figure
 from mfac_hf.training.vision_arguments import (
     VisionArguments,
     build_optimizer,
@@ -257,7 +257,7 @@ def draw_plot(log: RunLog) -> None:
     axes.set(xlabel="sparsity of the pruned layers", ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(f"{log.prefix}.png", dpi=120)
+    save_figure(figure, f"{log.prefix}.png", dpi=120)
 
 
 def budget(options: PruningOptions, perbatch: int, masks: MaskSet) -> PruningOptions:

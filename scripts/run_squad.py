@@ -29,6 +29,7 @@ from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
 from mfac_hf.hub_names import SQUAD
+from mfac_hf.storage import write_text
 from mfac_hf.tasks import squad
 from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
@@ -111,10 +112,9 @@ def write_predictions(output_dir: str, predictions: SquadPredictions) -> None:
     files = {"predictions.json": predictions.texts, "nbest_predictions.json": predictions.nbest}
     if predictions.null_score_diffs:
         files["null_odds.json"] = predictions.null_score_diffs
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        (Path(output_dir) / name).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(output_dir) / name, text + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

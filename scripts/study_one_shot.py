@@ -27,6 +27,7 @@ from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.storage import write_text
 from mfac_hf.training.study import StudyLog, mean_and_deviation, study_parser
 from mfac_hf.training.vision_arguments import VisionArguments, build_run, split_images, vision_targets
 from mfac_hf.training.vision_run import VisionRun
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> str:
             # Nothing in magnitude pruning is random.
             study.compare(name, sorted(args.sparsities), 0 if name == "magnitude" else seed)
     text = table(study.log.rows)
-    (args.output / "one-shot-resnet20.md").write_text(text)
+    write_text(args.output / "one-shot-resnet20.md", text)
     print(text)
     return text
 

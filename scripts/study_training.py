@@ -22,7 +22,8 @@ import torch
 import train_vision
 
 from mfac_hf.machine import describe_run
-from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure, study_parser
+from mfac_hf.storage import write_text
+from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure, save_figure, study_parser
 
 # By optimizer: flags, and learning rates to try. The other values of M-FAC were the best of few tries on the demo's
 # task (benchmarks/README.md).
@@ -102,7 +103,7 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     by_epoch.set(xlabel="epoch", ylabel="test accuracy")
     by_second.set(xlabel="seconds of training")
     by_epoch.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     study = Study(shared, sizes, args.output / "training.jsonl")
     results = {optimizer: study.compare(optimizer, args.seeds) for optimizer in args.optimizers}
     text = table(results)
-    (args.output / f"{args.name}.md").write_text(text)
+    write_text(args.output / f"{args.name}.md", text)
     draw(results, args.output / f"{args.name}.png")
     print(text)
     return text

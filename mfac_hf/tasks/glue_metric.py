@@ -17,6 +17,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
 
+from mfac_hf.storage import write_text
 from mfac_hf.tasks.glue import STSB_RANGE, GlueTask, get_task
 
 __all__ = ["GlueMetric", "make_compute_metrics", "predictions_from_outputs", "write_predictions"]
@@ -126,7 +127,6 @@ def write_predictions(output_dir: str | os.PathLike[str], task: GlueTask, split:
     else:
         values = [task.label_names[i] if task.server_names else str(i) for i in predictions.tolist()]
     path = Path(output_dir) / task.server_files[split]
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(values))]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path

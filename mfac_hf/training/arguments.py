@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
 from mfac_hf.optim.mfac import MFAC
+from mfac_hf.schema import check_schema
+from mfac_hf.storage import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +105,17 @@ def recipe_to_flags(path: str | os.PathLike[str], known: Iterable[str]) -> list[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no mapping, or has a key that is no argument.
+        ValueError: the file is no YAML, no mapping of names to plain values, or has a key that is no argument.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {path} is no file; give flags, or a .yaml or .json file as first argument")
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    recipe: Any = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(
             f"recipe {path} holds a {type(recipe).__name__}; expected a mapping of argument names to values"
         )
+    scalar = str | float | bool | None
+    check_schema(recipe, dict[str, scalar | list[scalar] | dict[str, Any]], f"recipe {path}")
     if unknown := sorted(set(map(str, recipe)) - set(known)):
         raise ValueError(
             f"recipe {path} has keys that are no arguments: {', '.join(unknown)}; --help lists what exists"
@@ -141,15 +144,22 @@ def parse_args(
 
     Raises:
         ValueError: an unknown flag or recipe key.
-        SystemExit: a missing or malformed flag (argparse prints which).
+        SystemExit: a missing or malformed flag (argparse prints which), or a recipe of ``sys.argv`` that cannot be
+            read.
     """
+    as_program = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         dataclass_types, allow_abbrev=False, description=description, formatter_class=HelpFormatter
     )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         names = [f.name for kind in dataclass_types for f in dataclasses.fields(kind) if f.init]
-        argv = recipe_to_flags(argv[0], names) + argv[1:]
+        try:
+            argv = recipe_to_flags(argv[0], names) + argv[1:]
+        except (OSError, ValueError) as error:
+            if not as_program:
+                raise
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
     if OptimizerArguments in dataclass_types and TrainingArguments in dataclass_types:
         default = parser.get_default("learning_rate")
         parser.set_defaults(learning_rate=None)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import yaml  # type: ignore[import-untyped]
+from mfac_hf.schema import check_schema
+from mfac_hf.storage import read_yaml, written_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["StudyLog", "mean_and_deviation", "new_figure", "read_study", "study_parser"]
+__all__ = ["StudyLog", "mean_and_deviation", "new_figure", "read_study", "save_figure", "study_parser"]
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:
@@ -28,17 +30,30 @@ def study_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def read_study(path: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Any]:
+class _Row(TypedDict):
+    """What every row of a `StudyLog` has."""
+
+    key: dict[str, Any]
+
+
+def read_study(path: str | os.PathLike[str], keys: Sequence[str], kind: Any = dict[str, Any]) -> dict[str, Any]:
     """Read the YAML file of a study.
+
+    Args:
+        path: the file.
+        keys: names of what has to be there.
+        kind: a ``TypedDict`` of what the study holds (`mfac_hf.schema.check_schema`).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key is missing; the message names the first.
+        ValueError: a key is missing, or a value has the wrong type; the message names the first.
     """
-    study: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    study: Any = read_yaml(path)
+    check_schema(study, dict[str, Any], str(path))
     for key in keys:
         if key not in study:
             raise ValueError(f"{path} has no {key!r}; the head of this script shows what a study looks like")
+    check_schema(study, kind, str(path))
     return study
 
 
@@ -50,24 +65,50 @@ class StudyLog:
 
     Attributes:
         rows: the results so far; ``key`` says what each is a result of.
+
+    Raises:
+        ValueError: the file holds other lines; the message names the first. A last line that was cut off does not
+            count, and gives way to the next result.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.rows: list[dict[str, Any]] = []
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole, newline, self._torn = content.rpartition(b"\n")
+        for number, line in enumerate((whole + newline).splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}, is no JSON, or damaged: {error}") from error
+            check_schema(row, _Row, f"{path}, line {number},")
+            self.rows.append(row)
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The result with this key; None if there is none."""
         return next((row for row in self.rows if row["key"] == key), None)
 
     def add(self, key: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a result to the file, and return it with its key."""
-        self.rows.append({"key": dict(key), **row})
+        """Write a result to the end of the file, whole or not at all, and return it with its key."""
+        added = {"key": dict(key), **row}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-        return self.rows[-1]
+        with self.path.open("ab", buffering=0) as file:  # other runs of the study may add to it too
+            end = file.tell() - len(self._torn)
+            file.truncate(end)
+            self._torn = b""
+            try:
+                _write_all(file, json.dumps(added).encode() + b"\n")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+        self.rows.append(added)
+        return added
+
+
+def _write_all(file: io.FileIO, content: bytes) -> None:
+    while content:  # a file without a buffer may take a part
+        content = content[file.write(content) :]
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
@@ -90,3 +131,9 @@ def new_figure(width: float, height: float) -> Figure | None:
     from matplotlib.figure import Figure  # here, because matplotlib is an optional dependency
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int) -> None:
+    """Save a figure, whole or not at all, in the format that the name of the file ends with."""
+    with written_aside(path) as unfinished:
+        figure.savefig(unfinished, format=Path(path).suffix.removeprefix("."), dpi=dpi)
