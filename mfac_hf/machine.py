@@ -150,7 +150,8 @@ def describe_run(argv: Sequence[str] | None, device: torch.device) -> dict[str, 
         device: the device that the run computes on.
 
     Returns:
-        Command line, package versions, device, threads and peak memory, as plain JSON types.
+        Command line, package versions, device, threads and peak memory, as plain JSON types; of a run of several
+        processes also their number (``ranks``) and what started them (``launcher``).
     """
     import torch
 
@@ -166,7 +167,49 @@ def describe_run(argv: Sequence[str] | None, device: torch.device) -> dict[str, 
     }
     if device.type == "cuda":
         record["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    if (ranks := _ranks()) > 1:
+        record["ranks"] = ranks
+        if (launcher := _launcher()) is not None:
+            record["launcher"] = launcher
     return record
+
+
+def _ranks() -> int:
+    """Count the processes of the run, whichever way they were started."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    return int(world_size) if world_size.isdecimal() else 1
+
+
+def _launcher() -> str | None:
+    """Find the words that stand before the program in the command that started all ranks; None if it was no launcher.
+
+    ``torchrun`` and ``accelerate launch`` are the parents of the ranks. Where the parent's command does not name the
+    program, this is a command of ``torchrun`` with the same numbers of ranks.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    import shlex
+
+    import psutil
+
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        command = []
+    program = os.path.basename(sys.argv[0])
+    for end, word in enumerate(command):
+        if end > 1 and os.path.basename(word) == program:
+            words = command[:end]
+            if words[1] != "-m":
+                words = words[1:]  # the interpreter that runs the launcher
+            return shlex.join(relative_paths(_without_tokens([os.path.basename(words[0]), *words[1:]])))
+    local, ranks = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = f" --nnodes {ranks // local}" if ranks > local else ""
+    return f"torchrun{nodes} --nproc_per_node {local}"
 
 
 def relative_paths(value: Any) -> Any:

@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, with code 2 for unknown arguments and 0 after `--help`.
     """
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     arguments = _parser().parse_args(argv)
+    arguments.argv = argv  # a sub-command records how it was called
     try:
         arguments.run(arguments)
     except CommandError as error:

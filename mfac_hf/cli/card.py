@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mfac_hf.cli.errors import CommandError, as_command_error
+from mfac_hf.storage import read_json, read_yaml, write_text, written_aside
 
 
 def add_parser(commands: Any) -> None:
@@ -48,7 +49,8 @@ def add_fact_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="result files, one for each seed; the first is that of the weights (default: results.json beside them)",
+        help="result files, one for each seed; the first is that of the weights (default: results.json beside them, "
+        "or pruning.json)",
     )
     parser.add_argument(
         "--dense", type=Path, nargs="+", default=[], metavar="FILE", help="result files of the model before pruning"
@@ -70,20 +72,24 @@ def add_fact_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_card(arguments: argparse.Namespace) -> None:
-    from mfac_hf.hub.card import build_card
+    from mfac_hf.hub.card import build_card, check_facts
 
     with as_command_error():
         if arguments.facts is not None:
-            facts = json.loads(arguments.facts.read_text(encoding="utf-8"))
+            facts = read_json(arguments.facts)
+            check_facts(facts, str(arguments.facts))
             folder = arguments.output or arguments.facts.parent
         else:
             facts = collect_facts(arguments, arguments.model)
             folder = arguments.output or arguments.model
         card = build_card(facts, arguments.repo_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        if arguments.facts is None:
-            (folder / "card.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        card.save(folder / "README.md")
+        if arguments.facts is not None:
+            write_text(folder / "README.md", str(card))
+        else:
+            # Both are complete before the first takes its name.
+            with written_aside(folder / "card.json") as facts_file, written_aside(folder / "README.md") as card_file:
+                facts_file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                card_file.write_text(str(card), encoding="utf-8")
     print(folder / "README.md")
 
 
@@ -94,9 +100,12 @@ def collect_facts(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
 
     results = arguments.results
     if results is None:
-        results = [model / "results.json"]
-        if not results[0].is_file():
-            raise CommandError(f"--results is missing, and {results[0]} is no file")
+        results = [path for name in ("results.json", "pruning.json") if (path := model / name).is_file()][:1]
+        if not results:
+            raise CommandError(
+                f"--results is missing, and {model / 'results.json'} is no file (nor pruning.json, which mfac prune "
+                "writes)"
+            )
     options = CardOptions(
         name=arguments.name,
         model_class=arguments.model_class,
@@ -109,9 +118,7 @@ def collect_facts(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 
 def _read_caveats(path: Path) -> list[str]:
-    import yaml  # type: ignore[import-untyped]
-
-    caveats = yaml.safe_load(path.read_text(encoding="utf-8"))
+    caveats = read_yaml(path)
     if not isinstance(caveats, list) or not all(isinstance(text, str) for text in caveats):
         raise CommandError(f"--caveats {path}: expected a YAML list of sentences")
     return caveats

@@ -4,24 +4,30 @@
 
 MODEL is the directory or Hub name of a model that is fine-tuned on the task. DIR gets the pruned model and its
 tokenizer, which `from_pretrained` reads as before; `masks.safetensors`, which keeps the model sparse in training that
-follows; and `pruning.json`, the report and the metrics before and after.
+follows; and `pruning.json`, the report, the metrics before and after and what it takes to repeat the run. `mfac card`
+and `mfac push` take DIR as it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mfac_hf.cli.errors import CommandError
 from mfac_hf.pruning.options import Method, PruningOptions, Scope, Selection, Update
+from mfac_hf.storage import write_json, written_directory
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.options import PruningReport
     from mfac_hf.training.fine_tuned import FineTuned
 
 _EVAL_BATCH_SIZE = 64
+# Flags about the data that `pruning.json` records.
+_DATA = ("dataset", "max_seq_length", "max_train_samples", "max_eval_samples")
 
 
 def add_parser(commands: Any) -> None:
@@ -76,8 +82,7 @@ def _add_method(group: Any) -> None:
 
 def _run_prune(arguments: argparse.Namespace) -> None:
     """Check what can be checked at once, then load, prune, save and show."""
-    if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
-        raise CommandError(f"{arguments.output} exists and is no empty directory; name a new one")
+    started = time.perf_counter()
     from mfac_hf.pruning.engine import check_targets, prune_to
     from mfac_hf.pruning.gradients import DataLoaderGradients
     from mfac_hf.pruning.masks import MaskSet
@@ -86,6 +91,7 @@ def _run_prune(arguments: argparse.Namespace) -> None:
     from mfac_hf.training.fine_tuned import load_fine_tuned
 
     try:
+        _check_output(arguments.output)
         options = _options(arguments)
         check_sparsity(arguments.sparsity)
         tuned = load_fine_tuned(
@@ -109,14 +115,23 @@ def _run_prune(arguments: argparse.Namespace) -> None:
         )
         if options.method == "mfac":
             source.check(options.num_grads)
-        arguments.output.mkdir(parents=True, exist_ok=True)
         before = None if arguments.no_eval else tuned.evaluate()
         report = prune_to(tuned.model, masks, source, arguments.sparsity, options)
         after = None if arguments.no_eval else tuned.evaluate()
+        _save(arguments, tuned, report, {"before": before, "after": after}, started)
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        raise CommandError(str(error)) from error
-    _save(arguments, tuned, report, before, after)
+        raise CommandError(" ".join(str(error).split())) from error
     _show(tuned, report, before, after)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a directory that has something in it, or cannot be written to."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CommandError(f"{output} exists and is no empty directory; name a new one")
+    whole = Path(os.path.abspath(output))
+    nearest = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise CommandError(f"{output} cannot be made: {nearest} is no directory, or not writable")
 
 
 def _options(arguments: argparse.Namespace) -> PruningOptions:
@@ -142,23 +157,34 @@ def _save(
     arguments: argparse.Namespace,
     tuned: FineTuned,
     report: PruningReport,
-    before: dict[str, float] | None,
-    after: dict[str, float] | None,
+    metrics: Mapping[str, dict[str, float] | None],
+    started: float,
 ) -> None:
-    """Write model, tokenizer, masks and `pruning.json`."""
+    """Write model, tokenizer, masks and `pruning.json`, all of them or nothing."""
+    from mfac_hf.machine import describe_run, relative_paths
+
     assert report.masks is not None
-    tuned.model.save_pretrained(arguments.output)
-    tuned.tokenizer.save_pretrained(arguments.output)
-    report.masks.save(arguments.output)
+    device = tuned.trainer.args.device
+    described = describe_run(arguments.argv, device)
     record = {
-        "model": arguments.model,
+        "model": relative_paths(arguments.model),
+        "model_is_local": Path(arguments.model).exists(),
         "task": arguments.task,
+        "evaluated_on": tuned.evaluated_on,
         "metric": tuned.metric,
-        "before": before,
-        "after": after,
+        **metrics,
+        "data": relative_paths({name: getattr(arguments, name) for name in _DATA}),
         "pruning": report.to_dict(),
+        "seed": arguments.seed,
+        **described,
+        "command": ["mfac", *described["command"][1:]],
+        "wall_seconds": round(time.perf_counter() - started, 2),
     }
-    (arguments.output / "pruning.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with written_directory(arguments.output) as folder:
+        tuned.model.save_pretrained(folder)
+        tuned.tokenizer.save_pretrained(folder)
+        report.masks.save(folder)
+        write_json(folder / "pruning.json", record)
 
 
 def _show(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,22 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from mfac_hf import __version__
+from mfac_hf.hub.adapter import adapter_directory, describe_adapter, is_adapter
 from mfac_hf.hub.architecture import describe_architecture
+from mfac_hf.hub.companions import custom_architecture, read_configuration
 from mfac_hf.hub.inventory import describe_weights, file_sizes
 from mfac_hf.hub.run_records import MissingResultsError, read_run
+from mfac_hf.sparse.directory import SPARSE_FILE
 
-__all__ = ["CardOptions", "collect"]
+__all__ = ["CardOptions", "check_consistent", "collect", "is_worthwhile"]
 
 # A model counts as sparse from this share of zeros; fewer come about by themselves.
 SPARSE_FROM = 0.05
 # By so much the sparsity of the weights may differ from the one that the run reports.
 SPARSITY_TOLERANCE = 0.01
+# A sparse file is pushed beside the ordinary one where it is smaller than this share of it.
+WORTHWHILE = 0.9
+_FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".th", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -71,52 +77,108 @@ def collect(
     Raises:
         MissingResultsError: there is no run, a file lacks results, or sparse weights lack dense results.
         FileNotFoundError: a result file or the model is missing.
-        ValueError: the runs belong to different tasks or to other weights.
+        ValueError: the runs belong to different tasks or to other weights, or a dense one records a pruning.
     """
     if not runs:
         raise MissingResultsError("no result file: a card needs the results.json of at least one run")
     options = options or CardOptions()
-    architecture = describe_architecture(model, options.model_class)
-    weights = describe_weights(model)
-    targets = weights["targets"]
+    described = _describe(model, options)
+    targets = described["weights"]["targets"]
     sparsity = targets["zeros"] / targets["numel"] if targets["numel"] else 0.0
-    sparse = sparsity >= SPARSE_FROM
-    read = [read_run(run, sparsity=sparsity, strict=strict) for run in runs]
-    dense = [read_run(run) for run in options.dense]
-    _check_consistent(read, dense)
+    sparse = described["sparse"]
+    read = [read_run(run, sparsity=sparsity if targets["numel"] else None, strict=strict) for run in runs]
+    dense = [_read_dense(run) for run in options.dense]
+    check_consistent(read, dense)
+    if again := [run["seed"] for run in dense if run in read]:
+        raise ValueError(
+            f"the run of seed {again[0]} is given as a result and as dense; leave it out of the dense ones"
+        )
     if strict and sparse and not dense and any(run["dense_metrics"] is None for run in read):
         raise MissingResultsError(
             f"{sparsity:.1%} of the weights are zero, and the results of the dense model are missing: give its result "
             "files too (dense=..., --dense)"
         )
-    _check_sparsity(read[0], sparsity)
+    if "adapter" not in described["model"]:
+        _check_sparsity(read, sparsity)
     return {
         "name": options.name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).resolve().name),
-        "model": architecture,
-        "sparse": sparse,
-        "weights": weights,
-        "files": file_sizes(model, sparse),
+        **described,
         "latency": None,
         "runs": read,
         "dense_runs": dense,
-        "base_model": _hub_name(read[0]["base_model"]),
+        "base_model": _hub_name(read[0]),
         "caveats": list(options.caveats),
         "license": options.license,
         "mfac_hf": __version__,
     }
 
 
-def _check_sparsity(run: dict[str, Any], sparsity: float) -> None:
-    """Raise ValueError unless the run pruned to the sparsity of the weights."""
-    steps = (run["pruning"] or {}).get("steps")
-    if steps and abs(steps[-1]["sparsity"] - sparsity) > SPARSITY_TOLERANCE:
+def _describe(model: nn.Module | str | os.PathLike[str], options: CardOptions) -> dict[str, Any]:
+    """Describe class, weights and files of a model, or of an adapter."""
+    if is_adapter(model):
+        with adapter_directory(model) as directory:
+            adapter = describe_adapter(directory)
+        return {"model": adapter["model"], "sparse": False, "weights": adapter["weights"], "files": adapter["files"]}
+    architecture = custom_architecture(_configuration(model)) if options.model_class is None else None
+    if architecture is None:
+        architecture = describe_architecture(model, options.model_class)
+    weights = describe_weights(model)
+    targets = weights["targets"]
+    sparse = targets["zeros"] >= SPARSE_FROM * targets["numel"] > 0
+    files = file_sizes(model, sparse)
+    small = files.get(SPARSE_FILE)
+    if small is not None and len(files) > 1 and not is_worthwhile(small, sum(files.values()) - small):
+        del files[SPARSE_FILE]
+    return {"model": architecture, "sparse": sparse, "weights": weights, "files": files}
+
+
+def is_worthwhile(sparse: int, dense: int) -> bool:
+    """Whether a sparse file of so many bytes is pushed beside ordinary files of so many bytes."""
+    return sparse < WORTHWHILE * dense
+
+
+def _configuration(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the configuration of a model as plain JSON types; empty where it has none."""
+    if isinstance(model, nn.Module):
+        config: Any = getattr(model, "config", None)
+        if not callable(getattr(config, "to_dict", None)):
+            return {}
+        return {**config.to_dict(), "architectures": [type(model).__name__]}
+    path = Path(model) / "config.json"
+    return read_configuration(path) if path.is_file() else {}
+
+
+def _read_dense(source: Any) -> dict[str, Any]:
+    """Read a result file of the model before pruning."""
+    run = read_run(source)
+    if run["pruning"] is not None:
+        name = "a record that was given as dense" if isinstance(source, Mapping) else str(source)
+        steps = run["pruning"]["steps"]
+        reached = f" to a sparsity of {steps[-1]['sparsity']:.4f}" if steps and "sparsity" in steps[-1] else ""
         raise ValueError(
-            f"the run pruned to {steps[-1]['sparsity']:.4f} and the weights have a sparsity of {sparsity:.4f}: the "
-            "first result file is not that of these weights"
+            f"{name} records a pruning{reached}, so it is none of the dense model: leave it out of the dense results"
         )
+    return run
 
 
-def _check_consistent(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
+def _check_sparsity(runs: list[dict[str, Any]], sparsity: float) -> None:
+    """Raise ValueError unless the runs pruned to the sparsity of the weights, or none of them pruned."""
+    for number, run in enumerate(runs):
+        steps = (run["pruning"] or {}).get("steps")
+        if (run["pruning"] is None) != (runs[0]["pruning"] is None):
+            raise ValueError(
+                f"the result files do not belong together: of seeds {runs[0]['seed']} and {run['seed']} one records a "
+                "pruning and the other none; results of the dense model belong to dense (dense=..., --dense)"
+            )
+        if steps and abs(steps[-1].get("sparsity", sparsity) - sparsity) > SPARSITY_TOLERANCE:
+            which = "first result file" if number == 0 else f"result file of seed {run['seed']}"
+            raise ValueError(
+                f"the run pruned to {steps[-1]['sparsity']:.4f} and the weights have a sparsity of {sparsity:.4f}: "
+                f"the {which} is not that of these weights"
+            )
+
+
+def check_consistent(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
     """Raise ValueError unless all runs measure the same thing, with different seeds."""
     first = runs[0]
     for run in (*runs, *dense):
@@ -134,9 +196,15 @@ def _check_consistent(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -
             raise ValueError(f"the result files repeat a seed: {seeds}; give each run once")
 
 
-def _hub_name(base_model: str | None) -> str | None:
-    """Return the name of the pretrained model if it can be one on the Hub, None if it is a directory."""
-    if base_model is None or Path(base_model).exists() or base_model.count("/") > 1:
+def _hub_name(run: Mapping[str, Any]) -> str | None:
+    """Return the name of the pretrained model if it can be one on the Hub, None if it is a file or directory."""
+    base_model: str | None = run["base_model"]
+    if base_model is None or run.get("base_model_is_local"):
+        return None
+    # Runs before these records said where the model came from: what looks like a path, or is one here, is none.
+    if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or base_model.endswith(_FILE_ENDINGS):
+        return None
+    if Path(base_model).exists():
         return None
     try:
         validate_repo_id(base_model)

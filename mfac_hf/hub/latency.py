@@ -23,11 +23,16 @@ ROUNDS = 15
 def with_latency(facts: Mapping[str, Any], model: nn.Module | str | os.PathLike[str]) -> dict[str, Any]:
     """Return the facts of a card with the latency of the model that they are about, measured now.
 
+    The directory of an adapter, or of a model with code of its own, is not measured.
+
     Args:
         facts: what `mfac_hf.hub.facts.collect` returned.
         model: the model, or a directory that holds it.
     """
-    loaded = model if isinstance(model, nn.Module) else load_model(model, facts["model"]["class"])
+    described = facts["model"]
+    if not isinstance(model, nn.Module) and ("adapter" in described or described.get("custom_code")):
+        return dict(facts)  # needs the base model, or runs code of strangers
+    loaded = model if isinstance(model, nn.Module) else load_model(model, described["class"])
     return {**facts, "latency": measure_latency(loaded, facts["sparse"])}
 
 
@@ -46,6 +51,10 @@ def measure_latency(model: nn.Module, sparse: bool) -> dict[str, Any]:
     model = model.eval()
     device = next(model.parameters()).device
     example, what, tokens = _example(model, device)
+    # An encoder-decoder needs what the decoder has written so far.
+    decoded = (
+        {"decoder_input_ids": example} if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else {}
+    )
     contenders = {"dense": model}
     layers = 0
     if sparse:
@@ -55,7 +64,7 @@ def measure_latency(model: nn.Module, sparse: bool) -> dict[str, Any]:
     for _ in range(ROUNDS + 1):
         for key, contender in contenders.items():
             started = time.perf_counter()
-            contender(example)
+            contender(example, **decoded)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[key].append(time.perf_counter() - started)
@@ -77,5 +86,7 @@ def _example(model: nn.Module, device: torch.device) -> tuple[Tensor, str, int]:
     if hasattr(config, "vocab_size"):
         length = min(128, getattr(config, "max_position_embeddings", 128))
         return torch.randint(0, config.vocab_size, (1, length), device=device), f"1 x {length} tokens", length
-    image = torch.randn(1, getattr(config, "num_channels", 3), 32, 32, device=device)
-    return image, "1 image of 32 x 32", 1
+    size = getattr(config, "image_size", 32)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    image = torch.randn(1, getattr(config, "num_channels", 3), height, width, device=device)
+    return image, f"1 image of {height} x {width}", 1

@@ -5,31 +5,28 @@ push_to_hub("outputs/sst2-90", "user/sst2-90", card="outputs/sst2-90/card.json")
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from mfac_hf.hub.card import build_card
-from mfac_hf.hub.facts import CardOptions, collect
+from mfac_hf.hub.adapter import ADAPTER_FILE, adapter_directory, is_adapter
+from mfac_hf.hub.card import build_card, check_facts
+from mfac_hf.hub.client import PushError, commit
+from mfac_hf.hub.companions import find_companions
+from mfac_hf.hub.facts import CardOptions, collect, is_worthwhile
 from mfac_hf.hub.latency import with_latency
 from mfac_hf.sparse.directory import SPARSE_FILE, dense_files, find_weights
 from mfac_hf.sparse.files import save_sparse
+from mfac_hf.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,27 +36,11 @@ __all__ = ["PushError", "push_run", "push_to_hub"]
 Source: TypeAlias = nn.Module | str | os.PathLike[str]
 Card: TypeAlias = ModelCard | Mapping[str, Any] | str | os.PathLike[str]
 
-# Files that belong to a model beside its weights; training state, predictions and pickles are never pushed.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    ),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
-    *("masks.safetensors", "results.json"),
-)
 # Weight files of an earlier push, which from_pretrained might find first.
-_WEIGHTS = re.compile(r"^(model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model.*|sparse\.safetensors)$")
-# A sparse file is pushed beside the ordinary one where it is smaller than this share of it.
-WORTHWHILE = 0.9
-
-
-class PushError(RuntimeError):
-    """The Hub refused a push, or could not be reached; the message says whether anything arrived."""
+_WEIGHTS = re.compile(
+    r"^(model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model.*|sparse\.safetensors"
+    r"|adapter_model\.(safetensors|bin)|adapter_config\.json)$"
+)
 
 
 @overload
@@ -101,8 +82,9 @@ def push_to_hub(
     """Push a model in one commit: either everything arrives or the repository stays as it was.
 
     The repository gets the ordinary ``model.safetensors`` (or its shards) for ``from_pretrained``, beside it
-    ``sparse.safetensors`` where the weights are sparse, configuration, tokenizer and the card. Weight files of an
-    earlier push that are not part of this one are deleted in the same commit.
+    ``sparse.safetensors`` where the weights are sparse, configuration, tokenizer, code of the model's own and the
+    card, which names the files that are pushed. Of a model with an adapter (peft) the adapter alone is pushed. Weight
+    files of an earlier push that are not part of this one are deleted in the same commit.
 
     Args:
         model_or_directory_or_trainer: a model of transformers or with ``PyTorchModelHubMixin``, or any other module;
@@ -124,8 +106,9 @@ def push_to_hub(
         ValueError: ``repo_id`` is no valid name, or the card is not that of the weights, or a Trainer's weights are
             spread over ranks.
         MissingResultsError: results that the card needs are missing.
-        FileNotFoundError: the directory holds no model.
-        PushError: no network, no or a wrong token, or the Hub refused. Local files are as they were.
+        FileNotFoundError: the directory holds no model, or lacks code that its configuration names.
+        PushError: no network, no or a wrong token, or the Hub refused or took too long. Local files are as they were;
+            the message says whether anything has changed on the Hub, or that this is not known.
     """
     try:
         validate_repo_id(repo_id)
@@ -138,8 +121,22 @@ def push_to_hub(
         raise TypeError("card is missing: give a card, the facts that it is made from, or a results.json")
     with tempfile.TemporaryDirectory() as folder:
         files = _files(source, Path(folder), sparse_only)
-        text = str(_card(card, source, repo_id, sparse_only))
-        return _commit(api or HfApi(), repo_id, files, text, private, revision)
+        text = str(_card(card, source, repo_id, sparse_only, files))
+        return _push(files, text, repo_id, api or HfApi(), private, revision)
+
+
+def _push(
+    files: Mapping[str, Path], card: str, repo_id: str, api: HfApi, private: bool | None, revision: str | None
+) -> CommitInfo:
+    return commit(
+        api,
+        repo_id,
+        {**files, "README.md": card.encode()},
+        message="Model and card from mfac_hf",
+        stale=_WEIGHTS,
+        private=private,
+        revision=revision,
+    )
 
 
 def _push_trainer(
@@ -170,18 +167,19 @@ def _push_trainer(
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     if card is None:
         card = facts_of_trainer(trainer, name=repo_id.rpartition("/")[2])
-    with tempfile.TemporaryDirectory() as folder:
-        save_sparse(model, folder)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as others:
+        files = _files(model, Path(folder), sparse_only)
         if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(folder)
-        return push_to_hub(
-            folder,
+            trainer.processing_class.save_pretrained(others)  # all that it writes belongs to it
+            written = [path for path in sorted(Path(others).rglob("*")) if path.is_file()]
+            files |= {path.relative_to(others).as_posix(): path for path in written}
+        return _push(
+            files,
+            str(_card(card, model, repo_id, sparse_only, files)),
             repo_id,
-            card=_card(card, model, repo_id, sparse_only),
-            api=api or HfApi(token=args.hub_token),
-            private=args.hub_private_repo if private is None else private,
-            revision=args.hub_revision if revision is None else revision,
-            sparse_only=sparse_only,
+            api or HfApi(token=args.hub_token),
+            args.hub_private_repo if private is None else private,
+            args.hub_revision if revision is None else revision,
         )
 
 
@@ -203,20 +201,36 @@ def push_run(trainer: Trainer) -> None:
     push_to_hub(args.output_dir, repo_id, card=facts, api=HfApi(token=args.hub_token), revision=args.hub_revision)
 
 
-def _card(card: Card, model: Source, repo_id: str, sparse_only: bool) -> ModelCard:
-    """Return the card, built if facts or results are given."""
+def _card(card: Card, model: Source, repo_id: str, sparse_only: bool, files: Mapping[str, Path]) -> ModelCard:
+    """Return the card, built if facts or results are given; it names the weight files that are pushed."""
     if isinstance(card, ModelCard):
         return card
-    facts: Any = card if isinstance(card, Mapping) else json.loads(Path(card).read_text(encoding="utf-8"))
-    if "runs" not in facts:
+    facts: Any = card if isinstance(card, Mapping) else read_json(card)
+    if isinstance(facts, Mapping) and "runs" in facts:
+        check_facts(facts, "the facts of the card" if isinstance(card, Mapping) else str(card))
+    else:
         options = CardOptions(name=repo_id.rpartition("/")[2])
-        facts = with_latency(collect([facts], model=model, options=options), model)
-    return build_card(facts, repo_id, sparse_only=sparse_only)
+        facts = with_latency(collect([card], model=model, options=options), model)
+    pushed = {name: path.stat().st_size for name, path in files.items() if _is_weights(name)}
+    return build_card({**facts, "files": pushed}, repo_id, sparse_only=sparse_only)
+
+
+def _is_weights(name: str) -> bool:
+    return _WEIGHTS.match(name) is not None and not name.endswith(".json")
 
 
 def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
     """List the files to upload by their names in the repository; write to ``folder`` those that do not exist yet."""
     directory = folder if isinstance(model, nn.Module) else Path(model)
+    if is_adapter(model):
+        if sparse_only:
+            raise ValueError("an adapter has no sparse file: push it without sparse_only (--sparse-only)")
+        if isinstance(model, nn.Module):
+            with adapter_directory(model) as written:
+                shutil.copytree(written, folder, dirs_exist_ok=True)
+        if not (directory / ADAPTER_FILE).is_file():
+            raise FileNotFoundError(f"{directory} has no {ADAPTER_FILE}: save the adapter anew with save_pretrained")
+        return {ADAPTER_FILE: directory / ADAPTER_FILE, **find_companions(directory)}
     if isinstance(model, nn.Module):
         sparse = save_sparse(model, folder, sparse_only=sparse_only)
     elif find_weights(directory) == [directory / SPARSE_FILE]:
@@ -229,67 +243,8 @@ def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
     else:
         sparse = save_sparse(directory, folder)  # one that lies there may be older than the weights
     weights = [] if sparse_only else dense_files(directory)
-    if sparse_only or sparse.stat().st_size < WORTHWHILE * sum(path.stat().st_size for path in weights):
+    if sparse_only or is_worthwhile(sparse.stat().st_size, sum(path.stat().st_size for path in weights)):
         weights.append(sparse)
     if len(weights) > 2 or (weights and weights[0].name != "model.safetensors" and weights[0] != sparse):
         weights.append(directory / "model.safetensors.index.json")
-    companions = [directory / name for name in COMPANIONS]
-    return {path.name: path for path in (*weights, *companions) if path.is_file()}
-
-
-def _commit(
-    api: HfApi, repo_id: str, files: Mapping[str, Path], card: str, private: bool | None, revision: str | None
-) -> CommitInfo:
-    """Upload files and card, and delete the weight files of an earlier push."""
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    operations += [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    operations.append(CommitOperationAdd("README.md", card.encode()))
-    with _explained(repo_id):
-        api.whoami()  # wrong tokens and dead networks show here, before anything is made
-        repo_id = _repository(api, repo_id, private, revision)
-        present = set(api.list_repo_files(repo_id, revision=revision))
-        operations += [CommitOperationDelete(name) for name in sorted(present - files.keys()) if _WEIGHTS.match(name)]
-        return api.create_commit(repo_id, operations, commit_message="Model and card from mfac_hf", revision=revision)
-
-
-def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """Make the repository and its branch where they are missing; return the name with its namespace."""
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
-        raise PushError(
-            f"{repo_id} exists and is public; private=True would not change that. Nothing was uploaded: make it "
-            "private in its settings, or choose another name"
-        )
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return repo_id
-
-
-@contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Raise a PushError that says what to do for each error of the client."""
-    try:
-        yield
-    except PushError:
-        raise
-    except LocalTokenNotFoundError as error:
-        raise PushError(f"pushing to {repo_id} needs a token: run `hf auth login`, or set HF_TOKEN") from error
-    except OfflineModeIsEnabled as error:
-        raise PushError(f"HF_HUB_OFFLINE is set, so nothing was pushed to {repo_id}: unset it") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        reason = "the token is wrong or expired: run `hf auth login`" if status == 401 else str(error)
-        if status == 403:
-            reason = f"the token may not write there: {error}"
-        raise PushError(
-            f"the Hub refused the push to {repo_id} ({status}): {reason}. No file of the repository has changed"
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise PushError(
-            f"the Hub cannot be reached ({type(error).__name__}: {error}). No file of {repo_id} has changed; try again"
-        ) from error
-    except (RuntimeError, ValueError) as error:  # what the client makes of a refused or malformed upload
-        raise PushError(
-            f"the push to {repo_id} failed: {error} ({error.__cause__ or 'no other cause'}). No file of the "
-            "repository has changed"
-        ) from error
+    return {path.name: path for path in weights if path.is_file()} | find_companions(directory)

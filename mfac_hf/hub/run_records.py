@@ -1,31 +1,44 @@
 """Result files of runs: `write_results` writes one, and `read_run` reads every kind into the form that cards need.
 
-The kinds are the ``results.json`` of ``scripts/run_glue.py`` and ``run_squad.py``, which `write_results` writes, and
-the log (``PREFIX.json``) of ``scripts/train_vision.py`` and ``prune_vision.py``.
+The kinds are the ``results.json`` of ``scripts/run_glue.py`` and ``run_squad.py``, which `write_results` writes, the
+``pruning.json`` of `mfac prune`, and the log (``PREFIX.json``) of ``scripts/train_vision.py`` and ``prune_vision.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mfac_hf.hub_names import GLUE, SQUAD, VISION
+from mfac_hf.hub.errors import MissingResultsError
+from mfac_hf.hub.schemas import PrunedFile, ResultsFile, Run, VisionLog
+from mfac_hf.hub.vision_log import read_log
+from mfac_hf.hub_names import GLUE, SQUAD
 from mfac_hf.machine import describe_run, relative_paths
+from mfac_hf.schema import check_schema
+from mfac_hf.storage import read_json, write_json
 
-__all__ = ["MissingResultsError", "metrics_of", "pruning_facts", "read_run", "write_results"]
+__all__ = [
+    "MissingResultsError",
+    "metrics_of",
+    "perplexities",
+    "pruning_facts",
+    "read_run",
+    "used_settings",
+    "write_results",
+]
 
 # Trainer's evaluation reports these beside metrics.
 _NO_METRICS = (
     *("loss", "runtime", "samples_per_second", "steps_per_second"),
     *("model_preparation_time", "jit_compilation_time"),
 )
-TRAINING_SETTINGS = (
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+_TRAINING_SETTINGS = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "n_gpu", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16"),
 )
 _DATA = ("max_seq_length", "doc_stride", "max_train_samples", "max_eval_samples")
@@ -36,13 +49,16 @@ SCHEDULE_SETTINGS = (
     *("distillation_hardness", "distillation_temperature", "teacher_name_or_path"),
 )
 _COMMON = ("command", "versions", "device", "threads", "wall_seconds", "peak_memory_gib")
+# Records have these where there was something to say.
+_SOMETIMES = ("ranks", "launcher")
 _NEEDED = ("metrics", "seed", "command", "versions", "device", "optimizer")
+_EMPTY: dict[str, Any] = {
+    **{"task": None, "split": None, "metrics": {}, "dataset": None, "base_model": None, "training": {}},
+    **{"pruning": None, "dense_metrics": None},
+}
+_MAX_EXPONENT = 700  # exp of more is no double
 UNTRAINED = "none (pruned without training)"
-SAME_SPARSITY = 1e-3  # the steps of a schedule lie further apart
-
-
-class MissingResultsError(ValueError):
-    """The result files lack something that a card has to say."""
+NOT_TRAINED = "none: the model was not trained in this run"
 
 
 def read_run(
@@ -64,38 +80,87 @@ def read_run(
     Raises:
         FileNotFoundError: there is no such file.
         MissingResultsError: the file lacks results that a card needs; the message names them.
-        ValueError: the file is no JSON object.
+        ValueError: the file is no JSON object, or one of another form, or a metric is no finite number.
     """
     name = "the given record" if isinstance(source, Mapping) else str(source)
-    record: Any = source
-    if not isinstance(source, Mapping):
-        try:
-            record = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} is no JSON file: {error}") from error
+    record: Any = source if isinstance(source, Mapping) else read_json(source)
     if not isinstance(record, Mapping):
         raise ValueError(f"{name} holds a {type(record).__name__}; expected an object, as the scripts write it")
-    if "metrics" in record:
-        run = dict(record)  # read before
-    else:
-        run = _from_log(record, name, sparsity) if "rows" in record else _from_results(record)
-        run |= {key: record.get(key) for key in _COMMON}
+    run = _read(record, name, sparsity)
     lacking = [key for key in _NEEDED if run.get(key) in (None, {}, []) and (strict or key != "metrics")]
     if lacking:
+        again = "prune again without --no-eval" if _is_pruned(record) else "run the script with --do_eval"
         raise MissingResultsError(
-            f"{name} lacks {', '.join(lacking)}; a card says only what was measured. Run the script with --do_eval, "
-            "and pass the result file that it writes"
+            f"{name} lacks {', '.join(lacking)}; a card says only what was measured: {again} (scripts/run_glue.py, "
+            "scripts/run_squad.py, mfac prune), and pass the result file that it writes"
         )
+    check_schema(run, Run, name)
+    for title, metrics in (("", run["metrics"]), ("before pruning, ", run["dense_metrics"] or {})):
+        for metric, value in metrics.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{name}: {title}{metric} is {value}; a card takes finite metrics only. The run diverged: repeat "
+                    "it with a smaller learning rate or a larger damping"
+                )
     return run
 
 
+def _is_pruned(record: Mapping[str, Any]) -> bool:
+    """Whether this is the content of a ``pruning.json``."""
+    return "before" in record and "after" in record
+
+
+def _read(record: Mapping[str, Any], name: str, sparsity: float | None) -> dict[str, Any]:
+    """Read a record of any kind, after a check of its form."""
+    if "metrics" in record:  # read before
+        return dict(record) | {key: value for key, value in _EMPTY.items() if key not in record}
+    if "rows" in record:
+        check_schema(record, VisionLog, name)
+        run = read_log(record, name, sparsity)
+    elif _is_pruned(record):
+        check_schema(record, PrunedFile, name)
+        run = _from_pruned(record)
+    else:
+        check_schema(record, ResultsFile, name)
+        run = _from_results(record)
+    return run | {key: record.get(key) for key in _COMMON} | {key: record[key] for key in _SOMETIMES if key in record}
+
+
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics among Trainer's evaluation results, without the prefix ``eval_``."""
+    """Return the metrics among Trainer's evaluation results, without the prefix ``eval_``; the loss if it is alone."""
+    numbers = _numbers(results)
+    metrics = {key: value for key, value in numbers.items() if not key.endswith(_NO_METRICS)}
+    return metrics or {key: value for key, value in numbers.items() if key.endswith("loss")}
+
+
+def perplexities(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the losses among Trainer's evaluation results of a language model, and ``exp(loss)`` of each."""
+    found: dict[str, float] = {}
+    for key, value in _numbers(results).items():
+        if key.endswith("loss"):
+            found[key] = value
+            if value < _MAX_EXPONENT:
+                found[f"{key.removesuffix('loss')}perplexity"] = math.exp(value)
+    return found
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers among Trainer's evaluation results by their names without ``eval_``."""
     return {
         key.removeprefix("eval_"): value
         for key, value in results.items()
-        if key.startswith("eval_") and isinstance(value, int | float) and not key.endswith(_NO_METRICS)
+        if key.startswith("eval_") and isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def used_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose from TrainingArguments' values those that a card tells: what was set and had a part in the training."""
+    used = {key: values[key] for key in _TRAINING_SETTINGS if values.get(key) not in (None, False, -1)}
+    if used.get("n_gpu") == 1:
+        del used["n_gpu"]
+    if "max_steps" in used:
+        used.pop("num_train_epochs", None)  # the steps decide
+    return used
 
 
 def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,26 +169,53 @@ def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
     # Flags are told by name alone: no two of a script's dataclasses may share one.
     flags = {name: value for group in record.get("arguments", {}).values() for name, value in group.items()}
     task, splits = results.get("task"), results.get("evaluated_on", [])
-    dataset = {"id": SQUAD.get(str(task), GLUE), "source": flags.get("dataset_name")}
-    if task not in SQUAD:
-        dataset["config"] = flags.get("task_name")
+    dataset = _task_dataset(task, flags.get("task_name"), flags.get("dataset_name"))
+    optimizer = record.get("optimizer") or _optimizer(flags)
+    if flags.get("do_eval") and not flags.get("do_train") and not any(key.startswith("train_") for key in results):
+        optimizer = {"name": NOT_TRAINED}
+    trained = flags.get("num_train_epochs") != 0 and (optimizer or {}).get("name") != NOT_TRAINED
     return {
         "task": task,
         "split": ", ".join([splits] if isinstance(splits, str) else splits),
         "metrics": metrics_of(results),
         "dataset": dataset if "dataset_name" in flags else record.get("dataset"),
         "base_model": flags.get("model_name_or_path") or record.get("base_model"),
-        "optimizer": record.get("optimizer") or _optimizer(flags),
-        "training": {
-            key: flags[key]
-            for key in TRAINING_SETTINGS
-            if flags.get(key) not in (None, False, -1) and flags.get("num_train_epochs") != 0
-        }
-        | {key: flags[key] for key in _DATA if flags.get(key) is not None},
+        "optimizer": optimizer,
+        "training": (used_settings(flags) if trained else {}) | _data_settings(flags),
         "pruning": pruning_facts((results.get("pruning") or {}).get("reports", []), flags),
         "dense_metrics": metrics_of(results.get("before_pruning") or {}) or None,
         "seed": record.get("seed"),
+        **({"base_model_is_local": True} if record.get("base_model_is_local") else {}),
     }
+
+
+def _from_pruned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the ``pruning.json`` of `mfac prune`."""
+    data, task = record.get("data", {}), record.get("task")
+    report = record.get("pruning")
+    return {
+        "task": task,
+        "split": record.get("evaluated_on"),
+        "metrics": metrics_of(record["after"] or {}),
+        "dataset": _task_dataset(task, task, data.get("dataset")),
+        "base_model": record.get("model"),
+        "optimizer": {"name": UNTRAINED},
+        "training": _data_settings(data),
+        "pruning": pruning_facts([report] if report else []),
+        "dense_metrics": metrics_of(record["before"] or {}) or None,
+        "seed": record.get("seed"),
+        **({"base_model_is_local": True} if record.get("model_is_local") else {}),
+    }
+
+
+def _task_dataset(task: str | None, config: str | None, source: str | None) -> dict[str, Any]:
+    """Name the data set of a task of GLUE or SQuAD."""
+    dataset = {"id": SQUAD.get(str(task), GLUE), "source": source}
+    return dataset if task in SQUAD else {**dataset, "config": config}
+
+
+def _data_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: flags[key] for key in _DATA if flags.get(key) is not None}
 
 
 def pruning_facts(
@@ -166,75 +258,6 @@ def _optimizer(flags: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"name": "M-FAC", **{key: flags[key] for key in shown if key in flags}}
 
 
-def _from_log(record: Mapping[str, Any], name: str, sparsity: float | None) -> dict[str, Any]:
-    """Read the log of a vision run, which has a row for the beginning, each pruning step and each epoch."""
-    arguments = record.get("arguments", {})
-    rows = [row for row in record["rows"] if "accuracy" in row]
-    if sparsity is not None:
-        rows = [row for row in rows if abs(row.get("sparsity", 0.0) - sparsity) < SAME_SPARSITY]
-    if not rows:
-        seen = sorted({round(row.get("sparsity", 0.0), 4) for row in record["rows"]})
-        raise MissingResultsError(
-            f"{name} lacks an accuracy at sparsity {sparsity}, that of the weights; it has {seen}"
-        )
-    row, first = rows[-1], record["rows"][0]
-    # a pruning step saves the model after its batch norms were re-estimated
-    anew = row.get("event") == "prune" and arguments.get("reestimate_bn") in ("after", "both")
-    return {
-        "task": "image-classification",
-        "split": "test",
-        "metrics": {"accuracy": row["accuracy_bn" if anew else "accuracy"]},
-        "dataset": _vision_dataset(str(arguments.get("dataset"))),
-        "base_model": arguments.get("checkpoint"),
-        "optimizer": _vision_optimizer(arguments),
-        "training": {
-            key: arguments[key]
-            for key in ("nepochs", "batchsize", "prun_lrs", "drop_at", "drop_by", "train_images", "normalization")
-            if arguments.get(key) is not None
-        },
-        "pruning": _vision_pruning(arguments, record["rows"], row),
-        "dense_metrics": {"accuracy": first["accuracy"]} if first.get("event") == "initial" else None,
-        "seed": arguments.get("seed"),
-    }
-
-
-def _vision_dataset(source: str) -> dict[str, Any]:
-    """Name the data set: a folder called like a known one is taken for a copy, any other has its own name."""
-    name = Path(source).name
-    return {"id": VISION.get(name, name), "source": source}
-
-
-def _vision_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    names = {"mfac": "M-FAC", "sgd": "SGD", "adam": "Adam"}
-    if arguments.get("optim") not in names:
-        return None
-    settings = ["lr", "momentum", "weightdecay"]
-    if arguments["optim"] == "mfac":
-        settings += ["ngrads", "damping", "grad_decay", "normalize", "window_dtype"]
-    chosen = {key: arguments[key] for key in settings if arguments.get(key) is not None}
-    return {"name": names[arguments["optim"]], **chosen}
-
-
-def _vision_pruning(
-    arguments: Mapping[str, Any], rows: list[dict[str, Any]], last: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Tell how the model of row ``last`` was pruned."""
-    if not arguments.get("sparsities"):
-        return None
-    keys = ("pruner", "ngrads_schedule", "prun_batchsize", "blocksize", "prundamp", "nrecomps", "selection", "update")
-    until = rows[: 1 + next(index for index, row in enumerate(rows) if row is last)]
-    epochs = 0
-    steps = []
-    for row in until:
-        epochs += row.get("event") == "epoch"
-        if row.get("event") == "prune":
-            steps.append({"at": f"after {epochs} epochs", "sparsity": row["sparsity"]})
-    return {
-        "options": {key: arguments.get(key) for key in (*keys, "pattern", "scope", "reestimate_bn")},
-        "steps": steps,
-    }
-
-
 def write_results(
     output_dir: str | os.PathLike[str],
     results: Mapping[str, Any],
@@ -243,7 +266,7 @@ def write_results(
     argv: Sequence[str] | None,
     started: float,
 ) -> Path:
-    """Write ``results.json``: what a run measured, and what it takes to measure it again.
+    """Write ``results.json``, whole or not at all: what a run measured, and what it takes to measure it again.
 
     The latter are the command line, effective arguments, seeds, package versions, device, wall time and peak memory.
     Absolute paths are written relative to the working directory.
@@ -262,7 +285,8 @@ def write_results(
 
     arguments = list(arguments)
     training_args = next(a for a in arguments if isinstance(a, TrainingArguments))
-    record = {
+    base = next((name for a in arguments if (name := getattr(a, "model_name_or_path", None)) is not None), None)
+    record: dict[str, Any] = {
         "results": dict(results),
         "arguments": {
             type(a).__name__: relative_paths(
@@ -275,7 +299,10 @@ def write_results(
         **describe_run(argv, training_args.device),
         "wall_seconds": round(time.perf_counter() - started, 2),
     }
+    if base is not None and Path(base).exists():
+        record["base_model_is_local"] = True  # readers elsewhere cannot tell it from a name on the Hub
+    if training_args.n_gpu > 1:
+        record["arguments"][type(training_args).__name__]["n_gpu"] = training_args.n_gpu  # no field of theirs
     path = Path(output_dir) / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(path, record)
     return path

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mfac_hf.hub.architecture import describe_architecture
 from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import CardOptions, collect
-from mfac_hf.hub.run_records import TRAINING_SETTINGS, metrics_of, pruning_facts
+from mfac_hf.hub.run_records import NOT_TRAINED, metrics_of, perplexities, pruning_facts, used_settings
 from mfac_hf.machine import describe_run
 from mfac_hf.optim.unwrap import unwrap_optimizer
-from mfac_hf.sparse.files import SPARSE_FILE
+from mfac_hf.sparse.directory import SPARSE_FILE
+from mfac_hf.storage import write_text
 
 __all__ = ["attach_card", "facts_of_trainer"]
+
+LANGUAGE_TASKS = ("text-generation", "fill-mask")
 
 
 def attach_card(trainer: Trainer, **card_options: Any) -> None:
@@ -74,7 +79,8 @@ class _CardWriter(TrainerCallback):
         name = model_name or Path(trainer.hub_model_id or str(trainer.args.output_dir)).name
         facts = facts_of_trainer(trainer, name=name, license=license)
         facts["files"].pop(SPARSE_FILE, None)  # Trainer pushes the ordinary file only
-        build_card(facts, trainer.hub_model_id).save(Path(str(trainer.args.output_dir)) / "README.md")
+        card = build_card(facts, trainer.hub_model_id)
+        write_text(Path(str(trainer.args.output_dir)) / "README.md", str(card))
 
 
 def _writer_of(trainer: Trainer) -> _CardWriter | None:
@@ -101,49 +107,97 @@ def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None)
     """
     args: Any = trainer.args
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    config: Any = getattr(model, "config", None)
     dataset: Any = trainer.eval_dataset
     info = getattr(dataset, "info", None)
-    known = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
+    known = _dataset_name(info)
+    evaluated = _last_evaluation(trainer.state, args.load_best_model_at_end)
+    if _minimises_cross_entropy(trainer, model):
+        evaluated = perplexities(_last_results(trainer.state, args.load_best_model_at_end)) | evaluated
+    metrics = {key: value for key, value in evaluated.items() if math.isfinite(value)}
+    not_finite = [key for key in evaluated if key not in metrics]
     reports = [r.to_dict() for c in trainer.callback_handler.callbacks for r in getattr(c, "reports", [])]
     run = {
         "task": None,
         "split": str(getattr(dataset, "split", None) or "evaluation"),
-        "metrics": _last_evaluation(trainer.state, args.load_best_model_at_end),
+        "metrics": metrics,
         "dataset": {"id": known, "config": getattr(info, "config_name", None), "source": known} if known else None,
-        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model": getattr(config, "_name_or_path", None) or None,
         "optimizer": _optimizer(trainer.optimizer),
-        "training": {
-            key: value for key in TRAINING_SETTINGS if (value := getattr(args, key, None)) not in (None, False, -1)
-        },
+        "training": _training(trainer),
         "pruning": pruning_facts(reports),
         "dense_metrics": None,
         "seed": args.seed,
         "wall_seconds": None,
         **describe_run(None, args.device),
+        **({"not_finite": not_finite} if not_finite else {}),
+        **({"base_model_is_local": True} if config is not None and not _is_from_hub(config) else {}),
     }
     options = _options_of(trainer)
     options = dataclasses.replace(options, name=options.name or name, license=options.license or license)
     return collect([run], model=model, options=options, strict=False)
 
 
+def _dataset_name(info: Any) -> str | None:
+    """Return the name of a data set; None where it is that of a file format, such as ``json`` or ``generator``."""
+    name, builder = getattr(info, "dataset_name", None), getattr(info, "builder_name", None)
+    return None if name == builder else name or builder
+
+
+def _is_from_hub(config: Any) -> bool:
+    """Whether the weights that a model began with came from the Hub: then its configuration has their commit."""
+    return getattr(config, "_commit_hash", None) is not None
+
+
+def _training(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings of a trainer that its training used; an optimizer or a schedule given to it has its own."""
+    args: Any = trainer.args
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    if optimizer is None:
+        return {}
+    batch_size = (trainer.state.train_batch_size or args.train_batch_size) // max(1, args.n_gpu)
+    found = {"n_gpu": args.n_gpu, "per_device_train_batch_size": batch_size}  # auto_find_batch_size lowers it
+    used = used_settings({**vars(args), **found})
+    unused: list[str] = []
+    if {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups} != {args.learning_rate}:
+        unused.append("learning_rate")
+    if args.weight_decay not in {group.get("weight_decay") for group in optimizer.param_groups}:
+        unused.append("weight_decay")
+    if trainer.lr_scheduler is not None and not getattr(trainer, "_created_lr_scheduler", True):
+        unused += ["lr_scheduler_type", "warmup_steps"]
+    return {key: value for key, value in used.items() if key not in unused}
+
+
+def _minimises_cross_entropy(trainer: Trainer, model: Any) -> bool:
+    """Whether the loss is a language model's own, whose exponential is a perplexity."""
+    task = describe_architecture(model)["task"]
+    args: Any = trainer.args
+    return task in LANGUAGE_TASKS and not args.label_smoothing_factor and trainer.compute_loss_func is None
+
+
 def _last_evaluation(state: TrainerState, load_best: bool) -> dict[str, float]:
     """Return the metrics of the weights that the model has now; none where nobody has evaluated them."""
+    return metrics_of(_last_results(state, load_best))
+
+
+def _last_results(state: TrainerState, load_best: bool) -> dict[str, Any]:
+    """Return all that Trainer reported of the evaluations of the weights that the model has now."""
     ends = [index for index, entry in enumerate(state.log_history) if "train_runtime" in entry]
     step = state.global_step
     if load_best and ends and state.best_global_step is not None:
         step = state.best_global_step
-    metrics: dict[str, float] = {}
+    results: dict[str, Any] = {}
     for index, entry in enumerate(state.log_history):
         if entry.get("step") == step or (ends and index > ends[-1]):
-            metrics |= metrics_of(entry)
-    return metrics
+            results |= entry
+    return results
 
 
 def _optimizer(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Name the optimizer that ran, and its settings."""
     optimizer = unwrap_optimizer(optimizer)
     if optimizer is None:
-        return {"name": "none: the model was not trained in this run"}
+        return {"name": NOT_TRAINED}
     name = type(optimizer).__name__
     plain = {
         k: v for k, v in optimizer.defaults.items() if isinstance(v, int | float | str | tuple) and v is not False

@@ -265,10 +265,17 @@ class Handler(BaseHTTPRequestHandler):
         """List the files."""
         repository = self._repository(name)
         files = repository.branches[self._branch(repository, revision)]
-        return [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in files.items()
-        ]
+        return [self._entry(path, content) for path, content in files.items()]
+
+    def _entry(self, path: str, content: bytes) -> dict[str, Any]:
+        """One file in the list of files, with git's hash of it and, of a large one, that of its content."""
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": blob}
+        large = hashlib.sha256(content).hexdigest()
+        if large in self.server.large:
+            entry["lfs"] = {"oid": large, "size": len(content), "pointerSize": 134}
+            entry["oid"] = hashlib.sha1(large.encode()).hexdigest()  # of the pointer
+        return entry
 
     def resolve(self, body: bytes, headers: dict[str, str], name: str, revision: str, path: str) -> Any:
         """Send a file."""

@@ -1,0 +1,115 @@
+"""Adapters of peft: what is saved of them is a small file of their own weights, to be loaded onto the base model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mfac_hf.hub.architecture import describe_architecture
+from mfac_hf.schema import check_schema
+from mfac_hf.sparse.directory import find_weights
+from mfac_hf.storage import read_json
+
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "adapter_directory", "describe_adapter", "is_adapter"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+# By peft's name of the task: the class that loads adapter and base model, and the Hub's name of the task.
+_TASKS = {
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "text-classification"),
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", "text2text-generation"),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
+}
+# Settings that a card tells.
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "num_virtual_tokens", "target_modules", "modules_to_save")
+
+
+class _Mapping(TypedDict, total=False):
+    base_model_class: str | None
+
+
+class _Config(TypedDict, total=False):
+    """What cards read of ``adapter_config.json``."""
+
+    peft_type: str
+    task_type: str | None
+    base_model_name_or_path: str | None
+    auto_mapping: _Mapping | None
+
+
+def is_adapter(model: nn.Module | str | os.PathLike[str]) -> bool:
+    """Whether saving this model writes an adapter, or this directory holds one and no model beside it."""
+    if isinstance(model, nn.Module):
+        # transformers' own models hold adapters too, after add_adapter
+        wrapped = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        return wrapped or bool(getattr(model, "_hf_peft_config_loaded", False))
+    return (Path(model) / ADAPTER_CONFIG).is_file() and not find_weights(model)
+
+
+@contextmanager
+def adapter_directory(model: nn.Module | str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the directory of an adapter; that of a model is written for the block, with its active adapter."""
+    if not isinstance(model, nn.Module):
+        yield Path(model)
+        return
+    source: Any = model
+    with tempfile.TemporaryDirectory() as folder:
+        if not hasattr(model, "get_base_model"):
+            source.save_pretrained(folder)
+            yield Path(folder)
+            return
+        name = source.active_adapter
+        if not isinstance(name, str):
+            name = name[0]
+        source.save_pretrained(folder, selected_adapters=[name])
+        # peft writes every adapter but the default one into a folder of its own
+        yield Path(folder) if name == "default" else Path(folder, name)
+
+
+def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Gather what a card says of an adapter, in place of what it says of a model.
+
+    Returns:
+        Plain JSON types, as in the facts of a card: ``model`` (with ``adapter``: its ``type``, ``base`` and
+        ``settings``), ``weights`` and ``files``.
+
+    Raises:
+        FileNotFoundError: there is no ``adapter_model.safetensors``.
+        ValueError: a file of the adapter is damaged, or of another form.
+    """
+    path = Path(directory) / ADAPTER_CONFIG
+    config = read_json(path)
+    check_schema(config, _Config, str(path))
+    weights = Path(directory) / ADAPTER_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no {ADAPTER_FILE}: save the adapter anew with save_pretrained, which writes safetensors"
+        )
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = [file.get_tensor(name) for name in file.keys()]
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is no safetensors file, or a damaged one: {error}") from error
+    numel, zeros = sum(t.numel() for t in tensors), sum(t.numel() - int(t.count_nonzero()) for t in tensors)
+    name, task = _TASKS.get(str(config.get("task_type")), ("AutoPeftModel", None))
+    base_class = (config.get("auto_mapping") or {}).get("base_model_class")
+    if task is None and base_class:
+        task = describe_architecture(Path(directory), f"transformers.{base_class}")["task"]
+    settings = {key: config[key] for key in _SETTINGS if config.get(key) not in (None, [], "none", 0)}
+    base = config.get("base_model_name_or_path")
+    adapter = {"type": config.get("peft_type", "adapter"), "base": base, "settings": settings}
+    return {
+        "model": {"class": f"peft.{name}", "library": "peft", "task": task, "adapter": adapter},
+        "weights": {"numel": numel, "zeros": zeros, "targets": {"numel": 0, "zeros": 0}, "tensors": []},
+        "files": {ADAPTER_FILE: weights.stat().st_size},
+    }
