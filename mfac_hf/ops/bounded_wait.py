@@ -18,11 +18,11 @@ import psutil
 __all__ = ["HungError", "lock", "run"]
 
 # A compiler that has not used the processor for this long hangs (a license server, a file system that is away) ...
-IDLE_SECONDS = 30.0
+IDLE_SECONDS = 20.0
 # ... where less than this is as good as nothing: a busy machine gives a compiler far more.
 WORK_SECONDS = 0.5
 # A holder whose compiler hangs gives up before those that wait for it do.
-LOCK_SECONDS = 45.0
+LOCK_SECONDS = 30.0
 # Ends what works forever. Kernels are built in seconds, on an overloaded machine in minutes.
 LONGEST_SECONDS = 1800.0
 
@@ -31,13 +31,21 @@ class HungError(RuntimeError):
     """What was waited for does nothing; says for how long."""
 
 
-def run(command: list[str], *, folder: Path, messages: IO[bytes], working: Callable[[], None]) -> int:
+def run(
+    command: list[str],
+    *,
+    messages: IO[bytes],
+    errors: int = subprocess.STDOUT,
+    folder: Path | None = None,
+    working: Callable[[], None] = lambda: None,
+) -> int:
     """Run a program; end it, and all that it started, where it hangs.
 
     Args:
         command: the program and its arguments; it reads nothing.
-        folder: its working directory.
         messages: where its output goes.
+        errors: where its error messages go: ``subprocess.STDOUT`` (the same file) or ``subprocess.DEVNULL``.
+        folder: its working directory; that of this process if None.
         working: called each time it was seen to work.
 
     Returns:
@@ -47,7 +55,7 @@ def run(command: list[str], *, folder: Path, messages: IO[bytes], working: Calla
         HungError: it did nothing for `IDLE_SECONDS`, or went on for `LONGEST_SECONDS`.
         OSError: it does not run.
     """
-    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
+    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=messages, stderr=errors)
     started = last = time.monotonic()
     used = 0.0
     try:

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from mfac_hf.ops import bounded_wait
@@ -41,12 +42,13 @@ def compiler_version(command: list[str]) -> str:
     Raises:
         HungError: it does not answer.
     """
-    limit = bounded_wait.IDLE_SECONDS
     try:
-        asked = [*command, "--version"]
-        return subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=limit).stdout
-    except subprocess.TimeoutExpired as error:
-        raise bounded_wait.HungError(f"{command[0]} --version did not end within {limit:.0f} seconds") from error
+        with tempfile.TemporaryFile() as answer:
+            bounded_wait.run([*command, "--version"], messages=answer, errors=subprocess.DEVNULL)
+            answer.seek(0)
+            return answer.read().decode(errors="replace")
+    except bounded_wait.HungError as error:
+        raise bounded_wait.HungError(f"{command[0]} --version {error}") from error
     except OSError:
         return ""
 

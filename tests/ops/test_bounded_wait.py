@@ -34,10 +34,10 @@ def ended(pid):
 
 def test_a_program_that_ends_gives_its_status_and_output(tmp_path, messages):
     command = ["sh", "-c", "pwd; echo problem >&2; read line; exit 3"]
-    assert bounded_wait.run(command, folder=tmp_path, messages=messages, working=lambda: None) == 3
+    assert bounded_wait.run(command, folder=tmp_path, messages=messages) == 3
     assert (tmp_path / "messages").read_text() == f"{tmp_path}\nproblem\n"
     with pytest.raises(FileNotFoundError):
-        bounded_wait.run(["no-such-program"], folder=tmp_path, messages=messages, working=lambda: None)
+        bounded_wait.run(["no-such-program"], messages=messages)
 
 
 def test_a_program_that_does_nothing_is_ended_with_all_that_it_started(tmp_path, messages, monkeypatch):
@@ -53,9 +53,7 @@ def test_a_program_that_does_nothing_is_ended_with_all_that_it_started(tmp_path,
         time.sleep(600)
     """
     with pytest.raises(HungError, match="did nothing for 2 seconds"):
-        bounded_wait.run(
-            [sys.executable, "-I", "-S", "-c", code], folder=tmp_path, messages=messages, working=lambda: None
-        )
+        bounded_wait.run([sys.executable, "-I", "-S", "-c", code], messages=messages)
     assert ended(int((tmp_path / "messages").read_text()))
 
 
@@ -76,7 +74,7 @@ def test_a_program_that_works_forever_is_ended(tmp_path, messages, monkeypatch):
     monkeypatch.setattr(bounded_wait, "LONGEST_SECONDS", 0.5)
     command = ["sh", "-c", "while :; do :; done"]
     with pytest.raises(HungError, match="was not done after 0 seconds"):
-        bounded_wait.run(command, folder=tmp_path, messages=messages, working=lambda: None)
+        bounded_wait.run(command, messages=messages)
 
 
 def test_work_is_that_of_the_whole_family(tmp_path):

@@ -308,7 +308,7 @@ def test_a_compiler_that_hangs_is_ended_and_named(machine, monkeypatch, what):
     monkeypatch.setattr(bounded_wait, "IDLE_SECONDS", 1.0)
     if what == "version":
         machine.program("c++", "#!/bin/sh\nexec /bin/sleep 600\n")
-        message = r"c\+\+ --version did not end within 1 seconds; name another compiler in CXX"
+        message = r"c\+\+ --version did nothing for 1 seconds; name another compiler in CXX"
     else:
         machine.compiler("echo license? ; exec /bin/sleep 600")
         message = r"the compiler did nothing for 1 seconds and was ended; its messages are in .*build\.log"
