@@ -4,6 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def printable(text: str) -> str:
+    r"""Return a text from a file with what would steer a terminal written out, such as ``\x1b`` or ``\u202e``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class CommandError(Exception):
     """A mistake that the user can mend: its message goes to stderr and the command ends with exit code 2."""
 
@@ -18,4 +23,5 @@ def as_command_error() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, PushError, ImportError, HTTPError) as error:
-        raise CommandError(" ".join(str(error).split())) from error  # messages of the Hub take several lines
+        line = " ".join(str(error).split())  # messages of the Hub take several
+        raise CommandError(printable(line)) from error

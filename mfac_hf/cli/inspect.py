@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mfac_hf.cli.errors import CommandError, as_command_error
+from mfac_hf.cli.errors import CommandError, as_command_error, printable
 from mfac_hf.storage import written_aside
 
 
@@ -38,8 +38,8 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     with as_command_error():
         hub = {} if arguments.revision is None else {"revision": arguments.revision}
         directory = find_model_directory(arguments.model, **hub)
-        weights = describe_weights(directory)
-    report = {"files": {path.name: path.stat().st_size for path in find_weights(directory)}, **weights}
+        sizes = {path.name: path.stat().st_size for path in find_weights(directory)}
+        report = {"files": sizes, **describe_weights(directory)}
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -51,6 +51,7 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
 def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     layers = Table(title="Matrices and convolutions", title_justify="left")
@@ -60,7 +61,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         share = tensor["zeros"] / max(tensor["numel"], 1)
         bar = "█" * round(20 * share) if tensor["target"] else "(not pruned)"
         shape = " x ".join(map(str, tensor["shape"]))
-        layers.add_row(tensor["name"], shape, f"{tensor['zeros']:,}", f"{share:.2%}", bar)
+        layers.add_row(Text(printable(tensor["name"])), shape, f"{tensor['zeros']:,}", f"{share:.2%}", bar)
     console.print(layers)
     totals = Table("", "weights", "zeros", "sparsity", title="Together", title_justify="left")
     for title, counts in (("layers that pruning is meant for", report["targets"]), ("all", report)):
@@ -68,7 +69,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         totals.add_row(title, f"{counts['numel']:,}", f"{counts['zeros']:,}", f"{share:.2%}")
     console.print(totals)
     for name, size in report["files"].items():
-        console.print(f"{name}: {size:,} bytes", highlight=False)
+        console.print(Text(f"{printable(name)}: {size:,} bytes"))
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
@@ -81,7 +82,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     tensors = [tensor for tensor in report["tensors"] if tensor["target"]]
-    names = [tensor["name"].removesuffix(".weight") for tensor in tensors]
+    names = [printable(tensor["name"].removesuffix(".weight")) for tensor in tensors]
     shares = [100 * tensor["zeros"] / max(tensor["numel"], 1) for tensor in tensors]
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(tensors)), layout="constrained")
     axes.barh(names, shares)
@@ -89,6 +90,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     axes.set_xlim(0, 100)
     axes.set_xlabel("zeros in %")
     axes.tick_params(axis="y", labelsize=7)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)  # a name with dollar signs is no formula
     try:
         with written_aside(path) as unfinished:
             figure.savefig(unfinished, format=path.suffix.removeprefix(".") or "png")

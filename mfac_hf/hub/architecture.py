@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.sparse.directory import SPARSE_FILE, find_weights
 from mfac_hf.sparse.files import load_sparse
+from mfac_hf.sparse.skeleton import find_class
 
 __all__ = ["describe_architecture", "load_model"]
 
@@ -30,12 +30,11 @@ def describe_architecture(model: nn.Module | str | os.PathLike[str], model_class
         ValueError: the class is not known, or cannot be imported.
     """
     if isinstance(model, nn.Module):
-        kind = type(model)
+        kind = type(unwrap_model(model))
         path = f"{kind.__module__}.{kind.__qualname__}"
     else:
-        config = Path(model) / "config.json"
-        named = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
-        path = f"transformers.{named[0]}" if named else ""
+        found = None if model_class else find_class(model)
+        path = f"transformers.{found.__name__}" if found else ""
     path = model_class or path
     if not path:
         raise ValueError(f"{model} does not say of which class it is: give model_class='package.module.Class'")
@@ -54,9 +53,12 @@ def describe_architecture(model: nn.Module | str | os.PathLike[str], model_class
 def _import_class(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model class {path!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{path!r} is no model class")
+    return found
 
 
 def load_model(directory: str | os.PathLike[str], path: str) -> nn.Module:

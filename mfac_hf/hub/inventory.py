@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -10,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.pruning.mask_file import MASKS_NAME, read_masks
-from mfac_hf.sparse.directory import SPARSE_FILE, dense_files, find_weights, read_tensors
+from mfac_hf.sparse.directory import SPARSE_FILE, dense_files, find_weights, open_weights
 from mfac_hf.sparse.files import distinct, save_sparse
-from mfac_hf.sparse.format import SparseFile
 
 __all__ = ["describe_weights", "file_sizes", "find_model_directory"]
 
@@ -30,7 +28,7 @@ def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any
     """Count the weights and zeros of a model.
 
     Args:
-        model: a model, or a directory that holds one, sparse or dense.
+        model: a model, or a directory that holds one, sparse or dense. Names are those in memory.
 
     Returns:
         Plain JSON types: ``numel`` and ``zeros`` of all weights; ``targets``, the same for the weights that pruning
@@ -40,14 +38,28 @@ def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any
 
     Raises:
         FileNotFoundError: the directory holds no model.
+        ValueError: its configuration describes no model of transformers, or asks for too much.
         DamagedFileError: its sparse file is damaged.
     """
-    targets = _targets(model)
+    network: nn.Module | None
+    weights: Iterator[tuple[str, Tensor]]
+    if isinstance(model, nn.Module):
+        network = unwrap_model(model)
+        weights = network.named_parameters()
+    else:
+        network, weights = open_weights(model)
+    targets = _targets(model, network)
+    first_names = _first_names(network)
+    seen: set[str] = set()
     total, pruned, tensors = {"numel": 0, "zeros": 0}, {"numel": 0, "zeros": 0}, []
-    for name, tensor in _weights(model):
+    for name, tensor in weights:
+        name = first_names.get(name, name)
+        if name in seen:  # a file may hold a tied tensor twice
+            continue
+        seen.add(name)
         if _STATISTICS.search(name) or not tensor.is_floating_point():
             continue
-        counts = {"numel": tensor.numel(), "zeros": tensor.numel() - int(tensor.count_nonzero())}
+        counts = {"numel": tensor.numel(), "zeros": tensor.numel() - int((tensor != 0).sum())}
         target = tensor.ndim > 1 if targets is None else name in targets
         for key, value in counts.items():
             total[key] += value
@@ -63,36 +75,21 @@ def _natural(name: str) -> list[Any]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _weights(model: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over names and tensors, each tensor once."""
-    if isinstance(model, nn.Module):
-        yield from model.named_parameters()
-        return
-    if find_weights(model) == [Path(model) / SPARSE_FILE]:
-        file = SparseFile(Path(model) / SPARSE_FILE)
-        for name in file.records:
-            yield name, file.read(name)
-        return
-    yield from read_tensors(model)  # a sparse file beside them may be older
+def _first_names(network: nn.Module | None) -> dict[str, str]:
+    """Return the first name of each parameter by all that it has."""
+    first: dict[nn.Parameter, str] = {}
+    named = network.named_parameters(remove_duplicate=False) if network is not None else ()
+    return {name: first.setdefault(parameter, name) for name, parameter in named}
 
 
-def _targets(model: nn.Module | str | os.PathLike[str]) -> set[str] | None:
+def _targets(model: nn.Module | str | os.PathLike[str], network: nn.Module | None) -> set[str] | None:
     """Find the names of the weights that pruning may remove; None where the class of the model is not known."""
     if not isinstance(model, nn.Module) and (Path(model) / MASKS_NAME).is_file():
         return set(read_masks(model))
-    import transformers  # here and below: a directory with masks need not wait for it
-
+    if network is None:
+        return None
     from mfac_hf.pruning.targets import find_targets
 
-    network: Any = model
-    if not isinstance(model, nn.Module):
-        config_file = Path(model) / "config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        model_class = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-        if model_class is None:
-            return None
-        with torch.device("meta"):
-            network = model_class(transformers.AutoConfig.from_pretrained(config_file))
     try:
         return set(find_targets(network))
     except ValueError:  # a model without a linear layer or convolution
@@ -133,7 +130,7 @@ def find_model_directory(source: str | os.PathLike[str], **hub: Any) -> Path:
     path = Path(source)
     if path.exists():
         if not find_weights(path):
-            read_tensors(path)  # says what it expected
+            dense_files(path)  # says what it expected
         return path
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError

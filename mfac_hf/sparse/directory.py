@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mfac_hf.sparse.format import SparseFile
+from mfac_hf.sparse.names import tensors_in_memory
+from mfac_hf.sparse.skeleton import build_skeleton
 from mfac_hf.storage import read_json
 
-__all__ = ["DENSE_FILE", "SPARSE_FILE", "check_inside", "dense_files", "find_weights", "read_tensors"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["DENSE_FILE", "SPARSE_FILE", "check_inside", "dense_files", "find_weights", "open_weights", "read_tensors"]
 
 SPARSE_FILE = "sparse.safetensors"
 DENSE_FILE = "model.safetensors"
@@ -41,6 +49,11 @@ def dense_files(directory: str | os.PathLike[str]) -> list[Path]:
     index = directory / DENSE_INDEX
     if not index.is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
+        if "adapter_config.json" in found:
+            raise FileNotFoundError(
+                f"{directory} holds a PEFT adapter and no model: merge it into its base model with merge_and_unload() "
+                "and save that"
+            )
         raise FileNotFoundError(
             f"{directory} holds no model: expected {DENSE_FILE}, or {DENSE_INDEX} and its shards, as save_pretrained "
             f"writes them; found: {found}"
@@ -73,16 +86,67 @@ def check_inside(path: Path) -> Path:
 
 
 def read_tensors(directory: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read the ordinary weight files of a directory, one named tensor after the other.
+    """Read the ordinary weight files of a directory, one tensor after the other, under its name in memory.
 
     Raises:
         FileNotFoundError: as from `dense_files`, at the call.
+        ValueError: as from `dense_files`, or from `build_skeleton` for a configuration that describes no model; a
+            weight file is damaged.
     """
-    return _read_shards(dense_files(directory))
+    return _read_dense(dense_files(directory), directory)[1]
 
 
-def _read_shards(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
+def open_weights(
+    directory: str | os.PathLike[str],
+) -> tuple[PreTrainedModel | None, Iterator[tuple[str, Tensor]]]:
+    """Read the weights of a directory: the ordinary ones, or the sparse file where it has that alone.
+
+    Returns:
+        The model without weights (None where its class is not known), and names in memory with tensors.
+
+    Raises:
+        FileNotFoundError: the directory holds no model.
+        ValueError: as from `read_tensors`.
+        DamagedFileError: the sparse file is damaged.
+    """
+    if find_weights(directory) != [Path(directory) / SPARSE_FILE]:
+        return _read_dense(dense_files(directory), directory)  # a sparse file beside them may be older
+    file = SparseFile(Path(directory) / SPARSE_FILE)
+    model = build_skeleton(directory, len(file.records))
+    if model is None or file.records.keys() <= model.state_dict().keys():
+        return model, ((name, file.read(name)) for name in file.records)
+    return model, tensors_in_memory(model, file.records, file.read)
+
+
+def _read_dense(
+    paths: list[Path], directory: str | os.PathLike[str]
+) -> tuple[PreTrainedModel | None, Iterator[tuple[str, Tensor]]]:
+    """Read weight files as `open_weights` does."""
+    files: dict[str, Path] = {}
     for path in paths:
+        with _opened(path) as file:
+            files |= dict.fromkeys(file.keys(), path)
+    model = build_skeleton(directory, len(files))
+    return model, _read_shards(model, files)
+
+
+def _read_shards(model: PreTrainedModel | None, files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(_opened(path)) for path in dict.fromkeys(files.values())}
+
+        def read(name: str) -> Tensor:
+            return opened[files[name]].get_tensor(name)
+
+        if model is None:
+            yield from ((name, read(name)) for name in files)
+        else:
+            yield from tensors_in_memory(model, files, read)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}. Copy or download it again") from error

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -26,8 +27,12 @@ from mfac_hf.sparse.directory import DENSE_FILE, SPARSE_FILE, find_weights, read
 from mfac_hf.sparse.format import SparseFile, write_sparse
 from mfac_hf.sparse.header import DamagedFileError
 from mfac_hf.sparse.inference import to_sparse_inference
+from mfac_hf.sparse.names import names_in_memory
+from mfac_hf.sparse.skeleton import CONFIG_FILE, bounded_build, read_config
 
 __all__ = ["DamagedFileError", "load_sparse", "save_sparse", "to_sparse_inference"]
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,6 +61,8 @@ def save_sparse(
     directory = Path(directory)
     path = directory / SPARSE_FILE
     if not isinstance(model, nn.Module):
+        if (read_config(model) or {}).get("quantization_config"):
+            raise ValueError(f"{model} holds a quantized model: give a directory with floating-point weights")
         # transformers wrote a tied tensor once, and ties it again when it loads the model
         write_sparse(path, read_tensors(model), {})
         return path
@@ -171,18 +178,32 @@ def load_sparse(source: str | os.PathLike[str], model: nn.Module | type | None =
         return model
     if not hasattr(model, "from_config"):
         raise ValueError(f"{model.__name__} has no from_config: give an Auto class, a model, or None for a state dict")
+    return _build(model, file, _locate(source, CONFIG_FILE, hub)).eval()
+
+
+def _build(kind: Any, file: SparseFile, config_file: Path) -> nn.Module:
+    """Build a model from its configuration and fill it; its shapes are compared before it takes memory."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(_locate(source, "config.json", hub))
+    read_config(config_file.parent)  # asks for nothing that no model has
+    config = AutoConfig.from_pretrained(config_file, trust_remote_code=False)
+    try:
+        with bounded_build(len(file.records)):
+            skeleton = kind.from_config(copy.deepcopy(config))
+    except Exception as error:  # which one is left to chance where a configuration is a stranger's
+        raise ValueError(
+            f"{config_file} describes no {kind.__name__}: {type(error).__name__}: {error!s:.200}"
+        ) from error
+    skeleton.tie_weights()
+    names = _names(skeleton, file, built=True)
     numel = Counter({dtype: 0 for dtype in [torch.get_default_dtype()]})
     for record in file.records.values():
         if record.torch_dtype.is_floating_point:
             numel[record.torch_dtype] += record.numel
-    built = model.from_config(config, dtype=numel.most_common(1)[0][0])
-    names = _names(built, file, cast=True)
-    _take_dtypes(built, file, names)
-    _fill(built, file, names)
-    return built.eval()
+    model: nn.Module = kind.from_config(config, dtype=numel.most_common(1)[0][0])
+    _take_dtypes(model, file, names)
+    _fill(model, file, names)
+    return model
 
 
 def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
@@ -211,25 +232,38 @@ def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
         ) from error
 
 
-def _names(model: nn.Module, file: SparseFile, *, cast: bool = False) -> dict[str, str]:
+def _names(model: nn.Module, file: SparseFile, *, built: bool = False) -> dict[str, str]:
     """Find the tensor of the file for each name in the model's state dict.
 
+    Args:
+        model: the model.
+        file: the file.
+        built: whether the model was built for the file. Then floating-point dtypes may differ, and tensors that the
+            class has no place for are left out, as ``from_pretrained`` does.
+
     Raises:
-        ValueError: names, shapes or dtypes are not the model's. With ``cast`` floating-point dtypes may differ.
+        ValueError: names, shapes or dtypes are not the model's.
     """
     state = model.state_dict()
     _, shared = distinct(state)
     names = {**{name: name for name in file.records}, **file.tied}
+    if not names.keys() <= state.keys() and hasattr(model, "base_model_prefix"):  # names on disk, or of a base model
+        moved = names_in_memory(model, names)  # type: ignore[arg-type]
+        names = {moved[name]: source for name, source in names.items()}
     # one name of a tied tensor is enough
     held = {shared.get(name, name) for name in names if name in state}
     missing = [name for name in state if name not in names and shared.get(name, name) not in held]
     unexpected = [name for name in names if name not in state]
+    if built and unexpected:
+        logger.warning("%s has weights that %s has no place for: %s", file.path, type(model).__name__, unexpected)
+        names = {name: source for name, source in names.items() if name in state}
+        unexpected = []
     if missing or unexpected:
         raise ValueError(f"{file.path} does not fit the model: it lacks {missing}, and the model lacks {unexpected}")
     for name, source in names.items():
         record, tensor = file.records[source], state[name]
         fits = record.torch_dtype == tensor.dtype or (
-            cast and record.torch_dtype.is_floating_point and tensor.is_floating_point()
+            built and record.torch_dtype.is_floating_point and tensor.is_floating_point()
         )
         if record.shape != tuple(tensor.shape) or not fits:
             raise ValueError(
@@ -251,7 +285,10 @@ def _take_dtypes(model: nn.Module, file: SparseFile, names: dict[str, str]) -> N
 def _fill(model: nn.Module, file: SparseFile, names: dict[str, str]) -> None:
     """Copy the weights of a file into a model."""
     state = model.state_dict()
-    for source in file.records:
+    targets: dict[str, list[Tensor]] = {}
+    for name, source in names.items():
+        targets.setdefault(source, []).append(state[name])
+    for source, tensors in targets.items():
         values = file.read(source)
-        for name in (n for n, s in names.items() if s == source):
-            state[name].copy_(values)
+        for tensor in tensors:
+            tensor.copy_(values)

@@ -1,5 +1,7 @@
 """The class of a model is found, and loads it."""
 
+import json
+
 import pytest
 from torch import nn
 
@@ -39,3 +41,13 @@ def test_a_class_without_a_configuration_needs_the_ordinary_file(tmp_path):
     save_sparse(ResNetCifar(20, 10), tmp_path, sparse_only=True)
     with pytest.raises(ValueError, match="has the sparse file alone: add the dense one"):
         load_model(tmp_path, "mfac_hf.models.ResNetCifar")
+
+
+def test_a_configuration_names_model_classes_alone(tmp_path):
+    for name in ("Trainer", "pipeline"):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+        with pytest.raises(ValueError, match=f"names {name}, which is no model class"):
+            describe_architecture(tmp_path)
+    for path in ("os.system", "transformers.Trainer"):
+        with pytest.raises(ValueError, match=f"'{path}' is no model class"):
+            load_model(tmp_path, path)

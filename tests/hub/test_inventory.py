@@ -1,9 +1,12 @@
 """Weights and files are counted alike in a model, its ordinary file and its sparse file."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mfac_hf import save_sparse
 from mfac_hf.hub.inventory import describe_weights, file_sizes
+from mfac_hf.pruning.masks import MaskSet
 
 
 def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):
@@ -17,6 +20,30 @@ def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):
     assert len(targets) == 12 and all(".encoder.layer." in name for name in targets)
     with pytest.raises(FileNotFoundError, match="holds no model"):
         describe_weights(tmp_path)
+
+
+def test_wrappers_change_nothing(bert):
+    for wrapped in (torch.compile(bert, backend="eager"), torch.nn.DataParallel(bert)):
+        assert describe_weights(wrapped) == describe_weights(bert)
+
+
+def test_negative_zeros_count_as_zeros_everywhere(bert, tmp_path):
+    with torch.no_grad():
+        for parameter in bert.parameters():
+            parameter.copy_(torch.where((parameter == 0) & (torch.rand_like(parameter) < 0.5), -0.0, parameter))
+    save_sparse(bert, tmp_path / "sparse", sparse_only=True)
+    bert.save_pretrained(tmp_path / "dense")
+    counts = describe_weights(bert)
+    assert counts["targets"]["zeros"] > 0.8 * counts["targets"]["numel"]
+    assert describe_weights(tmp_path / "sparse") == describe_weights(tmp_path / "dense") == counts
+    masks = MaskSet.from_model(bert, [t["name"] for t in counts["tensors"] if t["target"]])
+    assert sum(int(mask.sum()) for mask in masks.values()) == counts["targets"]["numel"] - counts["targets"]["zeros"]
+
+
+def test_weights_in_eight_bits_are_counted(tmp_path):
+    weights = torch.tensor([[0.0, -0.0, 1.0], [2.0, 0.0, 3.0]]).to(torch.float8_e4m3fn)
+    save_file({"w": weights}, tmp_path / "model.safetensors")
+    assert describe_weights(tmp_path)["zeros"] == 3
 
 
 def test_file_sizes_are_those_on_the_disk(bert, tmp_path):
