@@ -106,7 +106,7 @@ def _run_prune(arguments: argparse.Namespace) -> None:
         )
         masks = MaskSet.from_model(tuned.model, find_targets(tuned.model, arguments.targets))
         # What can be refused is refused before an evaluation that takes minutes.
-        check_targets(masks, masks.parameters(tuned.model), arguments.sparsity, options)
+        check_targets(tuned.model, masks, arguments.sparsity, options)
         source = DataLoaderGradients(
             tuned.loader(),
             batch_size=options.grad_batch_size,

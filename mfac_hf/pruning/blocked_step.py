@@ -11,7 +11,7 @@ the update. The model does not change in between.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mfac_hf.pruning import obs
 from mfac_hf.pruning.agreement import sum_over_ranks
 from mfac_hf.pruning.damping import Dampings
 from mfac_hf.pruning.gradients import Consumer, GradientSet, GradientSource
+from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.proposal import Level, Proposal
@@ -80,14 +81,17 @@ def magnitude_step(
     masks: Mapping[str, Tensor],
     levels: Sequence[Level],
     options: PruningOptions,
+    by_inputs: Collection[str] = (),
 ) -> list[Proposal]:
     """Remove the smallest weights and leave the others alone; arguments and result are those of :func:`mfac_step`."""
     pattern = Pattern.parse(options.pattern)
-    weights, kept = _flat(parameters, masks)
+    layout = Layout.of(parameters, by_inputs, pattern)
+    weights, kept = _flat(parameters, masks, layout)
     costs = {name: obs.magnitude_costs(weights[name], kept[name], pattern) for name in weights}
     proposals = [Proposal(level, {}, _select(costs, kept, level, pattern)) for level in levels]
     for proposal in proposals:
         proposal.weights = {name: weights[name].masked_fill(~keep, 0) for name, keep in proposal.keep.items()}
+        layout.restore(proposal)
     return proposals
 
 
@@ -100,6 +104,7 @@ def mfac_step(
     *,
     groups: Sequence[Sequence[str]],
     dampings: Dampings,
+    by_inputs: Collection[str] = (),
 ) -> list[Proposal]:
     """Remove the weights that the Fisher says cost least, and move the others to make up for them.
 
@@ -111,6 +116,7 @@ def mfac_step(
         gradients: gradients that the Fisher is the average of.
         groups: names of targets whose Fishers fit into memory together (:func:`plan_groups`).
         dampings: dampings to try.
+        by_inputs: names of the targets that are stored as (in, out).
 
     Returns:
         A proposal at each level for each damping with which the Fisher can be inverted.
@@ -119,7 +125,8 @@ def mfac_step(
         ValueError: a loss or gradient that is not finite, or too few gradients.
         FloatingPointError: every damping is too small for the Fisher to be inverted.
     """
-    step = _Step(parameters, masks, options, gradients)
+    layout = Layout.of(parameters, by_inputs, Pattern.parse(options.pattern))
+    step = _Step(parameters, masks, options, gradients, layout)
     costs, scale = _costs(step, groups, dampings)
     proposals = [
         Proposal(
@@ -139,6 +146,8 @@ def mfac_step(
         for proposal in proposals:
             for name in names:
                 step.update(proposal, name)
+    for proposal in proposals:
+        layout.restore(proposal)
     return proposals
 
 
@@ -174,6 +183,7 @@ class _Step:
         masks: masks of the weights that are left.
         options: options of the pruning.
         gradients: gradients that each Fisher is the average of.
+        layout: order of the weights in the vectors.
     """
 
     def __init__(
@@ -182,12 +192,14 @@ class _Step:
         masks: Mapping[str, Tensor],
         options: PruningOptions,
         gradients: GradientSet,
+        layout: Layout,
     ) -> None:
         self.parameters = parameters
         self.options = options
         self.gradients = gradients
         self.pattern = Pattern.parse(options.pattern)
-        self.weights, self.kept = _flat(parameters, masks)
+        self.layout = layout
+        self.weights, self.kept = _flat(parameters, masks, layout)
         self.fishers: dict[str, BlockedFisher] = {}
 
     def visit(self, names: Sequence[str]) -> float:
@@ -210,6 +222,7 @@ class _Step:
 
         def add(name: str, rows: Tensor) -> None:
             nonlocal total
+            rows = self.layout.rows(name, rows)
             if not everything[name]:
                 rows = rows * self.kept[name]
             consume(name, rows)
@@ -273,9 +286,11 @@ def _quadratic_loss(step_D: Tensor, fisher: BlockedFisher) -> float:
 
 
 def _flat(
-    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
+    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], layout: Layout
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return weights (float32; pruned ones zero) and masks as vectors on the parameters' device."""
-    kept = {name: masks[name].to(p.device).flatten() for name, p in parameters.items()}
-    weights = {name: p.detach().flatten().float().masked_fill(~kept[name], 0) for name, p in parameters.items()}
+    kept = {name: layout.flat(name, masks[name].to(p.device)) for name, p in parameters.items()}
+    weights = {
+        name: layout.flat(name, p.detach()).float().masked_fill(~kept[name], 0) for name, p in parameters.items()
+    }
     return weights, kept

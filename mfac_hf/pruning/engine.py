@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
 from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.damping import Dampings, best_proposal
@@ -32,6 +33,7 @@ from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.proposal import Level, Proposal, write_weights
+from mfac_hf.pruning.targets import stored_by_inputs
 
 __all__ = ["check_targets", "prune_to", "substep_seed", "substep_sparsity"]
 
@@ -71,8 +73,9 @@ def prune_to(
         FloatingPointError: the damping is too small for the Fisher to be inverted in float64.
     """
     started = time.perf_counter()
+    model = unwrap_model(model)
     parameters = masks.parameters(model)
-    _check(masks, parameters, source, sparsity, options)
+    _check(model, masks, source, sparsity, options)
     groups = _groups(parameters, source, options, process_group)
     before, new = masks.sparsity, masks.copy()
     with _all_or_nothing(parameters), torch.no_grad():
@@ -106,10 +109,18 @@ def substep_seed(seed: int, step: int) -> int:
     return seed * 10_007 + step
 
 
-def check_targets(
-    masks: MaskSet, parameters: Mapping[str, nn.Parameter], sparsity: float, options: PruningOptions
-) -> None:
-    """Raise ValueError for a sparsity that the masks or the pattern do not allow, or a pattern that does not fit."""
+def check_targets(model: nn.Module, masks: MaskSet, sparsity: float, options: PruningOptions) -> None:
+    """Refuse a sparsity that the masks or the pattern do not allow, a pattern that does not fit, or several devices.
+
+    Raises:
+        ValueError: it names the value and the way out; or the masks belong to another model.
+    """
+    parameters = masks.parameters(model)
+    if len(devices := {str(parameter.device) for parameter in parameters.values()}) > 1:
+        raise ValueError(
+            f"the targets lie on several devices ({', '.join(sorted(devices))}), and costs are compared on one: load "
+            "the model onto one device, or prune targets of one device at a time"
+        )
     current = masks.sparsities().values() if options.scope == "uniform" else [masks.sparsity]
     check_sparsity(sparsity, max(current))
     pattern = Pattern.parse(options.pattern)
@@ -117,9 +128,11 @@ def check_targets(
         raise ValueError(
             f"sparsity is {sparsity:g}; the pattern {pattern.name!r} allows at most {pattern.max_sparsity:g}"
         )
+    by_inputs = stored_by_inputs(model, parameters)
     for name, parameter in parameters.items():
         block_size = options.block_size if options.method == "mfac" else None
-        pattern.check(name, parameter, masks[name], block_size)
+        weight, keep = (parameter.T, masks[name].T) if name in by_inputs else (parameter, masks[name])
+        pattern.check(name, weight, keep, block_size)
 
 
 @dataclass(frozen=True)
@@ -166,8 +179,9 @@ class _Substeps:
     ) -> list[Proposal]:
         """Return new weights and masks for each damping at each of these levels; the model does not change."""
         options = self.options
+        by_inputs = stored_by_inputs(self.model, self.parameters)
         if options.method == "magnitude":
-            return magnitude_step(self.parameters, masks, levels, options)
+            return magnitude_step(self.parameters, masks, levels, options, by_inputs)
         assert self.source is not None  # _check
         passes = 1 if len(self.groups) == 1 else 2 * len(self.groups) + dampings.relative
         with tqdm(
@@ -181,18 +195,23 @@ class _Substeps:
             if options.block_size is None:
                 (level,) = levels  # PruningOptions: there is one damping
                 return [full_step(self.parameters, masks, level, options, gradients)]
-            return mfac_step(self.parameters, masks, levels, options, gradients, groups=self.groups, dampings=dampings)
+            return mfac_step(
+                *(self.parameters, masks, levels, options, gradients),
+                groups=self.groups,
+                dampings=dampings,
+                by_inputs=by_inputs,
+            )
 
 
 def _check(
+    model: nn.Module,
     masks: MaskSet,
-    parameters: dict[str, nn.Parameter],
     source: GradientSource | None,
     sparsity: float,
     options: PruningOptions,
 ) -> None:
     """Refuse what can be refused before work begins."""
-    check_targets(masks, parameters, sparsity, options)
+    check_targets(model, masks, sparsity, options)
     if source is None:
         if options.method == "mfac":
             raise ValueError("method 'mfac' needs gradients: pass a data loader (or method='magnitude')")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac_hf.optim.mfac import MFAC
-from mfac_hf.optim.unwrap import unwrap_optimizer
+from mfac_hf.optim.unwrap import unwrap_model, unwrap_optimizer
 from mfac_hf.pruning.mask_file import read_masks, write_masks
 
 __all__ = ["MaskSet", "masks_from_sparse_model", "shortened"]
@@ -21,7 +21,8 @@ class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name: bool tensors of the parameter's shape, True where a weight is kept.
 
     The mapping is read like a dictionary. It changes only by :meth:`update`, which never brings a pruned weight back.
-    A weight that several modules share has one mask, under the first of its names.
+    A weight that several modules share has one mask, under the first of its names. Models may be wrapped in
+    torch.compile, DistributedDataParallel or DataParallel; names are those of the model inside.
 
     Three things keep pruned weights at exactly zero in training: their gradients are zero (:meth:`attach`), the
     optimizer remembers nothing of them (:meth:`clear_optimizer_state`), and those that it moves all the same (AdamW
@@ -141,7 +142,7 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: the masks belong to another model; the message names what differs.
         """
-        of_model = dict(model.named_parameters(remove_duplicate=False))
+        of_model = dict(unwrap_model(model).named_parameters(remove_duplicate=False))
         differences = [f"{name} is no parameter of the model" for name in self if name not in of_model]
         differences += [
             f"{name} has shape {tuple(of_model[name].shape)} and its mask {tuple(keep.shape)}"
@@ -154,6 +155,7 @@ class MaskSet(Mapping[str, Tensor]):
             differences.append(f"{', '.join(shared)} share a weight and need one mask, under one of these names")
         if differences:
             raise ValueError(f"masks of another model: {shortened(differences, '; ')}")
+        _refuse_absent(found)
         return found
 
     def parameter_masks(self, model: nn.Module) -> dict[Tensor, Tensor]:
@@ -279,7 +281,7 @@ def masks_from_sparse_model(model: nn.Module) -> dict[Tensor, Tensor]:
     Raises:
         ValueError: no weight has a zero among non-zeros: the model is dense.
     """
-    matrices = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
+    matrices = [name for name, p in unwrap_model(model).named_parameters() if p.requires_grad and p.ndim >= 2]
     found = MaskSet.from_model(model, matrices).parameter_masks(model) if matrices else {}
     masks = {parameter: keep for parameter, keep in found.items() if not keep.all()}
     if not masks:
@@ -289,12 +291,23 @@ def masks_from_sparse_model(model: nn.Module) -> dict[Tensor, Tensor]:
 
 def _resolve(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """Return parameters by name; a shared one once, under the first of its names in the model."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(unwrap_model(model).named_parameters(remove_duplicate=False))
     first = {p: name for name, p in reversed(parameters.items())}
     names = list(names)
     if unknown := [name for name in names if name not in parameters]:
         raise ValueError(f"no parameter {shortened(unknown)} in the model; it has {shortened(parameters)}")
-    return {first[parameters[name]]: parameters[name] for name in names}
+    found = {first[parameters[name]]: parameters[name] for name in names}
+    _refuse_absent(found)
+    return found
+
+
+def _refuse_absent(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError for parameters without values."""
+    if absent := [name for name, parameter in parameters.items() if parameter.is_meta]:
+        raise ValueError(
+            f"no values, but the meta device, behind {shortened(absent)}: accelerate has offloaded them, or they were "
+            "never loaded; load the whole model onto a device, without offloading"
+        )
 
 
 def shortened(items: Iterable[str], separator: str = ", ", limit: int = 5) -> str:

@@ -45,7 +45,8 @@ def batch_gradients(
         NotImplementedError: the gradients cannot be told apart this way; the message says why.
     """
     names: dict[Any, str] = {parameter: name for name, parameter in parameters.items()}
-    layers = [module for module in model.modules() if getattr(module, "weight", None) in names]
+    # Not by getattr: the layers of adapters show the weight of the layer inside as theirs.
+    layers: list[Any] = [module for module in model.modules() if module._parameters.get("weight") in names]
     for layer in layers:
         if not _is_plain(layer):
             raise NotImplementedError(f"{names[layer.weight]} belongs to {layer}")
@@ -62,6 +63,8 @@ def batch_gradients(
     finally:
         for handle in handles:
             handle.remove()
+    if not calls:
+        raise NotImplementedError("the layers are not called, or are compiled and take no hooks")
     for layer, inputs, _ in calls:
         if len(inputs) != batch_size:
             raise NotImplementedError(f"{names[layer.weight]} sees inputs that are not one for each example")

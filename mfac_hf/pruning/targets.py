@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.pruning.masks import shortened
 
-__all__ = ["find_targets"]
+__all__ = ["find_targets", "stored_by_inputs"]
+
+logger = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LINEAR = (nn.Linear, Conv1D)
@@ -19,12 +25,16 @@ _LINEAR = (nn.Linear, Conv1D)
 def find_targets(model: nn.Module, patterns: Sequence[str] | str | None = None) -> dict[str, nn.Parameter]:
     r"""Choose the weights to prune.
 
-    By default the targets of a Hugging Face transformer are the linear layers inside its stacks of layers: attention
-    and feed-forward, but no embeddings, normalisation, biases, pooler, task head or language-model head. Those of any
-    other model (a convolutional network) are the weights of all convolutions and linear layers, with the classifier.
+    By default the targets of a Hugging Face transformer, also inside another module, are the linear layers inside its
+    stacks of layers: attention and feed-forward, but no embeddings, normalisation, biases, pooler, task head or
+    language-model head. Those of any other model (a convolutional network) are the weights of all convolutions and
+    linear layers, with the classifier. A warning names the matrices of the stacks that are left out: those that
+    belong to no linear layer, such as the experts of a mixture, which are one tensor of three dimensions.
+
+    The factors of PEFT's adapters are no targets; the layers that they adapt are.
 
     Args:
-        model: the model.
+        model: the model; inside torch.compile, DistributedDataParallel or DataParallel, what they wrap.
         patterns: regular expressions, searched in parameter names such as
             ``bert.encoder.layer.0.attention.self.query.weight``. The targets are then the weights of linear layers and
             convolutions that any of them hits, also outside the stacks. ``r"attention\."`` takes the attention alone.
@@ -34,19 +44,33 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | str | None = None) 
 
     Raises:
         ValueError: there is nothing to prune; a pattern is no regular expression, or hits no weight or an embedding; a
-            target is not of a floating-point type. The message lists candidates.
+            target is not of a floating-point type, or no plain parameter: it is computed from others in each forward
+            pass, spread over ranks, or merged with an adapter. The message lists candidates.
     """
+    model = unwrap_model(model)
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    layers = {m.weight for m in model.modules() if isinstance(m, (*_LINEAR, *_CONVOLUTIONS))} - embeddings
+    adapters = set(_adapter_parameters(model))
+    layers = {m.weight for m in model.modules() if isinstance(m, (*_LINEAR, *_CONVOLUTIONS))} - embeddings - adapters
     candidates = {name: parameter for name, parameter in model.named_parameters() if parameter in layers}
+    computed = _computed_weights(model)
     if patterns is None:
-        targets = _stacked_linear(model, candidates) or candidates
+        stacks = _stacks(model)
+        inside = {f"{name}.weight" for name, module in model.named_modules() if module in stacks}
+        _refuse_computed({name: why for name, why in computed.items() if not stacks or name in inside})
+        linear = {m.weight for m in stacks if isinstance(m, _LINEAR)}
+        convolutional = not linear and (not stacks or any(isinstance(m, _CONVOLUTIONS) for m in stacks))
+        targets = {name: weight for name, weight in candidates.items() if convolutional or weight in linear}
         if not targets:
-            raise ValueError(f"nothing to prune: {type(model).__name__} has no linear layer and no convolution")
+            where = "in its stacks of layers" if stacks else "at all"
+            raise ValueError(
+                f"nothing to prune: {type(model).__name__} has no linear layer and no convolution {where}"
+            )
+        _name_left_out(model, stacks, {*targets.values(), *embeddings, *adapters})
     else:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         tables = [name for name, p in model.named_parameters(remove_duplicate=False) if p in embeddings]
-        chosen = {name for pattern in patterns for name in _matches(pattern, candidates, tables)}
+        chosen = {name for pattern in patterns for name in _matches(pattern, [*candidates, *computed], tables)}
+        _refuse_computed({name: why for name, why in computed.items() if name in chosen})
         targets = {name: weight for name, weight in candidates.items() if name in chosen}
         if not targets:
             raise ValueError("targets is an empty list; name at least one regular expression, or leave it out")
@@ -54,25 +78,102 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | str | None = None) 
         raise ValueError(
             f"only floating-point weights can be pruned, not {shortened(wrong)}; load without quantization"
         )
+    if wrong := [f"{name} ({type(p).__name__})" for name, p in targets.items() if type(p) is not nn.Parameter]:
+        raise ValueError(
+            f"only plain parameters can be pruned, not {shortened(wrong)}; gather a model that is spread over ranks, "
+            "load a quantized one without quantization, and run a lazy one once"
+        )
     return targets
 
 
-def _stacked_linear(model: nn.Module, candidates: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return the linear layers inside the stacks (module lists) of a Hugging Face model; none of another model."""
-    encoder = getattr(model, "base_model", None)
-    if not isinstance(encoder, nn.Module):
-        return {}
-    stacked = {
-        module.weight
-        for stack in encoder.modules()
-        if isinstance(stack, nn.ModuleList)
+def stored_by_inputs(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Return the names of the weights that are stored as (in, out), as ``Conv1D`` does, and not as (out, in)."""
+    transposed = {module.weight for module in unwrap_model(model).modules() if isinstance(module, Conv1D)}
+    return frozenset(name for name, parameter in parameters.items() if parameter in transposed)
+
+
+def _stacks(model: nn.Module) -> set[nn.Module]:
+    """Return the modules inside the stacks (module lists) of the Hugging Face transformers in a model."""
+    return {
+        module
+        for transformer in _transformers(model)
+        for stack in transformer.modules()
+        if isinstance(stack, nn.ModuleList) and not isinstance(stack, parametrize.ParametrizationList)
         for module in stack.modules()
-        if isinstance(module, _LINEAR)
     }
-    return {name: weight for name, weight in candidates.items() if weight in stacked}
 
 
-def _matches(pattern: str, candidates: dict[str, nn.Parameter], embeddings: list[str]) -> list[str]:
+def _transformers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the transformers without their heads: that of the model itself, or else those of the modules inside it."""
+    adapted: Any = getattr(model, "get_base_model", None)  # of a PeftModel
+    base = getattr(model if adapted is None else adapted(), "base_model", None)
+    if isinstance(base, nn.Module):
+        yield base
+    else:
+        for child in model.children():
+            yield from _transformers(child)
+
+
+def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that PEFT added to layers, and the layers that it keeps beside copies of its own.
+
+    Raises:
+        ValueError: adapters are merged into the layers, and will be subtracted from them again.
+    """
+    for name, module in model.named_modules():
+        names = getattr(type(module), "adapter_layer_names", ())  # of PEFT's layers alone
+        if names and getattr(module, "merged", False) is True:
+            raise ValueError(
+                f"the adapters of {name} are merged into its weight, which changes when they are taken out: call "
+                "unmerge_adapter() to prune the layers below, or merge_and_unload() to prune what they are together"
+            )
+        parts = [getattr(module, part, None) for part in names]
+        if "modules_to_save" in module._modules:
+            parts.append(module._modules.get("original_module"))
+        for part in parts:
+            if isinstance(part, nn.Module):
+                yield from part.parameters()
+
+
+def _computed_weights(model: nn.Module) -> dict[str, str]:
+    """Return the matrices that stand where a layer has its weight, but are no parameters, and the class of the layer.
+
+    torch.nn.utils.prune, weight_norm and other reparametrisations compute a weight from other parameters.
+    """
+    computed = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        plain = isinstance(weight, nn.Module | nn.Parameter) and not parametrize.is_parametrized(module, "weight")
+        if not plain and (callable(weight) or (isinstance(weight, Tensor) and weight.ndim >= 2)):
+            computed[f"{name}.weight" if name else "weight"] = type(module).__name__
+    return computed
+
+
+def _refuse_computed(computed: dict[str, str]) -> None:
+    if computed:
+        found = shortened(f"{name} ({layer})" for name, layer in computed.items())
+        raise ValueError(
+            f"computed by their layers, and so no parameters: {found}. Make that permanent first, with "
+            "torch.nn.utils.prune.remove or parametrize.remove_parametrizations; prune before to_sparse_inference and "
+            "before quantization; or name other targets"
+        )
+
+
+def _name_left_out(model: nn.Module, stacks: Collection[nn.Module], known: Collection[Tensor]) -> None:
+    """Warn of the matrices in the stacks, or in a model without them, that are neither targets nor embeddings."""
+    left_out = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if not stacks or module in stacks
+        for name, p in module.named_parameters(recurse=False)
+        # Tables of positions, (1, n, d), are no matrices.
+        if p not in known and p.ndim >= 2 and p.shape[0] > 1 and sum(size > 1 for size in p.shape) >= 2
+    ]
+    if left_out:
+        logger.warning("left out of the targets, as they belong to no linear layer: %s", shortened(left_out, limit=20))
+
+
+def _matches(pattern: str, candidates: Sequence[str], embeddings: list[str]) -> list[str]:
     """Return the names of the candidates that a pattern hits; it has to hit one, and no embedding."""
     try:
         compiled = re.compile(pattern)

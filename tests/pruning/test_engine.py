@@ -6,7 +6,7 @@ from torch import nn
 
 from mfac_hf import prune_one_shot
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
-from mfac_hf.pruning.engine import substep_sparsity
+from mfac_hf.pruning.engine import check_targets, substep_sparsity
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from tests.helpers.pruning_network import Spy, cross_entropy, loader, one_shot, weights
 
@@ -49,6 +49,14 @@ def test_an_exception_on_the_way_leaves_everything_as_it_was(model, error):
     assert not torch.equal(source.collections[1][1]["2.weight"], before["2.weight"])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert masks.sparsity == 0
+
+
+def test_targets_on_several_devices_are_refused(model, monkeypatch):
+    masks = MaskSet.dense(model, ["0.weight", "2.weight"])
+    elsewhere = {"0.weight": model[0].weight, "2.weight": nn.Parameter(torch.empty(12, 12, device="meta"))}
+    monkeypatch.setattr(masks, "parameters", lambda model: elsewhere)
+    with pytest.raises(ValueError, match=r"several devices \(cpu, meta\)"):
+        check_targets(model, masks, 0.5, PruningOptions())
 
 
 def test_gradients_are_needed_where_they_are_used(model):

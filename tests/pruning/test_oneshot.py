@@ -25,6 +25,18 @@ def test_exactly_the_asked_number_of_weights_is_zero(model, selection, update):
     assert not torch.equal(model[2].weight[report.masks["2.weight"]], before["2.weight"][report.masks["2.weight"]])
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_pruned_as_the_one_inside(model, trained, wrap):
+    one_shot(model, 0.8, recomputations=1)
+    alone = weights(model)
+    model.load_state_dict(trained)
+    report = one_shot(wrap(model), 0.8, recomputations=1)
+    assert all(torch.equal(weight, alone[name]) for name, weight in weights(model).items())
+    assert list(report.masks) == ["0.weight", "2.weight", "4.weight"]
+    report.masks.apply(wrap(model))
+    assert report.masks.nonzeros(wrap(model)) == {}
+
+
 def test_uniform_scope_prunes_every_tensor_alike(model):
     one_shot(model, 0.75, scope="uniform", recomputations=2)
     assert zeros(model) == {"0.weight": 72, "2.weight": 108, "4.weight": 27}

@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -15,11 +17,14 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     GPT2Config,
+    MixtralConfig,
     ModernBertConfig,
     RobertaConfig,
 )
 
-from mfac_hf.pruning import find_targets
+from mfac_hf import to_sparse_inference
+from mfac_hf.pruning import MaskSet, find_targets
+from mfac_hf.pruning.targets import stored_by_inputs
 
 WIDTH, INNER, LAYERS = 16, 24, 2
 SIZES = {
@@ -86,7 +91,10 @@ def test_defaults_are_the_linear_layers_of_the_encoder(architecture, head):
 def test_layers_that_store_their_weights_transposed_are_linear_too():
     config = GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2)
     model = AutoModelForSequenceClassification.from_config(config)
-    assert sum(weight.numel() for weight in find_targets(model).values()) == 12 * 16 * 16
+    targets = find_targets(model)
+    assert sum(weight.numel() for weight in targets.values()) == 12 * 16 * 16
+    assert stored_by_inputs(model, targets) == set(targets)
+    assert stored_by_inputs(bert(), find_targets(bert())) == set()
 
 
 def test_convolutions_and_the_classifier_of_a_vision_model():
@@ -142,3 +150,115 @@ def test_a_shared_weight_is_one_target():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     assert list(find_targets(model)) == ["0.weight", "1.weight"]
+
+
+WRAPPERS = {
+    "compile": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_targets_of_a_wrapped_model_are_those_of_the_model_inside(wrap):
+    model = bert()
+    assert list(find_targets(WRAPPERS[wrap](model))) == list(find_targets(model))
+    assert list(find_targets(WRAPPERS[wrap](model), "pooler")) == ["bert.pooler.dense.weight"]
+
+
+def test_targets_of_a_transformer_inside_another_module_are_its_stacks():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = bert().bert, nn.Linear(WIDTH, 3)
+
+    assert list(find_targets(Reader())) == [name.replace("bert.", "encoder.", 1) for name in find_targets(bert())]
+
+
+def test_the_factors_of_adapters_are_no_targets():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(bert(), peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"]))
+    names = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in find_targets(adapted)]
+    assert names == list(find_targets(bert()))
+    [query, _] = find_targets(adapted, "query")
+    assert query.endswith("layer.0.attention.self.query.base_layer.weight")
+    with pytest.raises(ValueError, match="hits no weight"):
+        find_targets(adapted, "lora_A")
+    with pytest.raises(ValueError, match="hits no weight"):
+        find_targets(adapted, "original_module")
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"layer\.0.*are merged into its weight.*merge_and_unload"):
+        find_targets(adapted)
+    assert list(find_targets(adapted.merge_and_unload())) == list(find_targets(bert()))
+
+
+def masked(layer):
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def low_rank(layer):
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+def two_parameters(layer):
+    nn.utils.weight_norm(layer)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", [masked, low_rank, two_parameters])
+def test_weights_that_are_computed_are_refused_where_they_would_be_targets(change):
+    model = bert()
+    change(model.bert.pooler.dense)
+    assert list(find_targets(model)) == list(find_targets(bert()))
+    change(model.bert.encoder.layer[1].output.dense)
+    for patterns in (None, r"layer\.1"):
+        with pytest.raises(
+            ValueError, match=r"no parameters: bert.encoder.layer.1.output.dense.weight .*prune\.remove"
+        ):
+            find_targets(model, patterns)
+    assert len(find_targets(model, r"layer\.0")) == 6
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    change(network[0])
+    with pytest.raises(ValueError, match=r"no parameters: 0.weight .*prune\.remove"):
+        find_targets(network)
+
+
+def test_layers_for_sparse_inference_are_refused():
+    model = bert()
+    masks = MaskSet.dense(model, find_targets(model))
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, ::2] = 0
+    fast = to_sparse_inference(model, tokens=1, min_speedup=0)
+    with pytest.raises(ValueError, match=r"layer.0.output.dense.weight \(SparseLinear\).*before to_sparse_inference"):
+        find_targets(fast)
+    with pytest.raises(ValueError, match="is no parameter of the model"):
+        masks.parameters(fast)
+
+
+def test_matrices_of_no_linear_layer_are_named(caplog):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(vocab_size=20, num_hidden_layers=1, num_local_experts=2, **sizes)
+    targets = find_targets(AutoModelForCausalLM.from_config(config))
+    assert [name.split(".")[-2] for name in targets] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    experts = "model.layers.0.mlp.experts"
+    assert f"{experts}.gate_up_proj, {experts}.down_proj" in caplog.text and "embed" not in caplog.text
+
+
+def test_a_transformer_without_linear_layers_in_its_stacks_is_not_pruned_elsewhere():
+    model = bert()
+    for layer in model.bert.encoder.layer:
+        for module in [module for module in layer.modules() if isinstance(module, nn.Linear)]:
+            module.__class__ = type("OwnLayer", (nn.Module,), {})
+    with pytest.raises(ValueError, match="no linear layer and no convolution in its stacks"):
+        find_targets(model)
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = bert()
+    for make in (MaskSet.dense, MaskSet.from_model):
+        with pytest.raises(ValueError, match="the meta device, behind bert.encoder.*offloaded"):
+            make(model, find_targets(model))
+    masks = MaskSet.dense(bert(), find_targets(bert()))
+    with pytest.raises(ValueError, match="the meta device"):
+        masks.parameters(model)

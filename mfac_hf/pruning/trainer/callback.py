@@ -151,7 +151,7 @@ class MFACPruningCallback(TrainerCallback):
         folder, masks, progress = self._load_or_begin(args, state, model)
         # Refuse now what a pruning would refuse after hours of training.
         parameters = masks.parameters(model)
-        check_targets(masks, parameters, max(self.schedule.final, masks.sparsity), self.options)
+        check_targets(model, masks, max(self.schedule.final, masks.sparsity), self.options)
         check_source(self._source(args, optimizer, dataloader), self.options, parameters, steps.points[0][0])
 
         self._steps, self.masks, self._reached = steps, masks, progress.target

@@ -51,6 +51,11 @@ def refuse_unsupported(args: TrainingArguments, state: TrainerState, model: nn.M
             f"one process for {args.n_gpu} GPUs (nn.DataParallel) is not supported; start a process for each with "
             "torchrun, or show this one a single GPU with CUDA_VISIBLE_DEVICES"
         )
+    if getattr(model, "peft_config", None) and args.save_strategy != "no":
+        raise ValueError(
+            "Trainer saves the adapters of a PEFT model alone, and the pruned weights below them would be lost: merge "
+            "them first, model = model.merge_and_unload(), or set save_strategy='no' and save the model yourself"
+        )
     if state.is_hyper_param_search and args.save_strategy != "no":
         raise ValueError(
             "hyper-parameter search saves each trial where callbacks do not see it; set save_strategy='no' to search"

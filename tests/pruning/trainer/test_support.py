@@ -28,6 +28,14 @@ def test_what_is_not_supported_is_refused():
             refuse_unsupported(arguments(), state, model)
 
 
+def test_adapters_that_trainer_would_save_alone_are_refused():
+    model, state = nn.Linear(2, 2), SimpleNamespace(is_hyper_param_search=False)
+    model.peft_config = {"default": object()}
+    with pytest.raises(ValueError, match="adapters of a PEFT model alone.*merge_and_unload"):
+        refuse_unsupported(arguments(), state, model)
+    refuse_unsupported(arguments(save_strategy="no"), state, model)
+
+
 def test_float16_is_left_out_while_gradients_are_taken():
     """As accelerate wraps it: the model's own forward stays in `_original_forward`."""
     model = nn.Linear(2, 2)
