@@ -210,10 +210,12 @@ def _decode(record: TensorRecord, parts: dict[str, Tensor]) -> Tensor:
 
 def _bitmask_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.ndarray[Any, Any]:
     """Return booleans, True where a value goes."""
-    mask, numel = parts["mask"].numpy(), record.numel
-    if mask.dtype != np.uint8 or mask.shape != ((numel + 7) // 8,):
-        raise ValueError(f"the mask is {mask.dtype} of shape {mask.shape}, which does not fit shape {record.shape}")
-    flags = np.unpackbits(mask, bitorder="little").view(bool)
+    mask, numel = parts["mask"], record.numel
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != ((numel + 7) // 8,):
+        raise ValueError(
+            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}, which does not fit shape {record.shape}"
+        )
+    flags = np.unpackbits(mask.numpy(), bitorder="little").view(bool)
     if flags[numel:].any():
         raise ValueError(f"index out of range: the mask has bits set after the last of {numel} weights")
     kept = int(np.count_nonzero(flags))
@@ -225,13 +227,14 @@ def _bitmask_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.nda
 def _csr_positions(record: TensorRecord, parts: dict[str, Tensor]) -> np.ndarray[Any, Any]:
     """Return the flat indices of the values."""
     rows, columns = record.rows_and_columns
-    counts, column_of = parts["counts"].numpy(), parts["columns"].numpy()
-    dtypes = _index_dtypes(columns)
-    if (counts.dtype, column_of.dtype) != dtypes or counts.shape != (rows,):
+    expected = [torch.from_numpy(np.empty(0, dtype)).dtype for dtype in _index_dtypes(columns)]
+    found = [parts["counts"].dtype, parts["columns"].dtype]
+    if found != expected or tuple(parts["counts"].shape) != (rows,):
         raise ValueError(
-            f"counts are {counts.dtype} of shape {counts.shape} and columns {column_of.dtype}; expected {dtypes[0]} "
-            f"of shape ({rows},) and {dtypes[1]}"
+            f"counts are {found[0]} of shape {tuple(parts['counts'].shape)} and columns {found[1]}; expected "
+            f"{expected[0]} of shape ({rows},) and {expected[1]}"
         )
+    counts, column_of = parts["counts"].numpy(), parts["columns"].numpy()
     if rows and int(counts.max()) > columns:
         raise ValueError(f"counts reach {int(counts.max())} in rows of {columns}")
     counts = counts.astype(np.int64)

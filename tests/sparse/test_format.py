@@ -227,7 +227,7 @@ def set_part(key, index, value):
         (set_part("csr/counts", 0, 99), "csr .*counts add up to"),
         (set_part("bitmask/mask", 0, 255), "bitmask .*the mask keeps"),
         (lambda parts: parts.update({"bitmask/mask": parts["bitmask/mask"][:-1]}), "bitmask .*does not fit shape"),
-        (lambda parts: parts.update({"csr/counts": parts["csr/counts"].int()}), "csr .*expected uint8"),
+        (lambda parts: parts.update({"csr/counts": parts["csr/counts"].int()}), "csr .*expected torch.uint8"),
         (lambda parts: parts.update({"dense/values": parts["dense/values"][:2]}), r"dense .*shape \(2,\)"),
         (set_part("csr/counts", 0, 201), "csr .*counts reach 201 in rows of 200"),
         (lambda parts: parts.update({"csr/values": parts["csr/values"].double()}), "csr .*values are torch.float64"),

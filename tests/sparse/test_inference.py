@@ -6,9 +6,17 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mfac_hf import to_sparse_inference
+from mfac_hf.pruning.targets import find_targets
 from mfac_hf.sparse.inference import SparseLinear
 from tests.helpers.models import CONFIG, prune
 from tests.helpers.sparse_files import assert_same_state
@@ -38,11 +46,12 @@ def test_output_equals_the_dense_layer(shape, bias, piece):
 def test_state_dict_is_that_of_the_dense_layer():
     layer = linear()
     sparse = SparseLinear(layer)
-    assert_same_state(sparse.state_dict(), layer.state_dict())
+    positive = layer.state_dict() | {"weight": torch.where(layer.weight == 0, 0.0, layer.weight.detach())}
+    assert_same_state(sparse.state_dict(), positive)
     other = linear(sparsity=0.3)
     sparse.load_state_dict(other.state_dict())
-    assert_same_state(sparse.state_dict(), other.state_dict())
-    assert sparse.values.numel() == int((other.weight != 0).sum()) + 1  # the negative zero
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in sparse.state_dict().items())
+    assert sparse.values.numel() == int((other.weight != 0).sum())  # without the negative zero
     with pytest.raises(RuntimeError, match=r"weight has shape \(24, 9\); expected \(24, 48\)"):
         sparse.load_state_dict(linear(inputs=9).state_dict())
     with pytest.raises(RuntimeError, match="Missing key.*weight"):
@@ -98,3 +107,53 @@ def test_layer_that_is_not_faster_stays_dense(caplog):
         slow = to_sparse_inference(model, min_speedup=float("inf"))
     assert type(slow[0]) is nn.Linear
     assert "0 of 1 linear layers" in caplog.text
+
+
+def test_weight_takes_memory_when_something_computes_with_it(monkeypatch):
+    layer = linear()
+    sparse = SparseLinear(layer)
+    assert torch.equal(sparse.weight @ torch.eye(48), layer.weight)
+    assert torch.equal(torch.cat([sparse.weight, sparse.weight]), torch.cat([layer.weight, layer.weight]))
+    monkeypatch.setattr(SparseLinear, "dense", lambda self: pytest.fail("put together"))
+    weight = sparse.weight
+    assert isinstance(weight, torch.Tensor) and weight.dtype == torch.float32
+    assert weight.shape == (24, 48) and weight.device.type == "cpu"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [False, True])
+def test_t5_asks_for_no_dense_weight(gated, monkeypatch):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    kind = "gated-gelu" if gated else "relu"
+    model = T5ForConditionalGeneration(T5Config(feed_forward_proj=kind, **sizes)).eval()
+    for weight in find_targets(model).values():
+        weight[torch.rand_like(weight) < 0.8] = 0
+    sparse = to_sparse_inference(model, min_speedup=0)
+    assert sum(isinstance(module, SparseLinear) for module in sparse.modules()) == len(find_targets(model))
+    inputs = {"input_ids": torch.randint(0, 60, (2, 9)), "decoder_input_ids": torch.randint(0, 60, (2, 5))}
+    expected = model(**inputs).logits
+    monkeypatch.setattr(SparseLinear, "dense", lambda self: pytest.fail("put together"))
+    torch.testing.assert_close(sparse(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_of_gpt2_are_transposed():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=16)).eval()
+    targets = find_targets(model)
+    for weight in targets.values():
+        weight[torch.rand_like(weight) < 0.8] = 0
+    sparse = to_sparse_inference(model, min_speedup=0)
+    assert {f"{n}.weight" for n, m in sparse.named_modules() if isinstance(m, SparseLinear)} == targets.keys()
+    assert_same_state(sparse.state_dict(), model.state_dict())
+    ids = torch.randint(0, 60, (2, 9))
+    torch.testing.assert_close(sparse(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    layer = next(module for module in sparse.modules() if isinstance(module, SparseLinear))
+    assert layer.weight.shape == (32, 96) == tuple(layer.dense().shape)
+
+
+def test_wrapped_model_is_unwrapped():
+    model = nn.Sequential(linear(8, 8))
+    sparse = to_sparse_inference(torch.compile(nn.DataParallel(model), backend="eager"), min_speedup=0)
+    assert type(sparse) is nn.Sequential and isinstance(sparse[0], SparseLinear)
