@@ -1,14 +1,23 @@
 """Parameter groups: which options they may have, and which parameters."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from mfac_hf.fisher.definite import is_number
-from mfac_hf.optim.options import ParameterWindowOptions, check_bool
+from mfac_hf.optim.options import SCHEDULED, ParameterWindowOptions, check_bool
 
-__all__ = ["check_group", "check_numbers", "check_parameters", "check_process_group", "remove_window_options"]
+__all__ = [
+    "check_group",
+    "check_numbers",
+    "check_parameters",
+    "check_process_group",
+    "follow_groups",
+    "remove_window_options",
+]
 
 
 def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -99,7 +108,40 @@ def check_process_group(group: Any) -> dist.ProcessGroup | None:
 
 
 def remove_window_options(groups: list[dict[str, Any]]) -> None:
-    """Take the options of the window, which torch copies into every group, out of them."""
+    """Take the fixed options of the window, which torch copies into every group, out of them."""
     for group in groups:
         for name in ParameterWindowOptions.names():
-            group.pop(name, None)
+            if name not in SCHEDULED:
+                group.pop(name, None)
+
+
+def follow_groups(groups: list[dict[str, Any]], options: ParameterWindowOptions) -> ParameterWindowOptions:
+    """The options of the window with the damping and grad_decay that now stand in the groups.
+
+    Raises:
+        ValueError: for a value out of range, another one in each group, or another option of the window: it is fixed.
+    """
+    changed = {}
+    for name in options.names():
+        values = [group[name] for group in groups if name in group]
+        new = [value for value in values if not _equal(value, getattr(options, name))]
+        if not new:
+            continue
+        if name not in SCHEDULED:
+            raise ValueError(
+                f"{name}={new[0]!r} in a parameter group, but the window was built with {getattr(options, name)!r}, "
+                f"which is fixed. Build a new MFAC; only {' and '.join(SCHEDULED)} may change between steps"
+            )
+        if not all(_equal(value, new[0]) for value in values):
+            raise ValueError(
+                f"{name} is {values} in the parameter groups: there is one window for all; set it in each of them"
+            )
+        changed[name] = new[0]
+    return replace(options, **changed) if changed else options
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two options are the same; what is no option, such as a vector, is the same as itself alone."""
+    if any(isinstance(value, Tensor) and value.numel() != 1 for value in (first, second)):
+        return first is second
+    return bool(first == second)

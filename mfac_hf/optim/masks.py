@@ -1,6 +1,6 @@
 """Masks of parameters: what they have to be, and the columns of the window that they leave."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mfac_hf.memory import require_memory
 from mfac_hf.optim.placement import DensePlacement, Placement, kept_positions
+from mfac_hf.optim.sharded import is_sharded
 
-__all__ = ["check_masks", "check_only_shrink", "without_masked"]
+__all__ = ["check_masks", "check_masks_have_parameters", "check_only_shrink", "without_masked"]
 
 
 def check_masks(masks: Mapping[Tensor, Tensor], groups: list[dict[str, Any]]) -> None:
@@ -26,11 +27,33 @@ def check_masks(masks: Mapping[Tensor, Tensor], groups: list[dict[str, Any]]) ->
             raise ValueError(
                 f"a mask for a parameter of shape {tuple(parameter.shape)} that this optimizer does not have"
             )
+        if is_sharded(parameter) or is_sharded(mask):
+            raise ValueError(
+                f"a mask for a parameter of shape {tuple(parameter.shape)} that is sharded: MFAC takes masks of whole "
+                "parameters. Prune with process_group=... in place of FSDP2, or before sharding and without masks"
+            )
         if mask.shape != parameter.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"a mask of shape {tuple(mask.shape)} and dtype {mask.dtype} for a parameter of shape "
                 f"{tuple(parameter.shape)}; expected a bool tensor of the parameter's shape, True = keep"
             )
+
+
+def check_masks_have_parameters(masks: Mapping[Tensor, Tensor], held: Collection[int], *, replaced: bool) -> None:
+    """Raise a ValueError if a masked parameter has left the groups and others have come in its place.
+
+    Args:
+        masks: of the optimizer.
+        held: ids of the parameters in the groups now.
+        replaced: whether some of these came without `MFAC.add_param_group`.
+    """
+    lost = [p for p in masks if id(p) not in held]
+    if lost and replaced:
+        raise ValueError(
+            f"the mask of a parameter of shape {tuple(lost[0].shape)} has lost its parameter: others took its place "
+            "in the groups, as FSDP2 replaces parameters by sharded ones, and masked weights would be trained. Build "
+            "MFAC with the parameters that are trained and their masks; masks of sharded parameters are not supported"
+        )
 
 
 def check_only_shrink(masks: Mapping[Tensor, Tensor], old: Mapping[Tensor, Tensor]) -> None:

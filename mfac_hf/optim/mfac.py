@@ -27,14 +27,14 @@ from mfac_hf.optim.groups import check_group, check_parameters, check_process_gr
 from mfac_hf.optim.masks import check_masks, check_only_shrink
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
-from mfac_hf.optim.sharded import is_sharded, shard_group
-from mfac_hf.optim.state import WINDOW_KEYS, check_state, publish_window, restore_placements, without_window
+from mfac_hf.optim.sharded import shard_group
 from mfac_hf.optim.update import apply_directions
+from mfac_hf.optim.windowed import WindowedOptimizer
 
 __all__ = ["MFAC"]
 
 
-class MFAC(torch.optim.Optimizer):
+class MFAC(WindowedOptimizer):
     r"""Matrix-free approximate natural-gradient descent with the dynamic algorithm of M-FAC.
 
     Usage with the Hugging Face Trainer: ``Trainer(..., optimizers=(MFAC(model.parameters(), lr=1e-3), None))``. The
@@ -116,14 +116,10 @@ class MFAC(torch.optim.Optimizer):
             **asdict(self._options),
         }
         self._process_group = check_process_group(process_group)
-        self._forget_window()
+        self._start_anew()
         super().__init__(params, defaults)
         check_masks(masks or {}, self.param_groups)
         self._keep_masks(masks or {})
-
-    def _forget_window(self) -> None:
-        self._window: ParameterWindow | None = None
-        self.skipped_steps = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, whose columns join the window when their first gradients arrive.
@@ -133,7 +129,7 @@ class MFAC(torch.optim.Optimizer):
                 parameters on another device; the optimizer stays as it was.
             TypeError: for complex parameters.
         """
-        check_group(param_group, self.defaults)
+        check_group(param_group, {**self.defaults, **asdict(self._options)})
         known = len(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -142,6 +138,8 @@ class MFAC(torch.optim.Optimizer):
             del self.param_groups[known:]
             raise
         remove_window_options(self.param_groups)
+        self.param_groups[-1] |= self._options.scheduled()
+        self._known += [id(p) for p in self.param_groups[-1]["params"]]
 
     @torch.no_grad()
     def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
@@ -159,6 +157,7 @@ class MFAC(torch.optim.Optimizer):
                 masked before; nothing changes then.
             MemoryError: if the smaller window does not fit beside the one that it replaces; nothing changes then.
         """
+        self._agree()
         check_masks(masks, self.param_groups)
         masks = {p: mask.to(p.device) for p, mask in masks.items()}
         check_only_shrink(masks, self._masks())
@@ -183,14 +182,6 @@ class MFAC(torch.optim.Optimizer):
             )
         return self._window.stored_gradients(parameter)
 
-    def _keep_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
-        for parameter, mask in masks.items():
-            # In the state, because it is what deepcopy, pickle and checkpoints keep.
-            self.state[parameter]["mask"] = mask.detach().clone()
-
-    def _masks(self) -> dict[Tensor, Tensor]:
-        return {p: state["mask"].to(p.device) for p, state in self.state.items() if "mask" in state}
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Store the gradients and move the parameters; those without a gradient stay where they are.
@@ -213,6 +204,7 @@ class MFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._agree()
         gradients = read_gradients(self.param_groups)
         if not gradients:
             return loss
@@ -242,10 +234,6 @@ class MFAC(torch.optim.Optimizer):
             )
         self.skipped_steps += 1
 
-    def _publish(self) -> None:
-        if self._window is not None:
-            publish_window(self._window, self.state, self.skipped_steps)
-
     def window_stats(self) -> dict[str, float]:
         """Figures for a log: share of the window filled, condition number of K, counts, and size in GiB."""
         window = self._window
@@ -256,75 +244,3 @@ class MFAC(torch.optim.Optimizer):
             "jitter_escalations": 0.0 if window is None else float(window.gram.jitter_escalations),
             "window_gib": 0.0 if window is None else window.nbytes / GIB,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers, with the window unless ``save_window=False`` or several ranks share it."""
-        if self._window is not None:
-            self._window.clear_unwritten()
-        state_dict = super().state_dict()
-        if self.shares_window or not self._options.save_window:
-            state_dict["state"] = without_window(state_dict["state"])
-        return state_dict
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state exactly: window, Gram matrix and counters continue to the bit.
-
-        The saved tensors are used as they are where their layout allows it, so that a large window is not held twice.
-        After a state without a window (``save_window=False``) the window refills.
-
-        Raises:
-            ValueError: if the state is of another model, window length, dtype or mask, or incomplete; it names what
-                differs, and the optimizer stays as it was.
-        """
-        saved = check_state(state_dict, self.param_groups, self._masks(), self._options)
-        if any("gram" in state for state in saved.values()) and self.shares_window:
-            warnings.warn("ranks that share a window do not load a saved one: it refills", stacklevel=2)
-            saved = without_window(saved)
-        super().load_state_dict({**state_dict, "state": {}})
-        for p in [p for p in self.state if p not in saved]:
-            del self.state[p]
-        for p, state in saved.items():
-            self.state[p] = {  # the window goes where it belongs when it is restored
-                name: value.to(p.device) if isinstance(value, Tensor) and name not in WINDOW_KEYS else value
-                for name, value in state.items()
-            }
-        remove_window_options(self.param_groups)
-        self._restore_window()
-
-    def _restore_window(self) -> None:
-        """Build the window that the state describes."""
-        self._forget_window()
-        placements, lead = restore_placements(self.state, self._masks(), self._options)
-        if lead is None:
-            return
-        self._window = ParameterWindow(placements, self._options)
-        self._window.gram.restore(lead["gram"], lead["pushed"], lead["jitter_escalations"])
-        self.skipped_steps = lead["skipped_steps"]
-        self._publish()
-
-    @property
-    def shares_window(self) -> bool:
-        """Whether the window's columns are, or will be, spread over several ranks."""
-        return self._process_group is not None or any(
-            is_sharded(p) for group in self.param_groups for p in group["params"]
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickle and deepcopy keep.
-
-        Raises:
-            TypeError: if several ranks share the window: one of them cannot copy it.
-        """
-        if self.shares_window:
-            raise TypeError("a window shared by several ranks cannot be pickled or deep-copied by one of them")
-        if self._window is not None:
-            self._window.clear_unwritten()
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the window from the per-parameter state."""
-        super().__setstate__(state)
-        self._options = ParameterWindowOptions.pick(self.defaults)
-        self._process_group = getattr(self, "_process_group", None)  # kept by load_state_dict, which comes here too
-        self._restore_window()

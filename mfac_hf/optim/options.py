@@ -8,7 +8,11 @@ import torch
 from mfac_hf.fisher.definite import is_number
 from mfac_hf.fisher.options import WindowOptions
 
-__all__ = ["ParameterWindowOptions", "check_bool"]
+__all__ = ["ParameterWindowOptions", "SCHEDULED", "check_bool"]
+
+
+# What may change between steps: the stored gradients are the same with any value of these.
+SCHEDULED = ("damping", "grad_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,10 @@ class ParameterWindowOptions(WindowOptions):
     def names(cls) -> tuple[str, ...]:
         """The names of the options."""
         return tuple(field.name for field in fields(cls))
+
+    def scheduled(self) -> dict[str, Any]:
+        """The options that stand in the parameter groups, where a schedule may change them."""
+        return {name: getattr(self, name) for name in SCHEDULED}
 
     @classmethod
     def pick(cls, settings: dict[str, Any]) -> "ParameterWindowOptions":

@@ -4,6 +4,7 @@ A `GramMatrix` knows the algebra, column stores hold the numbers, and a `Placeme
 parameter's. This joins them, lets parameters in when their first gradients come, and takes masked coordinates out.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mfac_hf.fisher.columns import ColumnStore, DenseColumns, Part
 from mfac_hf.fisher.gram import GramMatrix
 from mfac_hf.memory import gram_matrix_bytes
+from mfac_hf.optim.borrowed import own_buffers
 from mfac_hf.optim.masks import without_masked
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import (
@@ -43,6 +45,7 @@ class ParameterWindow:
         gram: the Gram matrix of the stored gradients, over all stores and ranks.
         placements: of the parameters whose columns this rank keeps, in the order of the columns.
         owners: of every parameter with columns, on whichever rank.
+        borrows: whether the stores are those of a loaded state, which others may hold too.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ParameterWindow:
         self.columns = distinct_columns(placements.values()) or [idle]
         group = sharing if shards is None else shards
         self.gram = GramMatrix(options, device=self.columns[0].device, process_group=group)
+        self.borrows = False
 
     @classmethod
     def from_gradients(
@@ -117,6 +121,7 @@ class ParameterWindow:
         Raises:
             MemoryError: if a table that was row-sparse no longer is and does not fit; nothing is stored then.
         """
+        self._own_stores()
         parts: dict[ColumnStore, list[Part]] = {columns: [] for columns in self.columns}
         for p, placement in list(self.placements.items()):
             part: Any = placement.part(gradients.get(p), p.device, masks.get(p))
@@ -157,6 +162,10 @@ class ParameterWindow:
         Raises:
             MemoryError: if a smaller buffer does not fit beside the one that it replaces; nothing changes then.
         """
+        if self.borrows:
+            for p in masks:
+                if isinstance(placement := self.placements.get(p), TablePlacement):
+                    own_buffers(placement.columns, 1)
         placements: dict[Tensor, Placement] = {}
         for columns in self.columns:
             members = {p: placement for p, placement in self.placements.items() if placement.columns is columns}
@@ -173,6 +182,43 @@ class ParameterWindow:
             self.owners[p] = owner._replace(size=min(owner.size, int(masks[p].sum())))
         self.gram.set(self.gram.add_up([columns.gram(self.count) for columns in self.columns]))
 
+    def forget(self, parameters: Iterable[Tensor]) -> None:
+        """Take out parameters, as if the window had never held them.
+
+        Raises:
+            MemoryError: as `shrink`; nothing changes then.
+        """
+        before, gone = self.placements, set(parameters)
+        dense = {
+            p: placement for p, placement in before.items() if p in gone and isinstance(placement, DensePlacement)
+        }
+        self.placements = {p: placement for p, placement in before.items() if p in dense or p not in gone}
+        try:
+            self.shrink({p: torch.zeros(part.shape, dtype=torch.bool) for p, part in dense.items()})
+        except MemoryError:
+            self.placements = before
+            raise
+        for p in gone:
+            self.placements.pop(p, None)
+            self.owners.pop(p)
+        idle: ColumnStore = DenseColumns(self.options.num_grads, 0, dtype=self.options.window_dtype)
+        self.columns = distinct_columns(self.placements.values()) or [idle]
+
+    def set_options(self, options: ParameterWindowOptions) -> None:
+        """Go on with another damping or grad_decay."""
+        self.options = self.gram.options = options
+
+    def _own_stores(self) -> None:
+        """Copy what others hold too, before it is written: the stores of a loaded state.
+
+        Raises:
+            MemoryError: if the copy does not fit; nothing changes then.
+        """
+        if self.borrows:
+            for columns in self.columns:
+                own_buffers(columns, sum(placement.columns is columns for placement in self.placements.values()))
+            self.borrows = False
+
     def stored_gradients(self, p: Tensor) -> Tensor:
         """The gradients held of one parameter, oldest first, shape (count, p.numel()); zero where they are masked.
 
@@ -183,8 +229,9 @@ class ParameterWindow:
 
     def clear_unwritten(self) -> None:
         """Zero the rows that hold no gradient yet: before they are saved or copied, not before they are used."""
-        for columns in self.columns:
-            columns.clear(slice(self.count, None))
+        if not self.borrows:  # else somebody has done so
+            for columns in self.columns:
+                columns.clear(slice(self.count, None))
 
 
 def _place_own(

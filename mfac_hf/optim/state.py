@@ -10,23 +10,26 @@ The state of a parameter p holds plain tensors and numbers only:
   ``window_parameters``, the number of parameters with columns.
 """
 
-from collections.abc import Iterator, MutableMapping
-from itertools import chain
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+from mfac_hf.optim.borrowed import alias
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.placement import DensePlacement, Placement, TablePlacement, kept_positions
+from mfac_hf.optim.plausible import as_count, check_counters, check_gram, check_momentum, check_places
 
 __all__ = ["WINDOW_KEYS", "check_state", "publish_window", "restore_placements", "without_window"]
 
 LEAD_KEYS = ("gram", "pushed", "skipped_steps", "jitter_escalations", "window_parameters")
 GROUP_KEYS = ("lr", "momentum", "weight_decay", "decoupled_weight_decay")
 WINDOW_KEYS = ("window", "window_rows", "window_values", "window_store", "window_start", *LEAD_KEYS)
+TENSOR_KEYS = {"window", "window_rows", "window_values", "gram", "mask", "momentum_buffer"}
 
 
 class _Saved(NamedTuple):
@@ -88,24 +91,30 @@ def check_state(
     saved = list(_saved_states(state_dict, groups))
     with_window = []
     for entry in saved:
+        _check_types(entry)
         _check_mask(entry, masks.get(entry.parameter))
         _check_momentum(entry)
+        check_counters(entry.state, entry.label)
         if "window" in entry.state or "window_rows" in entry.state:
             _check_columns(entry, options)
-            with_window.append(entry.state)
+            with_window.append(entry)
         elif "window_store" in entry.state:
             raise ValueError(f"the state of {entry.label} lacks its window: the state is truncated")
     if with_window:
         _check_lead(with_window, options.num_grads)
-    return {parameter: dict(state) for parameter, state, _ in saved if state}
+    return {parameter: state for parameter, state, _ in saved if state}
 
 
 def _check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """The saved parameter groups are this optimizer's: as many parameters, MFAC's options, the same names."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
             raise ValueError(f"the optimizer state has no {key!r}: it is truncated, or not an optimizer's state")
     saved_groups = state_dict["param_groups"]
+    for saved in saved_groups:
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
+            raise ValueError("a saved parameter group has no list of 'params': it is truncated, or not an optimizer's")
+    _check_is_ours(state_dict)
     saved_sizes, sizes = ([len(group["params"]) for group in gs] for gs in (saved_groups, groups))
     if saved_sizes != sizes:
         raise ValueError(
@@ -113,13 +122,35 @@ def _check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> N
             "build the optimizer from the same model with the same groups"
         )
     for saved, own in zip(saved_groups, groups, strict=True):
-        missing = [key for key in GROUP_KEYS if key not in saved]
-        if missing:
-            raise ValueError(f"the saved parameter groups lack {', '.join(missing)}: the state of another optimizer")
         if "param_names" in saved and "param_names" in own and saved["param_names"] != own["param_names"]:
-            first = next((a, b) for a, b in zip(saved["param_names"], own["param_names"], strict=True) if a != b)
+            pairs = zip_longest(saved["param_names"], own["param_names"])
+            first = next(((a, b) for a, b in pairs if a != b), (None, None))
             raise ValueError(
                 f"parameters in another order: the saved state has {first[0]!r} where this optimizer has {first[1]!r}"
+            )
+
+
+def _check_is_ours(state_dict: dict[str, Any]) -> None:
+    """The saved state is MFAC's, and not that of the optimizer with which a run was begun."""
+    states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
+    for saved in state_dict["param_groups"]:
+        missing = [key for key in GROUP_KEYS if key not in saved]
+        if missing:
+            seen = sorted({str(key) for state in states for key in state} | {*map(str, saved)} - {"params"})
+            raise ValueError(
+                f"the saved parameter groups lack {', '.join(missing)}: the state of another optimizer, not of MFAC "
+                f"(it has {', '.join(seen)}). Start MFAC anew from the weights: leave optimizer.pt out of the "
+                "checkpoint, or do not resume"
+            )
+
+
+def _check_types(entry: _Saved) -> None:
+    """Tensors are where a state of MFAC has tensors."""
+    for key in TENSOR_KEYS & entry.state.keys():
+        value = entry.state[key]
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise ValueError(
+                f"{key} of {entry.label} is {value!r:.80} in the saved state; expected a dense tensor with numbers"
             )
 
 
@@ -130,7 +161,12 @@ def _saved_states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> I
     names = chain.from_iterable(group.get("param_names", [None] * len(group["params"])) for group in groups)
     for position, (key, p, name) in enumerate(zip(keys, parameters, names, strict=True)):
         label = f"parameter {name or position} of shape {tuple(p.shape)}"
-        yield _Saved(p, state_dict["state"].get(key, {}), label)
+        state = state_dict["state"].get(key, {}) if isinstance(key, Hashable) else None
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"the saved state of {label} is {state!r:.80}; expected a dictionary: the file is damaged"
+            )
+        yield _Saved(p, dict(state), label)
 
 
 def _check_mask(entry: _Saved, own: Tensor | None) -> None:
@@ -153,13 +189,15 @@ def _check_momentum(entry: _Saved) -> None:
         raise ValueError(
             f"the saved momentum of {entry.label} has shape {tuple(momentum.shape)}: another model or order"
         )
+    if momentum is not None:
+        check_momentum(momentum, entry.label)
 
 
 def _check_columns(entry: _Saved, options: ParameterWindowOptions) -> None:
     """The saved columns of a parameter are complete, of its shape, and of this optimizer's window."""
     parameter, state, label = entry
     num_grads, mask = options.num_grads, state.get("mask")
-    for key in ("window_store", "window_start"):
+    for key in ("window_store", "window_start", "step"):
         if key not in state:
             raise ValueError(f"the state of {label} lacks {key!r}: the state is truncated")
     if "window" in state:
@@ -169,8 +207,10 @@ def _check_columns(entry: _Saved, options: ParameterWindowOptions) -> None:
         if "window_values" not in state:
             raise ValueError(f"the state of {label} lacks 'window_values': the state is truncated")
         found, dtype = state["window_values"], options.result_dtype
+        if parameter.ndim != 2 or state["window_rows"].ndim != 2 or state["window_rows"].dtype != torch.int64:
+            raise ValueError(f"the saved rows of {label} are not those of a table: another model, or a damaged file")
         expected = (num_grads, state["window_rows"].shape[1], *parameter.shape[1:])
-    if found.shape[0] != num_grads:
+    if found.ndim and found.shape[0] != num_grads:
         raise ValueError(
             f"the saved window holds {found.shape[0]} gradients, this optimizer {num_grads}; "
             f"pass num_grads={found.shape[0]}"
@@ -190,16 +230,18 @@ def _check_columns(entry: _Saved, options: ParameterWindowOptions) -> None:
 def _check_rows(rows: Tensor, shape: torch.Size, height: int, label: str) -> None:
     """The row numbers of a table ascend, and empty slots (which hold the table's height) come last."""
     ascending = (rows[:, 1:] > rows[:, :-1]) | (rows[:, 1:] == height)
-    if rows.shape != shape or int(rows.min()) < 0 or int(rows.max()) > height or not ascending.all():
+    inside = bool(((rows >= 0) & (rows <= height)).all())
+    if rows.shape != shape or not inside or not ascending.all():
         raise ValueError(f"the saved rows of {label} are not those of such a table: another model, or a damaged file")
 
 
-def _check_lead(with_window: list[dict[str, Any]], num_grads: int) -> None:
-    """One parameter has the Gram matrix and the counters, and no parameter's columns are missing."""
-    leads = [state for state in with_window if "gram" in state]
-    if len(leads) != 1 or any(key not in leads[0] for key in LEAD_KEYS):
+def _check_lead(with_window: list[_Saved], num_grads: int) -> None:
+    """One parameter has the Gram matrix and the counters, no parameter's columns are missing, and all fit together."""
+    leads = [entry for entry in with_window if "gram" in entry.state]
+    if len(leads) != 1 or any(key not in leads[0].state for key in LEAD_KEYS):
         raise ValueError("the saved window has no Gram matrix or counters: the state is truncated")
-    expected, gram_MM = leads[0]["window_parameters"], leads[0]["gram"]
+    lead = leads[0].state
+    expected, gram_MM = as_count(lead, "window_parameters", 1, leads[0].label), lead["gram"]
     if len(with_window) != expected:
         raise ValueError(
             f"the saved window is of {expected} parameters, but {len(with_window)} have their columns in the state: "
@@ -207,6 +249,12 @@ def _check_lead(with_window: list[dict[str, Any]], num_grads: int) -> None:
         )
     if gram_MM.shape != (num_grads, num_grads):
         raise ValueError(f"the saved Gram matrix is {tuple(gram_MM.shape)}; expected {(num_grads, num_grads)}")
+    if not gram_MM.is_floating_point():
+        raise ValueError(f"the saved Gram matrix is of {gram_MM.dtype}; expected torch.float64: a damaged file")
+    check_places(
+        (state, state["window"][0].numel() if "window" in state else p.numel()) for p, state, _ in with_window
+    )
+    check_gram(lead, ({**state, "table_height": p.shape[0] if p.ndim else 1} for p, state, _ in with_window))
 
 
 def restore_placements(
@@ -265,4 +313,4 @@ def _shared_buffer(views: list[Tensor]) -> Tensor:
         if view.untyped_storage().data_ptr() != storage or not placed:
             return torch.cat(views, dim=1)
         start += view.shape[1]
-    return views[0].as_strided((num_grads, dim), (dim, 1), 0)
+    return alias(views[0], (num_grads, dim), (dim, 1), 0)

@@ -127,7 +127,7 @@ def test_state_is_per_parameter_and_of_plain_types():
         assert state["step"] == (3 if p is model.late.weight or p is model.late.bias else 7)
     assert len(optimizer.state) == len(list(model.parameters()))
     assert [group.keys() for group in optimizer.param_groups] == [
-        {"params", "lr", "momentum", "weight_decay", "decoupled_weight_decay"}
+        {"params", "lr", "momentum", "weight_decay", "decoupled_weight_decay", "damping", "grad_decay"}
     ] * 2
     newest = optimizer.state[model.hidden.weight]["window"][6 % 5]
     torch.testing.assert_close(newest, model.hidden.weight.grad)
