@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mfac_hf.schema import check_schema
+from mfac_hf.sparse.directory import check_inside
 from mfac_hf.storage import read_json
 
 __all__ = ["auto_classes", "custom_architecture", "find_companions", "read_configuration"]
@@ -62,13 +63,13 @@ def find_companions(directory: str | os.PathLike[str]) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: a file names code of the model's own that is not there.
-        ValueError: a file is no JSON, or of another form.
+        ValueError: a file is no JSON, or of another form; or it is a link that leads out of the directory.
     """
     folder = Path(directory)
     configurations = {name: read_configuration(folder / name) for name in _WITH_CODE if (folder / name).is_file()}
     names = [*_NAMES, *_vocabularies(folder, configurations), *_code(folder, configurations)]
     names += [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")]
-    return {name: folder / name for name in dict.fromkeys(names) if (folder / name).is_file()}
+    return {name: check_inside(folder / name, folder) for name in dict.fromkeys(names) if (folder / name).is_file()}
 
 
 def read_configuration(path: Path) -> dict[str, Any]:

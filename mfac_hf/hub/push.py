@@ -24,7 +24,7 @@ from mfac_hf.hub.client import PushError, commit
 from mfac_hf.hub.companions import find_companions
 from mfac_hf.hub.facts import CardOptions, collect, is_worthwhile
 from mfac_hf.hub.latency import with_latency
-from mfac_hf.sparse.directory import SPARSE_FILE, dense_files, find_weights
+from mfac_hf.sparse.directory import SPARSE_FILE, check_inside, dense_files, find_weights
 from mfac_hf.sparse.files import save_sparse
 from mfac_hf.storage import read_json
 
@@ -230,7 +230,7 @@ def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
                 shutil.copytree(written, folder, dirs_exist_ok=True)
         if not (directory / ADAPTER_FILE).is_file():
             raise FileNotFoundError(f"{directory} has no {ADAPTER_FILE}: save the adapter anew with save_pretrained")
-        return {ADAPTER_FILE: directory / ADAPTER_FILE, **find_companions(directory)}
+        return {ADAPTER_FILE: check_inside(directory / ADAPTER_FILE), **find_companions(directory)}
     if isinstance(model, nn.Module):
         sparse = save_sparse(model, folder, sparse_only=sparse_only)
     elif find_weights(directory) == [directory / SPARSE_FILE]:
@@ -247,4 +247,4 @@ def _files(model: Source, folder: Path, sparse_only: bool) -> dict[str, Path]:
         weights.append(sparse)
     if len(weights) > 2 or (weights and weights[0].name != "model.safetensors" and weights[0] != sparse):
         weights.append(directory / "model.safetensors.index.json")
-    return {path.name: path for path in weights if path.is_file()} | find_companions(directory)
+    return {path.name: check_inside(path) for path in weights if path.is_file()} | find_companions(directory)

@@ -70,17 +70,21 @@ def dense_files(directory: str | os.PathLike[str]) -> list[Path]:
     return [check_inside(directory / name) for name in names]
 
 
-def check_inside(path: Path) -> Path:
+def check_inside(path: Path, directory: str | os.PathLike[str] | None = None) -> Path:
     """Return a file of a directory, which may come from a stranger, unless it is a link to a place elsewhere.
 
     In the cache of the Hub the files of a snapshot are links to its blobs, which belong to it.
 
+    Args:
+        path: the file.
+        directory: the directory; None for the one in which the file lies.
+
     Raises:
         ValueError: the link leads out of the directory.
     """
-    directory, target = path.parent.resolve(), path.resolve()
-    blobs = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else directory
-    if not (target.is_relative_to(directory) or target.is_relative_to(blobs)):
+    folder, target = Path(directory or path.parent).resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):
         raise ValueError(f"{path} is a link to {target}, outside of its directory: put the file itself there")
     return path
 

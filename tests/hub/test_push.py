@@ -211,3 +211,24 @@ def test_bad_input_is_refused_before_any_request(bert, hub, api, tmp_path):
     with pytest.raises(ValueError, match="lack name, model, weights, files, runs, mfac_hf"):
         push_to_hub(tmp_path, "user/x", card={"runs": []}, api=api)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "sparse.safetensors", "vocab.txt"])
+def test_links_to_elsewhere_are_not_pushed(name, bert, hub, api, tmp_path):
+    """A directory of a stranger may link to what its pusher keeps private."""
+    save_sparse(bert, tmp_path / "model", sparse_only=name == "sparse.safetensors")
+    (tmp_path / "private").write_bytes(b"secret")
+    link = tmp_path / "model" / name
+    if link.exists():
+        link.replace(tmp_path / "private")
+    link.symlink_to("../private")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*private, outside of its directory"):
+        push_to_hub(tmp_path / "model", "user/m", card=CARD, api=api, sparse_only=name == "sparse.safetensors")
+    assert "user/m" not in hub.repositories
+    weights = tmp_path / "model" / "weights"
+    (link.resolve()).replace(weights)
+    link.unlink()
+    link.symlink_to("weights")
+    if name in ("model.safetensors", "tokenizer.json"):
+        push_to_hub(tmp_path / "model", "user/m", card=CARD, api=api)
+        assert hub.repositories["user/m"].branches["main"][name] == weights.read_bytes()
