@@ -8,9 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from mfac_hf.optim.unwrap import unwrap_model
+from mfac_hf.pruning.masks import shortened
 from mfac_hf.sparse.format import SparseFile
 from mfac_hf.sparse.names import tensors_in_memory
 from mfac_hf.sparse.skeleton import build_skeleton
@@ -19,7 +22,16 @@ from mfac_hf.storage import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DENSE_FILE", "SPARSE_FILE", "check_inside", "dense_files", "find_weights", "open_weights", "read_tensors"]
+__all__ = [
+    "DENSE_FILE",
+    "SPARSE_FILE",
+    "check_inside",
+    "dense_files",
+    "find_weights",
+    "open_weights",
+    "read_tensors",
+    "restore_weights",
+]
 
 SPARSE_FILE = "sparse.safetensors"
 DENSE_FILE = "model.safetensors"
@@ -122,16 +134,59 @@ def open_weights(
     return model, tensors_in_memory(model, file.records, file.read)
 
 
+@torch.no_grad()
+def restore_weights(model: nn.Module, directory: str | os.PathLike[str]) -> bool:
+    """Copy the weights of a directory into a model whose names in memory are not those on disk.
+
+    Trainer resumes such a model (ViT, Mixtral) by the names on disk, and leaves out every weight that has another one.
+
+    Args:
+        model: the model that was saved there, possibly wrapped.
+        directory: a checkpoint of Trainer.
+
+    Returns:
+        Whether anything was copied. A model that has the names on disk, or an ordinary file of which there is none
+        here, is left alone.
+
+    Raises:
+        ValueError: the weights there are those of another model; nothing was copied.
+    """
+    from transformers import PreTrainedModel
+
+    model = unwrap_model(model)
+    dense = [path for path in find_weights(directory) if path.name != SPARSE_FILE]
+    if not isinstance(model, PreTrainedModel) or not dense:
+        return False
+    files = _names_of(dense)
+    state = model.state_dict()
+    if files.keys() <= state.keys():
+        return False
+    weights = dict(_read_shards(model, files))
+    wrong = [name for name, tensor in weights.items() if name not in state or state[name].shape != tensor.shape]
+    if wrong:
+        kind = type(model).__name__
+        raise ValueError(f"the weights in {directory} are not those of this {kind}: {shortened(wrong)}")
+    for name, tensor in weights.items():
+        state[name].copy_(tensor)
+    return True
+
+
 def _read_dense(
     paths: list[Path], directory: str | os.PathLike[str]
 ) -> tuple[PreTrainedModel | None, Iterator[tuple[str, Tensor]]]:
     """Read weight files as `open_weights` does."""
+    files = _names_of(paths)
+    model = build_skeleton(directory, len(files))
+    return model, _read_shards(model, files)
+
+
+def _names_of(paths: list[Path]) -> dict[str, Path]:
+    """Return the file of each tensor by its name on disk."""
     files: dict[str, Path] = {}
     for path in paths:
         with _opened(path) as file:
             files |= dict.fromkeys(file.keys(), path)
-    model = build_skeleton(directory, len(files))
-    return model, _read_shards(model, files)
+    return files
 
 
 def _read_shards(model: PreTrainedModel | None, files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:

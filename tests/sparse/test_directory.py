@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import ViTConfig, ViTForImageClassification
 
-from mfac_hf.sparse.directory import check_inside, dense_files, find_weights, read_tensors
+from mfac_hf.sparse.directory import check_inside, dense_files, find_weights, read_tensors, restore_weights
+from tests.helpers.sparse_files import assert_same_state
 
 
 @pytest.fixture
@@ -67,3 +69,29 @@ def test_links_within_and_those_of_the_cache_are_followed(secret, tmp_path):
     cached.symlink_to(secret)
     with pytest.raises(ValueError, match="outside"):
         check_inside(cached)
+
+
+def make_vit(layers=1):
+    """Build a model whose names on disk are not those in memory."""
+    sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=24)
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_hidden_layers=layers, **sizes))
+
+
+def test_weights_are_restored_where_the_names_on_disk_are_others(bert, tmp_path):
+    model, other, larger = make_vit(), make_vit(), make_vit(layers=2)
+    model.save_pretrained(tmp_path / "small")
+    assert restore_weights(torch.compile(other, backend="eager"), tmp_path / "small")
+    assert_same_state(other.state_dict(), model.state_dict())
+    larger.save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match="are not those of this ViTForImageClassification"):
+        restore_weights(other, tmp_path / "large")
+    assert_same_state(other.state_dict(), model.state_dict())
+
+
+def test_models_that_others_restore_are_left_alone(bert, tmp_path):
+    bert.save_pretrained(tmp_path)
+    before = {name: tensor.clone().add_(1) for name, tensor in bert.state_dict().items()}
+    bert.load_state_dict(before)
+    for model, directory in ((bert, tmp_path), (bert, tmp_path / "nothing"), (torch.nn.Linear(2, 2), tmp_path)):
+        assert not restore_weights(model, directory)
+    assert_same_state(bert.state_dict(), before)

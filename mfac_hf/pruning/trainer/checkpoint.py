@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.options import PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.sparse.directory import restore_weights
 from mfac_hf.storage import read_json, write_json
 
 __all__ = [
@@ -142,8 +143,9 @@ def read_checkpoint(
 
     Trainer does not tell callbacks where it loaded from. The folder is ``given``, or else the directory in
     ``args.resume_from_checkpoint``, or ``checkpoint-<step>`` in the output directory; the fingerprint of the weights
-    shows whether it is the right one. A checkpoint whose ``on_save`` was cut off has the state beside it,
-    and gets it now.
+    shows whether it is the right one. Weights that have other names on disk are loaded here, as Trainer leaves them
+    out (`mfac_hf.sparse.directory.restore_weights`). A checkpoint whose ``on_save`` was cut off has the state beside
+    it, and gets it now.
 
     Args:
         args: arguments of the training.
@@ -163,6 +165,7 @@ def read_checkpoint(
     named = args.resume_from_checkpoint
     folder = given or (Path(named) if named and Path(named).is_dir() else checkpoint_folder(args, state))
     source = _state_of(folder, state.global_step)
+    restore_weights(model, folder)
     progress = Progress.read(source / PROGRESS_NAME)
     saved = SparsitySchedule(tuple(map(tuple, progress.schedule["points"])), progress.schedule["unit"])
     if saved != schedule:

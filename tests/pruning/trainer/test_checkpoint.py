@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from mfac_hf import MFACPruningCallback, SparsitySchedule
@@ -252,3 +259,39 @@ def test_what_does_not_belong_together_is_refused(spoil, options, error, message
     trainer, _ = make_run(tmp_path, "distillation", **options)
     with pytest.raises(error, match=message):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+
+
+def make_vit():
+    config = ViTConfig(image_size=8, patch_size=4, hidden_dropout_prob=0.1, **SIZES)
+    return ViTForImageClassification(config), [
+        {"pixel_values": torch.full((3, 8, 8), i / 64), "labels": i % 2} for i in range(64)
+    ]
+
+
+def make_mixtral():
+    config = MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **SIZES)
+    ids = [(torch.arange(8) * i) % 32 for i in range(64)]
+    return MixtralForCausalLM(config), [{"input_ids": each, "labels": each} for each in ids]
+
+
+@pytest.mark.parametrize("make", [make_vit, make_mixtral])
+def test_models_with_other_names_on_disk_resume(make, tmp_path):
+    """Trainer by itself leaves out each weight whose name on disk is not the one in memory."""
+
+    def run(seed):
+        set_seed(seed)
+        model, data = make()
+        pruning = MFACPruningCallback(SCHEDULE, method="magnitude")
+        trainer = make_trainer(tmp_path, callbacks=[pruning], model=model, max_steps=12)
+        trainer.train_dataset = data
+        return trainer
+
+    trainer = run(0)
+    trainer.train()
+    expected = weights_of(trainer.model)
+    resumed = run(1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert differing(expected, weights_of(resumed.model)) == []
