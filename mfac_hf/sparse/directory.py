@@ -76,9 +76,11 @@ def dense_files(directory: str | os.PathLike[str]) -> list[Path]:
         raise ValueError(f"{index} is no index of shards: expected a weight_map from names of tensors to files")
     names = sorted(set(shards.values()))
     if outside := [name for name in names if name in ("", ".", "..") or set(name) & set("/\\\0:")]:
-        raise ValueError(f"{index} names files outside of its directory: {outside}; expected plain file names")
+        raise ValueError(
+            f"{index} names files outside of its directory: {shortened(outside)}; expected plain file names"
+        )
     if missing := [name for name in names if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
+        raise FileNotFoundError(f"{index} names shards that are not there: {shortened(missing)}")
     return [check_inside(directory / name) for name in names]
 
 

@@ -1,10 +1,10 @@
-"""Sparse models on disk: a small file of the weights, exact to the bit, beside the ordinary one or in its place.
+"""Sparse models on disk: a small file of the weights beside the ordinary one, or in its place.
 
     save_sparse(model, "model-90")              # model.safetensors for everybody, sparse.safetensors, configuration
     weights = load_sparse("user/model-90")      # downloads the small file alone
     model = load_sparse("user/model-90", AutoModelForSequenceClassification)
 
-`mfac_hf.sparse.format` describes the file.
+`mfac_hf.sparse.format` describes the file, which is exact to the bit but for the sign of zeros.
 """
 
 from __future__ import annotations
