@@ -1,5 +1,7 @@
-"""Gradients as the window takes them: weight decay included, this rank's shards alone, and finite."""
+"""Gradients as the window takes them: weight decay included, this rank's shards alone, finite, on all ranks alike."""
 
+import zlib
+from array import array
 from typing import Any
 
 import torch
@@ -7,16 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.options import MAX_NORM
+from mfac_hf.optim.groups import labels
 from mfac_hf.optim.sharded import local
 
 __all__ = ["are_finite", "read_gradients"]
+
+# Ranks with the same gradients have the same norms, to the last bits: a share of the norm that is none of rounding.
+NORM_TOLERANCE = 1e-3
 
 
 def read_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     """Gradient of each parameter that has one (this rank's shard of it), coupled weight decay included.
 
     Raises:
-        ValueError: for a sparse gradient that is not row-sparse.
+        ValueError: for a sparse gradient that is not row-sparse, or gradients on several devices.
     """
     gradients = {}
     for group in groups:
@@ -31,14 +37,75 @@ def read_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
                     f"{tuple(p.shape)}; MFAC takes the row-sparse ones of torch.nn.Embedding(sparse=True)"
                 )
             gradients[p] = local(p).mul(decay).add_(local(grad)) if decay else local(grad)
+    devices = {grad.device for grad in gradients.values()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"gradients on several devices ({names}); move the model to one device")
     return gradients
 
 
-def are_finite(gradients: dict[Tensor, Tensor], group: dist.ProcessGroup | None) -> bool:
-    """Whether the sum of the gradients' norms is at most `MAX_NORM`, over all ranks of the group."""
+def are_finite(
+    gradients: dict[Tensor, Tensor],
+    groups: list[dict[str, Any]],
+    ranks: dist.ProcessGroup | None,
+    *,
+    alike: bool = False,
+) -> bool:
+    """Whether the sum of the gradients' norms is at most `MAX_NORM`, over all ranks.
+
+    What the ranks have to agree about goes with the norm, so that no second message is needed.
+
+    Args:
+        gradients: by parameter.
+        groups: parameter groups of the optimizer.
+        ranks: those that step together.
+        alike: whether these have whole gradients, which are the same on each.
+
+    Raises:
+        ValueError: on every rank, if they have gradients for other parameters, or, where they should be alike, of
+            another norm; it names the first parameter.
+    """
     values = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients.values()]
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
-    total = torch.stack(torch._foreach_norm(values, 2, dtype=dtype)).sum()
-    if group is not None:  # all ranks skip, or none
-        dist.all_reduce(total, group=group)
-    return bool(total <= MAX_NORM)  # false for NaN
+    norms = list(torch._foreach_norm(values, 2, dtype=dtype)) if values else []
+    if ranks is None:
+        return bool(torch.stack(norms).sum() <= MAX_NORM)  # false for NaN
+    parameters = [p for group in groups for p in group["params"]]
+    present = [position for position, p in enumerate(parameters) if p in gradients]
+    code = zlib.crc32(array("q", [len(parameters), *present]).tobytes())
+    # Numbers are the same on all ranks if their mean square is the square of their mean; float64 sums are exact here.
+    codes = torch.tensor([code >> 16, (code >> 16) ** 2, code & 0xFFFF, (code & 0xFFFF) ** 2], dtype=torch.float64)
+    device = local(parameters[0]).device
+    norm = torch.stack(norms).sum().double() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.cat([torch.stack([norm, norm.square()]), codes.to(device)])
+    dist.all_reduce(sums, group=ranks)
+    total, squares = sums[:2].tolist()
+    high, high_squares, low, low_squares = (int(figure) for figure in sums[2:].tolist())
+    size = dist.get_world_size(ranks)
+    if size * high_squares != high**2 or size * low_squares != low**2:
+        raise ValueError(_other_parameters(present, groups, ranks))
+    finite = total <= MAX_NORM
+    if alike and finite and squares / size - (total / size) ** 2 > (NORM_TOLERANCE * total / size) ** 2:
+        raise ValueError(
+            f"the ranks of process_group have gradients of other norms ({float(norm):.6g} on this rank, "
+            f"{total / size:.6g} on average): they share one window, and their gradients have to be the same. Wrap "
+            "the model in DistributedDataParallel, or reduce the gradients before the step"
+        )
+    return finite
+
+
+def _other_parameters(present: list[int], groups: list[dict[str, Any]], ranks: dist.ProcessGroup) -> str:
+    """What differs between ranks that have gradients for other parameters; all of them call this."""
+    names = labels(groups)
+    everywhere: list[Any] = [None] * dist.get_world_size(ranks)
+    dist.all_gather_object(everywhere, (len(names), present), group=ranks)
+    if len({count for count, _ in everywhere}) > 1:
+        return f"the ranks have optimizers of {[count for count, _ in everywhere]} parameters; expected the same ones"
+    sets = [set(positions) for _, positions in everywhere]
+    first = min(set.union(*sets) - set.intersection(*sets))
+    having = [rank for rank, positions in enumerate(sets) if first in positions]
+    return (
+        f"{names[first]} has a gradient on ranks {having} alone: ranks that step together need gradients for the same "
+        "parameters. Give zeros where a layer was skipped (p.grad = torch.zeros_like(p)), as DistributedDataParallel "
+        "with find_unused_parameters=True does"
+    )

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ __all__ = [
     "check_parameters",
     "check_process_group",
     "follow_groups",
+    "labels",
     "remove_window_options",
 ]
 
@@ -95,6 +97,16 @@ def _check_listed_once(group: dict[str, Any]) -> None:
                 f"the same parameter of shape {tuple(p.shape)} is listed twice in a group, at {other} and {position}"
                 f"{both}: a tied weight. List it once, as model.parameters() does"
             )
+
+
+def labels(groups: list[dict[str, Any]]) -> list[str]:
+    """What errors call each parameter: its name, or where it stands, and its shape."""
+    names = chain.from_iterable(group.get("param_names", [None] * len(group["params"])) for group in groups)
+    parameters = chain.from_iterable(group["params"] for group in groups)
+    return [
+        f"parameter {name or position} of shape {tuple(p.shape)}"
+        for position, (name, p) in enumerate(zip(names, parameters, strict=False))
+    ]
 
 
 def check_process_group(group: Any) -> dist.ProcessGroup | None:

@@ -22,12 +22,12 @@ from torch import Tensor
 from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
 from mfac_hf.fisher.options import MAX_NORM
 from mfac_hf.machine import GIB
+from mfac_hf.optim.autocast import without_autocast
 from mfac_hf.optim.gradients import are_finite, read_gradients
 from mfac_hf.optim.groups import check_group, check_parameters, check_process_group, remove_window_options
 from mfac_hf.optim.masks import check_masks, check_only_shrink
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
-from mfac_hf.optim.sharded import shard_group
 from mfac_hf.optim.update import apply_directions
 from mfac_hf.optim.windowed import WindowedOptimizer
 
@@ -182,6 +182,7 @@ class MFAC(WindowedOptimizer):
             )
         return self._window.stored_gradients(parameter)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Store the gradients and move the parameters; those without a gradient stay where they are.
@@ -196,23 +197,32 @@ class MFAC(WindowedOptimizer):
             The loss of the closure; None without one.
 
         Raises:
-            ValueError: for a sparse gradient that is not row-sparse, or parameters that are sharded in another way
-                than over one dimension.
+            ValueError: for a sparse gradient that is not row-sparse, parameters that are sharded in another way than
+                over one dimension, ranks with gradients for other parameters, or what was changed in ``param_groups``
+                and cannot be. Nothing changes then.
             MemoryError: if the window does not fit; nothing changes then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with without_autocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         self._agree()
         gradients = read_gradients(self.param_groups)
-        if not gradients:
-            return loss
-        shards = shard_group(next(iter(gradients)), self._process_group)
-        if not are_finite(gradients, self._process_group or shards):
+        shards = self._find_shards(gradients)
+        ranks = self._process_group or shards
+        if not gradients and ranks is None:
+            return
+        if not are_finite(gradients, self.param_groups, ranks, alike=self._process_group is not None):
             self._skip_step()
             self._publish()
-            return loss
+            return
+        if not gradients:
+            return
         masks = self._masks()
         if self._window is None:
             self._window = ParameterWindow.from_gradients(
@@ -223,14 +233,13 @@ class MFAC(WindowedOptimizer):
         self._window.push(gradients, masks)
         apply_directions(self.param_groups, self.state, self._window.directions(gradients))
         self._publish()
-        return loss
 
     def _skip_step(self) -> None:
         if self.skipped_steps == 0:
             warnings.warn(
                 f"a gradient is not finite (or its norm is above {MAX_NORM:g}): this step is skipped, as will be "
                 "others like it. They are counted in MFAC.skipped_steps",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.skipped_steps += 1
 

@@ -204,7 +204,8 @@ def _is_row_sparse(grad: Tensor) -> bool:
         return True
     if grad.ndim != 2 or grad.numel() < ROW_SPARSE_MIN_NUMEL:
         return False
-    return len(nonzero_rows(grad).rows) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
+    # A gradient of zeros says nothing of those to come, as that of an adapter whose other factor begins at zero.
+    return 0 < len(nonzero_rows(grad).rows) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
 
 
 def stored_numbers(grad: Tensor, mask: Tensor | None, row_sparse: bool) -> int:

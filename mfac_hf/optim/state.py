@@ -23,6 +23,7 @@ from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.placement import DensePlacement, Placement, TablePlacement, kept_positions
 from mfac_hf.optim.plausible import as_count, check_counters, check_gram, check_momentum, check_places
+from mfac_hf.optim.sharded import is_sharded
 
 __all__ = ["WINDOW_KEYS", "check_state", "publish_window", "restore_placements", "without_window"]
 
@@ -172,6 +173,8 @@ def _saved_states(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> I
 def _check_mask(entry: _Saved, own: Tensor | None) -> None:
     """A saved mask may keep less than the optimizer's own, as after pruning steps, but not more."""
     saved = entry.state.get("mask")
+    if saved is not None and is_sharded(entry.parameter):
+        raise ValueError(f"the state has a mask of {entry.label}, which is sharded here: MFAC masks whole parameters")
     if saved is not None and (saved.shape != entry.parameter.shape or saved.dtype != torch.bool):
         raise ValueError(
             f"the saved mask of {entry.label} is {saved.dtype} of shape {tuple(saved.shape)}: another model, or a "

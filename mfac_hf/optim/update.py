@@ -11,6 +11,8 @@ from mfac_hf.optim.sharded import local
 
 __all__ = ["apply_directions"]
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def apply_directions(
     groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]], directions: Mapping[Tensor, Part]
@@ -38,13 +40,24 @@ def apply_directions(
             state["step"] = state.get("step", 0) + 1
             if momentum:
                 direction = _average(state, direction, momentum, p)
-            if isinstance(direction, Tensor):
+            if target.dtype in HALF:
+                _move_half(target, direction, lr)
+            elif isinstance(direction, Tensor):
                 dense_moved.append(target)
                 dense_directions.append(direction.to(p.dtype))
             else:
                 target.index_add_(0, direction.rows, direction.values.to(p.dtype), alpha=-lr)
         if dense_moved:
             torch._foreach_add_(dense_moved, dense_directions, alpha=-lr)
+
+
+def _move_half(target: Tensor, direction: Part, lr: Any) -> None:
+    """Move a parameter of 16 bits, rounding the result alone: a direction may be larger than float16 can hold."""
+    if isinstance(direction, Tensor):
+        target.add_(direction, alpha=-lr)
+    else:
+        rows, values = direction
+        target.index_copy_(0, rows, target[rows].to(values.dtype).add_(values, alpha=-lr).to(target.dtype))
 
 
 def _shrink_weights(target: Tensor, decay: Any, mask: Tensor | None) -> None:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.optim.borrowed import alias
-from mfac_hf.optim.groups import check_numbers, check_parameters, follow_groups, remove_window_options
+from mfac_hf.optim.groups import check_numbers, check_parameters, follow_groups, labels, remove_window_options
 from mfac_hf.optim.masks import check_masks_have_parameters
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
-from mfac_hf.optim.sharded import is_sharded
+from mfac_hf.optim.sharded import is_sharded, shard_group
 from mfac_hf.optim.state import WINDOW_KEYS, check_state, publish_window, restore_placements, without_window
 
 __all__ = ["WindowedOptimizer"]
@@ -31,7 +31,20 @@ class WindowedOptimizer(torch.optim.Optimizer):
         self._window: ParameterWindow | None = None
         self._kept: dict[Tensor, Tensor] = {}  # masks; optimizer.state mirrors them
         self._known: list[int] = []  # ids of the parameters, when window and groups were last compared
+        self._placed: list[int] | None = None  # ids of the parameters whose placement was checked
+        self._shards: dist.ProcessGroup | None = None
         self.skipped_steps = 0
+
+    def _find_shards(self, gradients: Mapping[Tensor, Tensor]) -> dist.ProcessGroup | None:
+        """The ranks over which the parameters are sharded; looked for again when others have gradients."""
+        placed = list(map(id, gradients))
+        if placed != self._placed:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            named = zip(labels(self.param_groups), parameters, strict=True)
+            trained = {name: p for name, p in named if p.requires_grad or p.grad is not None}
+            self._shards = shard_group(trained, self._process_group)
+            self._placed = placed
+        return self._shards
 
     def _keep_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         self._kept |= {p: mask.detach().clone() for p, mask in masks.items()}

@@ -4,10 +4,12 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mfac_hf import MFAC
 from tests.helpers.parameters import all_equal, feed, make_grads, make_params, values
+from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -52,3 +54,56 @@ def test_sparse_gradient_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="2 sparse dimensions"):
         optimizer.step()
     assert not p.any() and not optimizer.state
+
+
+def step_with_other_gradients(rank, case):
+    params = make_params(dtype=torch.float32)
+    named = [(f"layer{i}", p) for i, p in enumerate(params)]
+    optimizer = MFAC(named, lr=0.01, num_grads=3, damping=1e-2, process_group=dist.group.WORLD)
+    grads = make_grads(params, 4)
+    feed(optimizer, params, grads[0])
+    before, other = values(params), list(grads[1])
+    messages = {
+        "one less": (1, r"parameter layer2 of shape \(\) has a gradient on ranks \[0\] alone"),
+        "none": (1, r"parameter layer0 of shape \(4, 3\) has a gradient on ranks \[0\] alone"),
+        "other ones": (0, r"parameter layer0 of shape \(4, 3\) has a gradient on ranks \[1\] alone"),
+        "other values": (1, "gradients of other norms .*DistributedDataParallel"),
+    }
+    spoiled, message = messages[case]
+    if rank == spoiled:
+        if case == "one less":
+            other[2] = None
+        elif case == "none":
+            other = [None] * 4
+        elif case == "other ones":
+            other[0] = None
+        else:
+            other = [1.1 * grad for grad in other]
+    elif case == "other ones":
+        other[3] = None
+    with pytest.raises(ValueError, match=message):
+        feed(optimizer, params, other)
+    assert all_equal(before, params) and optimizer._window.count == 1
+    feed(optimizer, params, [None] * 4)  # on both: nothing to do
+    feed(optimizer, params, grads[2])
+    assert optimizer._window.count == 2
+    both = [torch.empty(4, 3) for _ in range(2)]
+    dist.all_gather(both, params[0].detach())
+    assert torch.equal(*both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["one less", "none", "other ones", "other values"])
+def test_ranks_with_other_gradients_stop_together(case, tmp_path):
+    run_on_ranks(step_with_other_gradients, tmp_path, case)
+
+
+def test_gradients_on_several_devices():
+    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False)]
+    optimizer = MFAC(params, num_grads=2)
+    params[1].requires_grad_(True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="gradients on several devices .cpu, meta."):
+        optimizer.step()
+    assert not params[0].any()

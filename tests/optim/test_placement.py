@@ -9,7 +9,7 @@ from torch import nn
 from mfac_hf import MFAC
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.optim.options import ParameterWindowOptions
-from mfac_hf.optim.placement import nonzero_rows, place
+from mfac_hf.optim.placement import DensePlacement, TablePlacement, nonzero_rows, place, stored_numbers
 from tests.helpers.oracles import NaiveMFAC
 from tests.helpers.parameters import assert_same, make_params
 
@@ -226,3 +226,19 @@ def test_late_parameters_add_columns_without_touching_the_others(tables_of_any_s
         optimizer.step()
         naive.step(grads)
         assert_same(params, naive)
+
+
+def test_a_first_gradient_of_zeros_is_taken_for_a_dense_one(tables_of_any_size):
+    """As that of a LoRA adapter's A, whose B begins at zero: the memory is asked for at the first step."""
+    adapter, table = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(40, 2))
+    optimizer = MFAC([adapter, table], num_grads=3, damping=1e-2)
+    adapter.grad, table.grad = torch.zeros(6, 4), torch.zeros(40, 2)
+    table.grad[1] = 1.0
+    optimizer.step()
+    held = optimizer.window_stats()["window_gib"]
+    placements = optimizer._window.placements
+    assert isinstance(placements[adapter], DensePlacement) and isinstance(placements[table], TablePlacement)
+    adapter.grad = torch.randn(6, 4)
+    optimizer.step()
+    assert optimizer.window_stats()["window_gib"] == held
+    assert stored_numbers(torch.zeros(6, 4), None, True) == 24

@@ -84,3 +84,68 @@ def test_shards_take_the_steps_of_one_process(tmp_path):
         assert results[f"unchanged{rank}"]
         assert results[f"momentum{rank}"]
         assert results[f"refills{rank}"] == 0.0
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """Ranks of one process: enough to place tensors on meshes."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def placed(shape, mesh_shape, *placements):
+    from torch.distributed.tensor import distribute_tensor
+
+    names = ("rows", "columns")[: len(mesh_shape)]
+    mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    return torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, placements))
+
+
+def refuse(params, message, **options):
+    for p in params:
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    before = [p.detach().clone() for p in params]
+    optimizer = MFAC(params, num_grads=2, **options)
+    with pytest.raises(ValueError, match=f"{message}.*shard every parameter"):
+        optimizer.step()
+    assert optimizer._window is None and not optimizer.state
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(getattr(p, "_local_tensor", p), getattr(old, "_local_tensor", old))
+
+
+def test_other_placements_are_refused_by_name(one_rank):
+    from torch.distributed.tensor import Replicate, Shard
+
+    def sharded(dim=0):
+        return placed((4, 3), (1,), Shard(dim))
+
+    plain = torch.nn.Parameter(torch.zeros(2))
+    ordinary = r"of shape \(2,\) is an ordinary tensor"
+    refuse([sharded(), plain], f"parameter 1 {ordinary}")
+    refuse([plain, sharded()], f"parameter 0 {ordinary}")
+    refuse([sharded(), placed((4, 3), (1,), Replicate())], "parameter 1 .* is not sharded but R")
+    refuse([placed((4, 3), (1, 1), Replicate(), Shard(0))], "parameter 0 .* over a mesh of 2 dimensions")
+    refuse([sharded(), placed((4, 3), (1, 1), Shard(1), Replicate())], "parameter 1 .* over a mesh of 2 dimensions")
+    refuse([sharded()], "parameter 0 .* with process_group=<", process_group=dist.group.WORLD)
+    plain.requires_grad_(False)
+    plain.grad = None
+    for good in ([sharded(), sharded(1)], [plain, sharded()]):  # frozen ones take no part
+        for p in good:
+            p.grad = None if p is plain else torch.ones_like(p)
+        MFAC(good, num_grads=2).step()
+
+
+def test_masks_of_sharded_parameters_are_refused(one_rank):
+    from torch.distributed.tensor import Shard
+
+    p = placed((4, 3), (1,), Shard(0))
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="masks of whole parameters"):
+        MFAC([p], masks={p: mask})
+    optimizer, whole = MFAC([p], num_grads=2), torch.nn.Parameter(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="masks of whole parameters"):
+        optimizer.set_masks({p: mask})
+    with pytest.raises(ValueError, match="mask of parameter 0 .*sharded"):
+        optimizer.load_state_dict(MFAC([whole], num_grads=2, masks={whole: mask}).state_dict())
