@@ -17,7 +17,7 @@ from mfac_hf.schema import check_schema
 from mfac_hf.sparse.directory import find_weights
 from mfac_hf.storage import read_json
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "adapter_directory", "describe_adapter", "is_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "adapter_directory", "base_of", "describe_adapter", "is_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -56,6 +56,12 @@ def is_adapter(model: nn.Module | str | os.PathLike[str]) -> bool:
     return (Path(model) / ADAPTER_CONFIG).is_file() and not find_weights(model)
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model that peft has wrapped; any other model itself."""
+    source: Any = model
+    return source.get_base_model() if is_adapter(model) and hasattr(source, "get_base_model") else model
+
+
 @contextmanager
 def adapter_directory(model: nn.Module | str | os.PathLike[str]) -> Iterator[Path]:
     """Give the directory of an adapter; that of a model is written for the block, with its active adapter."""
@@ -76,12 +82,16 @@ def adapter_directory(model: nn.Module | str | os.PathLike[str]) -> Iterator[Pat
         yield Path(folder) if name == "default" else Path(folder, name)
 
 
-def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def describe_adapter(directory: str | os.PathLike[str], base: nn.Module | None = None) -> dict[str, Any]:
     """Gather what a card says of an adapter, in place of what it says of a model.
 
+    Args:
+        directory: directory of the adapter.
+        base: the base model, where it is at hand; its class tells the task where the adapter does not.
+
     Returns:
-        Plain JSON types, as in the facts of a card: ``model`` (with ``adapter``: its ``type``, ``base`` and
-        ``settings``), ``weights`` and ``files``.
+        Plain JSON types, as in the facts of a card: ``model`` (with ``adapter``: its ``type``, ``base``,
+        ``base_class`` and ``settings``), ``weights`` and ``files``.
 
     Raises:
         FileNotFoundError: there is no ``adapter_model.safetensors``.
@@ -101,13 +111,18 @@ def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{weights} is no safetensors file, or a damaged one: {error}") from error
     numel, zeros = sum(t.numel() for t in tensors), sum(t.numel() - int(t.count_nonzero()) for t in tensors)
-    name, task = _TASKS.get(str(config.get("task_type")), ("AutoPeftModel", None))
-    base_class = (config.get("auto_mapping") or {}).get("base_model_class")
+    known = (config.get("auto_mapping") or {}).get("base_model_class")
+    name, task = _TASKS.get(str(config.get("task_type")), ("AutoPeftModel" if known else "PeftModel", None))
+    base_class = known or (None if base is None else type(base).__name__)
     if task is None and base_class:
         task = describe_architecture(Path(directory), f"transformers.{base_class}")["task"]
     settings = {key: config[key] for key in _SETTINGS if config.get(key) not in (None, [], "none", 0)}
-    base = config.get("base_model_name_or_path")
-    adapter = {"type": config.get("peft_type", "adapter"), "base": base, "settings": settings}
+    adapter = {
+        "type": config.get("peft_type", "peft"),
+        "base": config.get("base_model_name_or_path"),
+        "base_class": base_class,
+        "settings": settings,
+    }
     return {
         "model": {"class": f"peft.{name}", "library": "peft", "task": task, "adapter": adapter},
         "weights": {"numel": numel, "zeros": zeros, "targets": {"numel": 0, "zeros": 0}, "tensors": []},

@@ -74,13 +74,16 @@ class _Limits:
 
 
 @contextmanager
-def limited_calls(seconds: float = HUB_SECONDS) -> Iterator[_Limits]:
+def limited_calls(seconds: float | None = None) -> Iterator[_Limits]:
     """Limit the time of each call of the client within a block.
 
+    Args:
+        seconds: the longest silence, `HUB_SECONDS` if None.
+
     Raises:
-        HubDelayError: the Hub keeps failing for longer than ``seconds``, or asks for a longer wait than a minute.
+        HubDelayError: the Hub keeps failing for longer than that, or asks for a longer wait than `MAX_RETRY_AFTER`.
     """
-    limits, client = _Limits(seconds), get_session()
+    limits, client = _Limits(HUB_SECONDS if seconds is None else seconds), get_session()
     before = {event: list(hooks) for event, hooks in client.event_hooks.items()}
     client.event_hooks = {
         "request": [*before.get("request", []), limits.before],

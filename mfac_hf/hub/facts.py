@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from mfac_hf import __version__
-from mfac_hf.hub.adapter import adapter_directory, describe_adapter, is_adapter
+from mfac_hf.hub.adapter import adapter_directory, base_of, describe_adapter, is_adapter
 from mfac_hf.hub.architecture import describe_architecture
 from mfac_hf.hub.companions import custom_architecture, read_configuration
 from mfac_hf.hub.inventory import describe_weights, file_sizes
@@ -117,7 +117,7 @@ def _describe(model: nn.Module | str | os.PathLike[str], options: CardOptions) -
     """Describe class, weights and files of a model, or of an adapter."""
     if is_adapter(model):
         with adapter_directory(model) as directory:
-            adapter = describe_adapter(directory)
+            adapter = describe_adapter(directory, base_of(model) if isinstance(model, nn.Module) else None)
         return {"model": adapter["model"], "sparse": False, "weights": adapter["weights"], "files": adapter["files"]}
     architecture = custom_architecture(_configuration(model)) if options.model_class is None else None
     if architecture is None:

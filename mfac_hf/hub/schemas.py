@@ -169,6 +169,7 @@ _Class = TypedDict("_Class", {"class": str, "library": str, "task": str | None})
 class _Adapter(TypedDict):
     type: str
     base: str | None
+    base_class: str | None
     settings: dict[str, Any]
 
 

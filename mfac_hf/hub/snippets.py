@@ -46,18 +46,23 @@ def load_snippet(facts: Mapping[str, Any], where: str, sparse_only: bool) -> str
 
 
 def _load_adapter(facts: Mapping[str, Any], where: str) -> str:
-    """Write the code that loads an adapter onto its base model, which may not be on the Hub."""
+    """Write the code that loads an adapter: by itself where it says which base model it needs, else onto that."""
     name = facts["model"]["class"].rpartition(".")[2]
-    if facts.get("base_model"):
+    base = facts.get("base_model")
+    if base and name.startswith("Auto"):
         return f"from peft import {name}\n\nmodel = {name}.from_pretrained({_quoted(where)})"
-    automatic = name.removeprefix("AutoPeft").replace("ModelFor", "AutoModelFor")
-    automatic = automatic if automatic.startswith("AutoModelFor") else "AutoModel"
+    known = facts["model"]["adapter"]["base_class"]
+    if name.startswith("AutoPeftModelFor"):
+        automatic = f"AutoModelFor{name.removeprefix('AutoPeftModelFor')}"
+    else:
+        automatic = "AutoModel" if known is None else _auto_class({"class": f"transformers.{known}"})[1]
+    note = "" if base else "  # the base model, which is not on the Hub"
     return "\n".join(
         [
             "from peft import PeftModel",
             f"from transformers import {automatic}",
             "",
-            f'base = {automatic}.from_pretrained("...")  # the base model, which is not on the Hub',
+            f"base = {automatic}.from_pretrained({_quoted(base or '...')}){note}",
             f"model = PeftModel.from_pretrained(base, {_quoted(where)})",
         ]
     )

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mfac_hf.hub.adapter import base_of
 from mfac_hf.hub.architecture import describe_architecture
 from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import CardOptions, collect
@@ -107,7 +110,7 @@ def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None)
     """
     args: Any = trainer.args
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    config: Any = getattr(model, "config", None)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     dataset: Any = trainer.eval_dataset
     info = getattr(dataset, "info", None)
     known = _dataset_name(info)
@@ -122,7 +125,7 @@ def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None)
         "split": str(getattr(dataset, "split", None) or "evaluation"),
         "metrics": metrics,
         "dataset": {"id": known, "config": getattr(info, "config_name", None), "source": known} if known else None,
-        "base_model": getattr(config, "_name_or_path", None) or None,
+        "base_model": base,
         "optimizer": _optimizer(trainer.optimizer),
         "training": _training(trainer),
         "pruning": pruning_facts(reports),
@@ -131,7 +134,7 @@ def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None)
         "wall_seconds": None,
         **describe_run(None, args.device),
         **({"not_finite": not_finite} if not_finite else {}),
-        **({"base_model_is_local": True} if config is not None and not _is_from_hub(config) else {}),
+        **({"base_model_is_local": True} if base and not _is_from_hub(base) else {}),
     }
     options = _options_of(trainer)
     options = dataclasses.replace(options, name=options.name or name, license=options.license or license)
@@ -144,9 +147,15 @@ def _dataset_name(info: Any) -> str | None:
     return None if name == builder else name or builder
 
 
-def _is_from_hub(config: Any) -> bool:
-    """Whether the weights that a model began with came from the Hub: then its configuration has their commit."""
-    return getattr(config, "_commit_hash", None) is not None
+def _is_from_hub(name: str) -> bool:
+    """Whether weights of this name came from the Hub: then its file lies in the cache, and no directory is so called.
+
+    A directory that has gone meanwhile must not become a link to whoever has a repository of that name.
+    """
+    try:
+        return not Path(name).exists() and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def _training(trainer: Trainer) -> dict[str, Any]:
@@ -170,7 +179,7 @@ def _training(trainer: Trainer) -> dict[str, Any]:
 
 def _minimises_cross_entropy(trainer: Trainer, model: Any) -> bool:
     """Whether the loss is a language model's own, whose exponential is a perplexity."""
-    task = describe_architecture(model)["task"]
+    task = describe_architecture(base_of(model))["task"]
     args: Any = trainer.args
     return task in LANGUAGE_TASKS and not args.label_smoothing_factor and trainer.compute_loss_func is None
 

@@ -1,7 +1,7 @@
 """A small Hub on loopback: enough of the HTTP interface for the real `huggingface_hub` client to push and load models.
 
-It keeps repositories in memory, takes one token, and can be told to refuse requests. What passes here proves what the
-client sends, not that the real Hub accepts it.
+It keeps repositories in memory, takes one token, and can be told to refuse requests, to be silent, to lose its answers
+and to answer in unexpected ways. What passes here proves what the client sends, not that the real Hub accepts it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +54,10 @@ class Hub(ThreadingHTTPServer):
         lfs_suffixes: files that go through LFS.
         large: LFS objects by SHA-256.
         refuse: {part of a path: status to answer with}.
+        answers: {part of a path: status, headers and content to answer with}, whatever was asked.
+        silent: parts of paths to which no answer ever comes.
+        lost: parts of paths whose answer is lost after the request was carried out.
+        before: called with the path of each request before it is carried out.
         requests: method and path of each request so far.
     """
 
@@ -64,6 +69,11 @@ class Hub(ThreadingHTTPServer):
         self.lfs_suffixes: tuple[str, ...] = ()
         self.large: dict[str, bytes] = {}
         self.refuse: dict[str, int] = {}
+        self.answers: dict[str, tuple[int, dict[str, str], bytes]] = {}
+        self.silent: set[str] = set()
+        self.lost: set[str] = set()
+        self.before: Callable[[str], None] = lambda path: None
+        self.closing = threading.Event()
         self.requests: list[str] = []
 
     @property
@@ -81,6 +91,7 @@ def running_hub():
     try:
         yield hub
     finally:
+        hub.closing.set()
         hub.shutdown()
         hub.server_close()
         thread.join()
@@ -113,6 +124,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(f"{self.command} {path}")
         headers: dict[str, str] = {}
+        self.server.before(path)
+        if any(part in path for part in self.server.silent):
+            self.server.closing.wait()
         try:
             for part, status in self.server.refuse.items():
                 if part in path:
@@ -123,6 +137,12 @@ class Handler(BaseHTTPRequestHandler):
             status, content = refusal.status, {"error": str(refusal), **refusal.content}
             headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        for part, answer in self.server.answers.items():
+            if part in path:
+                status, headers, data = answer
+        if any(part in path for part in (*self.server.silent, *self.server.lost)):
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
