@@ -1,5 +1,6 @@
 """What the machine is, and what a result file says of it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -127,3 +128,48 @@ def test_paths_inside_of_anything_become_relative():
 
 def test_a_package_that_is_not_installed_has_no_version():
     assert package_version("no-such-package-as-this") is None
+
+
+RANK = """
+import json, os, sys, torch
+from mfac_hf.machine import describe_run
+found = describe_run(None, torch.device("cpu"))
+if os.environ["RANK"] == "0":
+    print(json.dumps({key: found.get(key) for key in ("command", "ranks", "launcher")}))
+"""
+
+
+def test_a_run_of_several_processes_says_how_it_was_started(tmp_path):
+    (tmp_path / "train.py").write_text(RANK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "train.py", "--lr", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["command"] == ["train.py", "--lr", "1"] and found["ranks"] == 2
+    python = os.path.basename(sys.executable)
+    assert found["launcher"] == f"{python} -m torch.distributed.run --nproc_per_node 2 --master_port 0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (None, None)),
+        ({"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}, (None, None)),
+        ({"WORLD_SIZE": "4"}, (4, None)),  # as mpirun or a cluster starts them
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, (4, "torchrun --nproc_per_node 4")),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"},
+            (8, "torchrun --nnodes 2 --nproc_per_node 4"),
+        ),
+    ],
+)
+def test_ranks_and_launcher_are_those_of_the_environment(environment, expected, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["not-what-the-parent-started.py"])
+    found = describe_run([], CPU)
+    assert (found.get("ranks"), found.get("launcher")) == expected

@@ -12,6 +12,7 @@ import torch
 from mfac_hf.storage import (
     load_tensors,
     read_json,
+    read_yaml,
     save_safetensors,
     save_tensors,
     write_json,
@@ -157,3 +158,30 @@ def test_code_in_a_state_does_not_run(tmp_path):
     torch.save({"x": resource.getrusage}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="more than tensors"):
         load_tensors(tmp_path / "state.pt")
+
+
+def test_yaml_is_read_or_refused_by_name(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("a: [1, 2.5, yes, null]\n")
+    assert read_yaml(path) == {"a": [1, 2.5, True, None]}
+    for text in (b"a: [1", b"a: !!python/object:os.system x", b"\xff\xfe\x00", b"{[1]: 2}", b"[" * 5000):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"file.yaml is no YAML file, or a damaged one: "):
+            read_yaml(path)
+
+
+def test_a_directory_without_a_name_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with written_directory(".") as folder:
+        (folder / "x").write_text("1")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("error", [Exception("File too large (os error 27)"), RuntimeError("iostream error")])
+def test_libraries_that_find_the_disk_full_are_understood(error, tmp_path):
+    """The tokenizers' own code raises no narrower error than Exception."""
+    with pytest.raises(OSError, match="out could not be written: "), written_directory(tmp_path / "out"):
+        raise error
+    with pytest.raises(Exception, match="^something else$"), written_directory(tmp_path / "out"):
+        raise Exception("something else")
+    assert os.listdir(tmp_path) == []

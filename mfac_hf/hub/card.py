@@ -110,7 +110,10 @@ def check_facts(facts: Any, name: str = "the facts of the card") -> None:
         owner = name if name.startswith("the facts") else f"{name}: the facts of the card"
         raise MissingResultsError(f"{owner} lack {', '.join(lacking)}; make them with collect or mfac card")
     check_schema(facts, Facts, name)
-    check_consistent(facts["runs"], facts["dense_runs"])
+    try:
+        check_consistent(facts["runs"], facts["dense_runs"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _uses_mfac(run: Mapping[str, Any]) -> bool:

@@ -41,3 +41,14 @@ def run(seed, accuracy, pruning=None, **changes):
     record = results(seed=seed, **changes)
     record["results"] = {**record["results"], "eval_accuracy": accuracy, "pruning": pruning}
     return record
+
+
+def pruned(**changes):
+    """What mfac prune writes, shortened."""
+    report = {"options": {"method": "mfac", "num_grads": 64}, "sparsity": 0.8975, "num_grads": 64, "steps": []}
+    record = {"model": "user/dense", "model_is_local": False, "task": "sst2", "evaluated_on": "validation"}
+    record |= {"metric": "eval_accuracy", "before": {"eval_accuracy": 0.9, "eval_loss": 0.3}}
+    record |= {"after": {"eval_accuracy": 0.8, "eval_loss": 0.5}, "pruning": report, "seed": 0}
+    record |= {"data": {"dataset": "data/glue", "max_seq_length": 32, "max_train_samples": None}}
+    record |= {"command": ["mfac", "prune", "user/dense"], "versions": {"torch": "2"}, "device": "cpu"}
+    return {**record, "threads": 1, "wall_seconds": 3.0, "peak_memory_gib": 0.5, **changes}

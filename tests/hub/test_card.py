@@ -1,10 +1,12 @@
 """Cards say what the result files and the weights say, in full precision, and refuse to say more."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -131,3 +133,73 @@ def test_latency_in_words(facts):
     assert "takes 20.0 ms dense" in text and "10.0 ms after `to_sparse_inference` (3 sparse layers)" in text
     text = str(build_card({**facts, "latency": {**times, "sparse_layers": 0}}))
     assert "no layer was faster as a sparse one" in text and "10.0 ms" not in text, "the same model twice: noise"
+
+
+def test_text_from_elsewhere_is_no_markup(facts):
+    evil = "x|y</details>\n# Title `<script>alert(1)</script>`\n---\n"
+    record = {**facts["runs"][0], "base_model": evil, "split": evil, "command": ["train.py", "```\n# Title\n---"]}
+    record |= {"metrics": {evil: 0.5}, "training": {evil: evil}, "device": evil, "versions": {evil: evil}}
+    record |= {"dataset": {"id": evil, "config": evil}, "optimizer": {"name": evil, "lr": evil}}
+    record["pruning"] = {"options": {evil: evil}, "steps": [{evil: evil}, {"sparsity": 0.9, "other": 1}]}
+    dense = {**record, "pruning": None}
+    hostile = {**facts, "name": evil, "caveats": [evil], "license": evil, "runs": [record], "dense_runs": [dense]}
+    hostile["weights"] = {**facts["weights"], "tensors": [{**facts["weights"]["tensors"][0], "name": evil}]}
+    hostile["files"] = {evil: 3}
+    card = build_card(hostile, evil)
+    assert card.data.model_name.startswith("x|y</details> # Title") and card.data.license == evil
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
+    tokens += [inner for token in tokens for inner in token.children or []]
+    titles = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    assert titles[1:] == ["Results", "Sparsity", "Files and speed", "Use", "Training", "Caveats"]
+    html = "".join(token.content for token in tokens if token.type.startswith("html"))
+    assert "script" not in html and html.count("</details>") == 1
+    assert not any(token.type in ("hr", "image") for token in tokens)
+    assert sum(token.type == "table_open" for token in tokens) == 7, "none is broken in two"
+
+
+def test_metrics_are_in_percent_only_where_they_are_shares(facts):
+    def shown(metrics, task="sst2"):
+        runs = [{**one, "metrics": metrics, "task": task} for one in facts["runs"]]
+        return str(build_card({**facts, "runs": runs, "dense_runs": [{**facts["dense_runs"][0], **runs[0]}]}))
+
+    text = shown({"loss": 0.25, "perplexity": 31.5})
+    assert "validation split. The weights" in text and "in percent" not in text
+    assert "| sparse | loss | 0.25 | 0.25 ± 0 | 1, 2 |" in text and "| sparse | perplexity | 31.5 |" in text
+    text = shown({"accuracy": 0.25, "loss": 0.25})
+    assert ", in percent but for loss." in text and "| sparse | accuracy | 25.00 |" in text
+    assert "| sparse | exact match | 0.50 |" in shown({"exact_match": 0.5}, "squad"), "in percent already"
+    assert "| sparse | exact match | 50.00 |" in shown({"exact_match": 0.5})
+
+
+def test_runs_on_several_ranks_and_commands_that_are_no_script(facts):
+    def said(**changes):
+        return str(build_card({**facts, "runs": [{**facts["runs"][0], **changes}]}))
+
+    text = said(ranks=4, launcher="torchrun --nproc_per_node 4")
+    assert "\ntorchrun --nproc_per_node 4 scripts/run_glue.py --seed 3\n" in text and ", ranks 4, " in text
+    assert "ranks 4 (what started them is not recorded)" in said(ranks=4)
+    assert "\nmfac prune user/dense\n" in said(command=["mfac", "prune", "user/dense"])
+
+
+def test_files_that_are_not_pushed_are_not_loaded(facts):
+    files = {name: size for name, size in facts["files"].items() if name != "sparse.safetensors"}
+    text = str(build_card({**facts, "files": files}, "user/x"))
+    assert "sparse.safetensors" not in text and "load_sparse" not in text
+    assert 'from_pretrained("user/x")' in text and "## Sparsity" in text
+
+
+def test_a_run_that_diverged_or_did_not_train_says_so(facts):
+    runs = [{**facts["runs"][0], "metrics": {}, "not_finite": ["accuracy"]}]
+    text = str(build_card({**facts, "runs": runs, "dense_runs": []}))
+    assert "The evaluation gave no finite number for accuracy: the run diverged." in text
+    runs = [{**facts["runs"][0], "optimizer": {"name": "none: the model was not trained in this run"}}]
+    assert "BertForSequenceClassification, not trained in this run from `google/bert" in str(
+        build_card({**facts, "runs": runs})
+    )
+
+
+def test_steps_of_different_kinds_share_a_table(facts):
+    steps = [{"step": 1, "sparsity": 0.5}, {"step": 2, "sparsity": 0.9, "damping": [1e-4]}]
+    runs = [{**facts["runs"][0], "pruning": {"options": {"num_grads": 64}, "steps": steps}}]
+    text = str(build_card({**facts, "runs": runs}))
+    assert "| step | sparsity | damping |\n| --- | --- | --- |\n| 1 | 0.5 |  |\n| 2 | 0.9 | 0.0001 |" in text

@@ -11,14 +11,16 @@ from mfac_hf.hub.run_records import (
     SCHEDULE_SETTINGS,
     MissingResultsError,
     metrics_of,
+    perplexities,
     pruning_facts,
     read_run,
+    used_settings,
     write_results,
 )
 from mfac_hf.pruning.options import PruningOptions, PruningReport
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments
 from mfac_hf.training.pruning_arguments import GradualArguments
-from tests.helpers.results import log, results
+from tests.helpers.results import log, pruned, results
 
 
 def test_results_of_a_script(tmp_path):
@@ -149,3 +151,76 @@ def test_model_that_was_pruned_at_once():
     run = read_run(record)
     assert run["dense_metrics"] == {"accuracy": 0.84} and run["metrics"] == {"accuracy": 0.8125}
     assert run["optimizer"] == {"name": "none (pruned without training)"}
+
+
+def test_a_pruning_without_training():
+    """What mfac prune wrote."""
+    run = read_run(pruned())
+    assert run["metrics"] == {"accuracy": 0.8} and run["dense_metrics"] == {"accuracy": 0.9}
+    assert run["optimizer"] == {"name": "none (pruned without training)"} and run["base_model"] == "user/dense"
+    assert run["dataset"] == {"id": "nyu-mll/glue", "config": "sst2", "source": "data/glue"}
+    assert run["pruning"]["options"] == {"method": "mfac", "num_grads": 64}
+    assert run["training"] == {"max_seq_length": 32} and run["split"] == "validation"
+    assert "base_model_is_local" not in run and read_run(pruned(model_is_local=True))["base_model_is_local"]
+    squad = read_run(pruned(task="squad", after={"eval_f1": 80.0}, before={"eval_f1": 82.0}))
+    assert squad["dataset"] == {"id": "rajpurkar/squad", "source": "data/glue"} and squad["metrics"] == {"f1": 80.0}
+    with pytest.raises(MissingResultsError, match="lacks metrics; .*prune again without --no-eval"):
+        read_run(pruned(before=None, after=None))
+    with pytest.raises(MissingResultsError, match="lacks metrics, seed, command, versions, device; "):
+        read_run({"before": None, "after": None, "pruning": pruned()["pruning"]})  # of an earlier version
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_metrics_that_are_no_number_are_refused(value, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results(results={"task": "sst2", "eval_accuracy": value})))
+    with pytest.raises(ValueError, match=r"results.json: accuracy is (nan|-?inf); a card takes finite metrics only"):
+        read_run(path, strict=False)
+    with pytest.raises(ValueError, match="before pruning, accuracy is"):
+        read_run(pruned(before={"eval_accuracy": value}))
+    diverged = log()
+    diverged["rows"][-1]["accuracy_bn"] = value
+    with pytest.raises(ValueError, match="accuracy is"):
+        read_run(diverged)
+
+
+def test_losses_count_where_nothing_else_was_measured():
+    assert metrics_of({"eval_loss": 0.5, "eval_runtime": 1.0}) == {"loss": 0.5}
+    assert metrics_of({"eval_loss": 0.5, "eval_accuracy": 0.9, "eval_good": True}) == {"accuracy": 0.9}
+    found = perplexities({"eval_loss": 2.0, "eval_news_loss": 1e3, "eval_accuracy": 0.5, "train_loss": 1.0})
+    assert found == {"loss": 2.0, "perplexity": pytest.approx(7.389056), "news_loss": 1e3}
+
+
+def test_settings_without_a_part_in_the_training_are_left_out():
+    flags = {"num_train_epochs": 3.0, "max_steps": 100, "learning_rate": 1e-3, "n_gpu": 1, "fp16": False, "other": 1}
+    assert used_settings(flags) == {"max_steps": 100, "learning_rate": 1e-3}
+    assert used_settings({**flags, "max_steps": -1, "n_gpu": 2}) == {
+        **{"num_train_epochs": 3.0, "n_gpu": 2, "learning_rate": 1e-3}
+    }
+    record = results()
+    record["arguments"]["TrainingArguments"] |= {"do_train": False, "do_eval": True}
+    run = read_run(record)  # a script that evaluates a model and nothing else
+    assert run["optimizer"] == {"name": "none: the model was not trained in this run"}
+    assert run["training"] == {"max_seq_length": 128}
+
+
+def test_a_local_base_model_is_recorded_as_such(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = TrainingArguments("out", use_cpu=True)
+    for name, local in (("outputs/base", True), ("user/base", None)):
+        (tmp_path / "outputs" / "base").mkdir(parents=True, exist_ok=True)
+        path = write_results("out", {}, arguments=[ModelArguments(name), training], argv=[], started=0.0)
+        assert json.loads(path.read_text()).get("base_model_is_local") is local
+        run = read_run(results(**{key: True for key in ["base_model_is_local"] if local}))
+        assert run.get("base_model_is_local") is local
+    assert read_run(log())["base_model_is_local"], "the checkpoint of a vision run is a file"
+
+
+def test_results_are_written_whole(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("before")
+    with pytest.raises(TypeError):
+        write_results(
+            tmp_path, {"x": object()}, arguments=[TrainingArguments("out", use_cpu=True)], argv=[], started=0
+        )
+    assert path.read_text() == "before" and [file.name for file in tmp_path.iterdir()] == ["results.json"]

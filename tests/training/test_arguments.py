@@ -50,12 +50,25 @@ def test_json_recipe(tmp_path):
         ("model_name_or_path: tiny\nnum_gards: 3\n", "keys that are no arguments: num_gards"),
         ("- model_name_or_path\n", "holds a list; expected a mapping"),
         ("", "holds a NoneType; expected a mapping"),
+        ("damping: [1, 2", "recipe.yaml is no YAML file"),
+        ("damping: [[1]]", r"recipe.yaml: damping\[0\] is a list of 1; expected text"),
+        ("damping: 2020-01-01", "damping is datetime.date"),
     ],
 )
 def test_bad_recipes(text, message, tmp_path):
     """The error names the key or the kind of content."""
     with pytest.raises(ValueError, match=message):
         parse_args(*KINDS, argv=[write_recipe(tmp_path / "recipe.yaml", text)])
+
+
+def test_a_program_with_a_bad_recipe_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", "damping: [1, 2")
+    monkeypatch.setattr("sys.argv", ["run.py", recipe])
+    with pytest.raises(SystemExit) as stop:
+        parse_args(*KINDS)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("run.py: error: ") and "recipe.yaml is no YAML file" in said
 
 
 def test_missing_recipe_and_bad_values(tmp_path, capsys):

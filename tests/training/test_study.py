@@ -1,11 +1,13 @@
 """What studies share: the log that they go on from, and how results are shown."""
 
 import json
+import subprocess
 import sys
+from typing import TypedDict
 
 import pytest
 
-from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure, read_study
+from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure, read_study, save_figure
 
 
 def test_a_log_goes_on_where_it_stopped(tmp_path):
@@ -37,3 +39,64 @@ def test_missing_matplotlib_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert new_figure(6, 4) is None
     assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_a_log_goes_on_after_a_line_that_was_cut_off(tmp_path):
+    log = StudyLog(tmp_path / "study.jsonl")
+    log.add({"seed": 1}, {"accuracy": 0.5})
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + b'{"key": {"seed": 2}, "accur')
+    again = StudyLog(log.path)
+    assert again.rows == log.rows
+    again.add({"seed": 3}, {"accuracy": 0.75})
+    log.add({"seed": 4}, {"accuracy": 0.25})  # another run of the same study
+    assert [row["key"]["seed"] for row in StudyLog(log.path).rows] == [1, 3, 4]
+    log.path.write_bytes(b"[1]\n" + whole)
+    with pytest.raises(ValueError, match=r"study.jsonl, line 1, holds a list of 1; expected an object"):
+        StudyLog(log.path)
+    log.path.write_bytes(whole + b"{\n")
+    with pytest.raises(ValueError, match=r"study.jsonl, line 2, is no JSON"):
+        StudyLog(log.path)
+
+
+def test_a_row_that_has_no_room_leaves_the_others(tmp_path):
+    log = StudyLog(tmp_path / "study.jsonl")
+    log.add({"seed": 1}, {"accuracy": 0.5})
+    before = log.path.read_bytes()
+    program = f"""
+import resource
+from mfac_hf.training.study import StudyLog
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+try:
+    StudyLog({str(log.path)!r}).add({{"seed": 2}}, {{"text": "x" * 500}})
+except OSError as error:
+    print("OSError")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "OSError\n" and log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n", "holds a list of 1; expected an object"),
+        ("name: 3\nseeds: [1]\n", "name is 3; expected text"),
+        ("name: x\nseeds: [1, two]\n", r"seeds\[1\] is 'two'; expected a whole number"),
+        ("name: [x\n", "is no YAML file"),
+    ],
+)
+def test_a_study_of_another_form_is_refused(text, message, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"study.yaml.*{message}"):
+        read_study(path, ["name", "seeds"], TypedDict("Kind", {"name": str, "seeds": list[int]}))
+
+
+def test_a_picture_is_written_whole(tmp_path):
+    figure = new_figure(1, 1)
+    save_figure(figure, tmp_path / "new" / "x.png", dpi=20)
+    assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "new" / "x.other").write_text("before")
+    with pytest.raises(ValueError, match="other"):
+        save_figure(figure, tmp_path / "new" / "x.other", dpi=20)
+    assert (tmp_path / "new" / "x.other").read_text() == "before" and len(list((tmp_path / "new").iterdir())) == 2
