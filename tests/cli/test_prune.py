@@ -7,8 +7,10 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertModel
+from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
+import mfac_hf.cli.prune as cli_prune
 from mfac_hf.cli import main
 from mfac_hf.cli.prune import add_parser
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets
@@ -115,3 +117,59 @@ def test_a_directory_with_files_is_left_alone(prune, tmp_path, capsys):
     assert prune() == 2
     assert "no empty directory" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_card_is_made_of_the_directory_as_it_is(prune, model, tmp_path, capsys):
+    assert prune("--max-eval-samples", "4") == 0
+    out = tmp_path / "out"
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["model_is_local"] and record["command"][:2] == ["mfac", "prune"] and record["seed"] == 0
+    assert main(["card", "--model", str(out), "--no_latency", "--repo_id", "user/x"]) == 0
+    card = ModelCard.load(out / "README.md")
+    (result,) = card.data.eval_results
+    assert result.metric_value == record["after"]["eval_accuracy"] and result.dataset_config == "sst2"
+    assert card.data.base_model is None
+    for expected in (
+        "pruned without training from `",
+        f"| dense | accuracy | {100 * record['before']['eval_accuracy']:.2f} |",
+        "| block_size | 16 |",
+        "| max_eval_samples | 4 |",
+        "\nmfac prune ",
+        "60.00%",
+    ):
+        assert expected in card.text, expected
+    capsys.readouterr()
+    (out / "pruning.json").write_text(json.dumps({**record, "after": None}))
+    assert main(["card", "--model", str(out), "--no_latency"]) == 2
+    assert "pruning.json lacks metrics; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer", "masks", "report"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_no_half_of_a_model(what, there, prune, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        # The tokenizers' own code raises nothing narrower.
+        raise Exception("No space left (os error 28)") if what == "tokenizer" else OSError(28, "No space left")
+
+    owner, name = {
+        "model": (PreTrainedModel, "save_pretrained"),
+        "tokenizer": (PreTrainedTokenizerBase, "save_pretrained"),
+        "masks": (MaskSet, "save"),
+        "report": (cli_prune, "write_json"),
+    }[what]
+    if there:
+        (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        assert prune("--no-eval") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(tmp_path / "out") in error and "No space left" in error
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"] * there
+    assert not there or not any((tmp_path / "out").iterdir())
+    assert prune("--no-eval") == 0 and (tmp_path / "out" / "pruning.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(prune, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert prune("--output", str(tmp_path / "file" / "out")) == 2
+    assert "is no directory, or not writable" in capsys.readouterr().err

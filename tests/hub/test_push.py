@@ -15,6 +15,7 @@ from mfac_hf.hub.push import PushError
 from mfac_hf.models import ResNetCifar
 from tests.helpers.hub_server import TOKEN, Repository, running_hub
 from tests.helpers.models import CONFIG, prune
+from tests.helpers.results import run
 from tests.helpers.sparse_files import assert_same_state
 
 CARD = ModelCard("---\nlicense: mit\n---\n# A model\n")
@@ -232,3 +233,48 @@ def test_links_to_elsewhere_are_not_pushed(name, bert, hub, api, tmp_path):
     if name in ("model.safetensors", "tokenizer.json"):
         push_to_hub(tmp_path / "model", "user/m", card=CARD, api=api)
         assert hub.repositories["user/m"].branches["main"][name] == weights.read_bytes()
+
+
+@pytest.mark.parametrize("sparse_only", [False, True])
+def test_the_card_names_the_files_that_are_pushed(hub, api, sparse_only):
+    """Here most weights are embeddings, so that the sparse file saves little."""
+    torch.manual_seed(0)
+    model = prune(BertForSequenceClassification(BertConfig(**{**CONFIG, "vocab_size": 20_000})))
+    dense = {"eval_accuracy": 0.9}
+    record = run(1, 0.8)
+    record["results"]["before_pruning"] = dense
+    push_to_hub(model, "user/sparse", card=record, api=api, sparse_only=sparse_only)
+    text = files(hub)["README.md"].decode()
+    name, other = ("sparse", "model") if sparse_only else ("model", "sparse")
+    assert f"| `{name}.safetensors` | {len(files(hub)[f'{name}.safetensors']):,} |" in text
+    assert f"{other}.safetensors" not in text and f"{other}.safetensors" not in files(hub)
+    assert ("load_sparse(" in text) == sparse_only != ("from_pretrained(" in text)
+
+
+def test_all_files_of_tokenizer_and_code_are_pushed(bert, hub, api, tmp_path):
+    bert.save_pretrained(tmp_path)
+    config = {"tokenizer_class": "MarianTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = {"source.spm", "target.spm", "vocab.json", "tokenization_own.py", "pruning.json", "chat_template.jinja"}
+    for name in ours | {"train.py", "notes.txt"}:
+        (tmp_path / name).write_text("")
+    push_to_hub(tmp_path, "user/sparse", card=CARD, api=api)
+    weights = {"model.safetensors", "sparse.safetensors"}
+    assert set(files(hub)) == ours | weights | {"README.md", "config.json", "tokenizer_config.json"}
+
+
+def test_malformed_cards_and_results_are_named(bert, hub, api, tmp_path):
+    bert.save_pretrained(tmp_path / "model")
+    for content, message in (
+        ("[1]", "x.json holds a list"),
+        ('{"runs": [{"metrics": 1}]}', "x.json: the facts of the card lack name"),
+        (
+            '{"results": {"pruning": {"reports": [1]}}}',
+            r"x.json: results.pruning.reports\[0\] is 1; expected an object",
+        ),
+        ("{", "x.json is no JSON file"),
+    ):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            push_to_hub(tmp_path / "model", "user/x", card=tmp_path / "x.json", api=api)
+    assert hub.requests == []

@@ -1,23 +1,37 @@
 """A Trainer to which our card is attached leaves it on the Hub, however it pushes; another one leaves its own."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers.utils.hub
-from huggingface_hub import HfApi, ModelCard, constants
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
+from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, try_to_load_from_cache
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mfac_hf import MFAC, SparsitySchedule, attach_card, load_sparse, push_to_hub
 from mfac_hf.callbacks import MFACLoggingCallback
-from mfac_hf.hub.trainer_card import _last_evaluation
+from mfac_hf.hub import trainer_card
+from mfac_hf.hub.trainer_card import _last_evaluation, facts_of_trainer
 from mfac_hf.pruning import MFACPruningCallback
 from tests.helpers.glue_data import make_tokenizer, write_glue
-from tests.helpers.hub_server import TOKEN, running_hub
+from tests.helpers.hub_server import TOKEN, Repository, running_hub
 from tests.helpers.models import CONFIG, prune
 from tests.helpers.sparse_files import assert_same_state
 
@@ -280,3 +294,116 @@ def test_script_pushes_and_a_fresh_process_gets_the_accuracy_of_the_card(tmp_pat
         found = json.loads(run("-c", FRESH, "user/run", data).splitlines()[-1])
     expected = json.loads((tmp_path / "run" / "results.json").read_text())["results"]["eval_accuracy"]
     assert found == {"accuracy": expected, "card": expected, "same": True}
+
+
+def rows_of(text):
+    """The settings that a card lists."""
+    return {line.split(" | ")[0][2:] for line in text.splitlines() if line.count(" | ") == 1}
+
+
+def test_settings_of_an_optimizer_that_was_given_are_its_own(hub, bert, tmp_path):
+    options = {"learning_rate": 0.25, "weight_decay": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    own = torch.optim.SGD(bert.parameters(), lr=0.125, weight_decay=0.0625)
+    trainer = make_trainer(bert, tmp_path, own, **options)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(own)
+    attach_card(trainer)
+    trainer.train()
+    trainer.push_to_hub()
+    rows, text = rows_of(str(card_on(hub))), str(card_on(hub))
+    assert "| lr | 0.125 |" in text and "| weight_decay | 0.0625 |" in text and "0.25" not in text
+    assert not rows & {"learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs"}
+    trainer = make_trainer(bert, tmp_path, **options)  # its AdamW and its schedule
+    attach_card(trainer)
+    trainer.train()
+    trainer.push_to_hub()
+    text = str(card_on(hub))
+    assert "| lr | 0.25 |" in text and rows_of(text) >= {"learning_rate", "lr_scheduler_type", "warmup_steps"}
+
+
+@pytest.mark.parametrize(("causal", "task"), [(True, "text-generation"), (False, "fill-mask")])
+def test_language_models_have_a_perplexity(causal, task, hub, tmp_path):
+    torch.manual_seed(0)
+    small = {"vocab_size": 60, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(**small)) if causal else BertForMaskedLM(BertConfig(**CONFIG))
+    trainer = make_trainer(model, tmp_path)
+    trainer.compute_metrics = None
+    for row in trainer.eval_dataset:
+        row["labels"] = row["input_ids"]
+    attach_card(trainer)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.push_to_hub()
+    card = card_on(hub)
+    assert card.data.pipeline_tag == task and set(card.data.metrics) == {"loss", "perplexity"}
+    assert f"| this model | perplexity | {math.exp(loss):.4g} | - | 5 |" in str(card)
+    assert f"| this model | loss | {loss:.4g} |" in str(card) and "percent" not in str(card)
+    trainer.args.label_smoothing_factor = 0.1  # then the loss is none of the text alone
+    assert set(facts_of_trainer(trainer, name="x")["runs"][0]["metrics"]) == {"loss"}
+
+
+def test_an_evaluation_that_gave_no_number_is_said(hub, bert, tmp_path):
+    trainer = make_trainer(bert, tmp_path)
+    trainer.compute_metrics = lambda prediction: {"accuracy": float("nan"), "f1": 0.5}
+    attach_card(trainer)
+    trainer.evaluate()
+    trainer.push_to_hub()  # does not end the training
+    text = str(card_on(hub))
+    assert "The evaluation gave no finite number for accuracy: the run diverged." in text and "nan" not in text
+
+
+def test_a_directory_that_has_gone_is_no_base_model(hub, bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bert.save_pretrained("outputs/base")
+    model = BertForSequenceClassification.from_pretrained("outputs/base")
+    shutil.rmtree("outputs")
+    facts = facts_of_trainer(make_trainer(model, tmp_path), name="x")
+    assert facts["base_model"] is None and facts["runs"][0]["base_model"] == "outputs/base"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.repositories["outputs/base"] = Repository(branches={"main": {"config.json": b"{}"}})
+    hf_hub_download("outputs/base", "config.json", endpoint=hub.url, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(trainer_card, "try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir="cache"))
+    assert facts_of_trainer(make_trainer(model, tmp_path), name="x")["base_model"] == "outputs/base"
+
+
+@pytest.mark.parametrize("source", ["json", "generator"])
+def test_a_file_format_is_no_data_set(source, hub, bert, tmp_path):
+    (tmp_path / "rows.json").write_text('{"x": 1}\n')
+    if source == "json":
+        rows = datasets.load_dataset("json", data_files=str(tmp_path / "rows.json"), split="train", cache_dir=tmp_path)
+    else:
+        rows = datasets.Dataset.from_generator(lambda: iter([{"x": 1}]), cache_dir=str(tmp_path))
+    trainer = make_trainer(bert, tmp_path)
+    trainer.eval_dataset = rows
+    assert facts_of_trainer(trainer, name="x")["runs"][0]["dataset"] is None
+
+
+def test_a_trainer_with_an_adapter_pushes_the_card_of_an_adapter(hub, bert, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(bert, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), lr=1e-3, num_grads=8))
+    attach_card(trainer)
+    trainer.train()
+    trainer.evaluate()
+    trainer.push_to_hub()
+    push_to_hub(trainer, "user/other", api=HfApi(endpoint=hub.url, token=TOKEN))
+    for name in ("user/run", "user/other"):
+        files = hub.repositories[name].branches["main"]
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.library_name == "peft" and "lora" in card.data.tags and "adapter (" in str(card)
+        assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+
+
+def test_files_of_the_tokenizer_are_those_that_it_writes(hub, bert, tmp_path):
+    class Own:
+        """Anything that can be saved."""
+
+        def save_pretrained(self, folder, **options):
+            for name in ("own.words", "deep/own.model"):
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                (Path(folder) / name).write_text("x")
+
+    trainer = make_trainer(bert, tmp_path)
+    trainer.processing_class = Own()
+    push_to_hub(trainer, "user/other", api=HfApi(endpoint=hub.url, token=TOKEN))
+    files = hub.repositories["user/other"].branches["main"]
+    assert {"own.words", "deep/own.model", "README.md", "model.safetensors"} <= set(files)
