@@ -17,6 +17,7 @@ from mfac_hf.hub.architecture import describe_architecture
 from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import CardOptions, collect
 from mfac_hf.hub.run_records import NOT_TRAINED, metrics_of, perplexities, pruning_facts, used_settings
+from mfac_hf.loss_scale import warn_of_loss_scale
 from mfac_hf.machine import describe_run
 from mfac_hf.optim.unwrap import unwrap_optimizer
 from mfac_hf.sparse.directory import SPARSE_FILE
@@ -60,6 +61,15 @@ class _CardWriter(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.options = CardOptions()
+        self.looked = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look once whether gradients are a mean (`mfac_hf.loss_scale`)."""
+        if not self.looked:
+            self.looked = True
+            warn_of_loss_scale(self.trainer)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

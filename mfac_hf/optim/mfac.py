@@ -22,6 +22,7 @@ from torch import Tensor
 from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
 from mfac_hf.fisher.options import MAX_NORM
 from mfac_hf.machine import GIB
+from mfac_hf.optim.accumulation import BatchCount
 from mfac_hf.optim.autocast import without_autocast
 from mfac_hf.optim.gradients import are_finite, read_gradients
 from mfac_hf.optim.groups import check_group, check_parameters, check_process_group, remove_window_options
@@ -115,7 +116,7 @@ class MFAC(WindowedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             **asdict(self._options),
         }
-        self._process_group = check_process_group(process_group)
+        self._process_group, self._batches = check_process_group(process_group), BatchCount()
         self._start_anew()
         super().__init__(params, defaults)
         check_masks(masks or {}, self.param_groups)
@@ -211,6 +212,7 @@ class MFAC(WindowedOptimizer):
         return loss
 
     def _step(self) -> None:
+        self._batches.check()
         self._agree()
         gradients = read_gradients(self.param_groups)
         shards = self._find_shards(gradients)
@@ -233,6 +235,14 @@ class MFAC(WindowedOptimizer):
         self._window.push(gradients, masks)
         apply_directions(self.param_groups, self.state, self._window.directions(gradients))
         self._publish()
+
+    def train(self) -> None:
+        """Count a batch: Trainer calls this before each. A step that has several may warn of the loss's scale."""
+        self._batches.add()
+
+    def trust_loss_scale(self) -> None:
+        """Keep that warning back: the gradients of several batches or ranks make up a mean, or somebody has warned."""
+        self._batches.trusted = True
 
     def _skip_step(self) -> None:
         if self.skipped_steps == 0:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mfac_hf.optim.accumulation import BatchCount
 from mfac_hf.optim.borrowed import alias
 from mfac_hf.optim.groups import check_numbers, check_parameters, follow_groups, labels, remove_window_options
 from mfac_hf.optim.masks import check_masks_have_parameters
@@ -26,6 +27,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
 
     _options: ParameterWindowOptions
     _process_group: dist.ProcessGroup | None
+    _batches: BatchCount
 
     def _start_anew(self) -> None:
         self._window: ParameterWindow | None = None
@@ -185,7 +187,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the window from the per-parameter state."""
         super().__setstate__(state)
-        self._process_group = None
+        self._process_group, self._batches = None, BatchCount()
         options = ParameterWindowOptions.pick(self.defaults)
         self._restore(dict(self.state), self.param_groups, follow_groups(self.param_groups, options))
 

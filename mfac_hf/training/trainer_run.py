@@ -24,6 +24,7 @@ from transformers import (
 from mfac_hf.callbacks import MFACLoggingCallback
 from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
+from mfac_hf.loss_scale import correct_loss_scale
 from mfac_hf.pruning import MaskSet, PruningReport, prune_one_shot
 from mfac_hf.training.arguments import (
     ModelArguments,
@@ -128,6 +129,7 @@ class TrainerRun:
             return {}
         if self.pruning is not None:
             self.pruning.attach(trainer)
+        correct_loss_scale(trainer)
         results: dict[str, Any] = {**trainer.train(resume_from_checkpoint=self.checkpoint).metrics}
         trainer.save_model()
         trainer.save_state()
