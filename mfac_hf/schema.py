@@ -23,7 +23,7 @@ def check_schema(value: Any, kind: Any, name: str) -> None:
     Args:
         value: what a JSON or YAML file held.
         kind: ``str``, ``int``, ``float`` (whole numbers too), ``bool``, None, ``Any``, ``Literal``, a union,
-            ``list[X]``, ``dict[str, X]``, or a ``TypedDict`` of these. True and False are no numbers.
+            ``list[X]``, ``dict[K, X]``, or a ``TypedDict`` of these. True and False are no numbers.
         name: name of the file, or of what the value was taken from; it begins the message.
 
     Raises:
@@ -58,9 +58,9 @@ def _differences_inside(value: Any, kind: Any, place: str) -> Any:
         (item,) = get_args(kind)
         yield from (_difference(part, item, f"{place}[{index}]") for index, part in enumerate(value))
     elif get_origin(kind) is dict:
-        _, item = get_args(kind)
+        keys, item = get_args(kind)
         for key, part in value.items():
-            yield _difference(key, str, f"{place}, a key,")
+            yield _difference(key, keys, f"{place}, a key,")
             yield _difference(part, item, f"{place}.{key}")
     else:
         for key, item in _hints(kind).items():
@@ -82,8 +82,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    if kind is float and isinstance(value, int):
-        return abs(value) < 1 << 1023  # JSON has no limit, a double has
+    if isinstance(value, int) and kind in (int, float):
+        return abs(value) < 1 << 63  # files have no limit, arithmetic has
     return isinstance(value, type(None) if kind is None else kind)
 
 

@@ -29,13 +29,39 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from mfac_hf.schema import check_schema
 from mfac_hf.storage import write_text
 from mfac_hf.training.study import StudyLog, read_study, study_parser
 
 SCRIPTS = Path(__file__).parent
 SHARED_FLAGS = {"do_train": True, "do_eval": True, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
+
+
+class TuningOptions(TypedDict, total=False):
+    """What the tuning of a study may have."""
+
+    metric: str
+    flags: dict[str, Any]
+
+
+class Tuning(TuningOptions):
+    """What it has to have."""
+
+    holdout_fraction: float
+    seed: int
+
+
+class Study(TypedDict):
+    """The form of a study."""
+
+    name: str
+    script: str
+    flags: dict[str, Any]
+    seeds: list[int]
+    tuning: Tuning
+    contenders: dict[str, dict[str, Any]]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -70,10 +96,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def load_study(path: Path) -> dict[str, Any]:
-    """Read a study; a ValueError names the first thing that is missing."""
-    study = read_study(path, ("name", "script", "flags", "seeds", "tuning", "contenders"))
+    """Read a study; a ValueError names the first thing that is missing or wrong."""
+    study = read_study(path, ("name", "script", "flags", "seeds", "tuning", "contenders"), Study)
     study["tuning"] = {"metric": "selection_value", "flags": {}, **study["tuning"]}
     for name, spec in study["contenders"].items():
+        check_schema(spec.get("grid") or [], list[dict[str, Any]], f"{path}: the grid of contender {name!r}")
         if not spec.get("grid"):
             raise ValueError(f"{path}: contender {name!r} has an empty grid; expected at least one point")
         if unknown := sorted(spec.keys() - {"flags", "tuning_flags", "grid"}):

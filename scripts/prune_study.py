@@ -37,7 +37,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -51,6 +51,34 @@ from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.storage import write_text
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
 from mfac_hf.training.study import StudyLog, mean_and_deviation, read_study, study_parser
+
+
+class Contender(TypedDict, total=False):
+    """A way of pruning, and what to try of it."""
+
+    options: dict[str, Any]
+    grid: list[dict[str, Any]]
+
+
+class Tuning(TypedDict):
+    """What is tuned on."""
+
+    holdout_fraction: float
+    sparsity: float
+    recomputations: int
+
+
+class Study(TypedDict, total=False):
+    """The form of a study."""
+
+    name: str
+    task: dict[str, str | int | float | bool | None]
+    models: dict[str | int, str]
+    sparsities: list[float]
+    recomputations: list[int]
+    options: dict[str, Any]
+    contenders: dict[str, Contender]
+    tuning: Tuning
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -84,7 +112,8 @@ def main(argv: list[str] | None = None) -> str:
 
 def load_study(path: Path) -> dict[str, Any]:
     """Read a study; a ValueError names the first thing that is missing or wrong."""
-    study = read_study(path, ("name", "task", "models", "sparsities", "recomputations", "contenders", "tuning"))
+    keys = ("name", "task", "models", "sparsities", "recomputations", "contenders", "tuning")
+    study = read_study(path, keys, Study)
     study["models"] = {str(name): os.path.expandvars(value) for name, value in study["models"].items()}
     study["task"] = {
         name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in study["task"].items()
@@ -100,15 +129,15 @@ def load_study(path: Path) -> dict[str, Any]:
             )
     for name, contender in study["contenders"].items():
         contender["options"] = {**study.get("options", {}), **contender.get("options", {})}
-        contender["grid"] = [
-            {key: float(value) if key == "damping" else value for key, value in point.items()}
-            for point in contender.get("grid", [{}])
-        ]
-        for point in contender["grid"]:
-            try:
+        try:
+            contender["grid"] = [
+                {key: float(value) if key == "damping" else value for key, value in point.items()}
+                for point in contender.get("grid", [{}])
+            ]
+            for point in contender["grid"]:
                 PruningOptions(**contender["options"], **point)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: contender {name!r}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: contender {name!r}: {error}") from error
     return study
 
 

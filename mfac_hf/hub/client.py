@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import get_session
 
-__all__ = ["HubDelayError", "PushError", "commit", "limited_calls"]
+__all__ = ["HubDelayError", "PushError", "asking_the_hub", "commit", "limited_calls"]
 
 # A call fails when the Hub is silent for so long, and is not repeated when it began longer ago. The Hub itself gives
 # up on a commit after a minute.
@@ -93,6 +99,28 @@ def limited_calls(seconds: float | None = None) -> Iterator[_Limits]:
         yield limits
     finally:
         client.event_hooks = before
+
+
+@contextmanager
+def asking_the_hub(name: str) -> Iterator[None]:
+    """Limit the time of each call of the client within a block, and say so where an answer makes no sense.
+
+    Args:
+        name: name of the repository that is read.
+
+    Raises:
+        HubDelayError: as `limited_calls`.
+        OSError: an answer of another form than the Hub's.
+    """
+    try:
+        with limited_calls():
+            yield
+    except (OSError, HFValidationError):
+        raise
+    except _MISREAD as error:
+        raise OSError(
+            f"the Hub answered what was asked of {name} in an unexpected form: {_first_line(error)}"
+        ) from error
 
 
 def commit(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mfac_hf.hub.client import asking_the_hub
 from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.pruning.mask_file import MASKS_NAME, read_masks
 from mfac_hf.sparse.directory import SPARSE_FILE, dense_files, find_weights, open_weights
@@ -126,6 +127,7 @@ def find_model_directory(source: str | os.PathLike[str], **hub: Any) -> Path:
 
     Raises:
         FileNotFoundError: ``source`` is neither a directory nor a repository with a model.
+        OSError: the Hub is silent, refuses, or answers in another form than its own.
     """
     path = Path(source)
     if path.exists():
@@ -136,7 +138,8 @@ def find_model_directory(source: str | os.PathLike[str], **hub: Any) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        files = HfApi().list_repo_files(str(source), **{k: hub[k] for k in ("revision", "token") if k in hub})
+        with asking_the_hub(str(source)):
+            files = HfApi().list_repo_files(str(source), **{k: hub[k] for k in ("revision", "token") if k in hub})
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(f"{source} is no directory and no repository that can be read: {error}") from error
     weights = (
@@ -144,4 +147,5 @@ def find_model_directory(source: str | os.PathLike[str], **hub: Any) -> Path:
     )
     if not weights:
         raise FileNotFoundError(f"{source} on the Hub holds no safetensors weights; it has: {', '.join(files)}")
-    return Path(snapshot_download(str(source), allow_patterns=[*weights, *_DESCRIPTIONS], **hub))
+    with asking_the_hub(str(source)):
+        return Path(snapshot_download(str(source), allow_patterns=[*weights, *_DESCRIPTIONS], **hub))

@@ -283,6 +283,8 @@ def load_state(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> di
     if not Path(path).is_file():
         return None
     state: dict[str, Any] = load_tensors(path)
+    if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict):
+        raise ValueError(f"{path} is no state of a run: it has no arguments. Start anew without --resume")
     before = state["arguments"]
     differing = [key for key in arguments if before.get(key) != arguments[key]]
     if differing:

@@ -2,14 +2,17 @@
 
 import json
 import re
+from functools import partialmethod
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session
 from torch import nn
 
 from mfac_hf import push_to_hub
 from mfac_hf.hub import client
+from mfac_hf.hub.inventory import find_model_directory
 from mfac_hf.hub.push import PushError
 from tests.helpers.hub_server import TOKEN, running_hub
 
@@ -159,3 +162,20 @@ def test_push_to_hub_returns_the_commit_that_it_found(hub):
     card = ModelCard(CARD["README.md"].decode())
     commit = push_to_hub(nn.Linear(4, 4), "user/m", card=card, api=HfApi(endpoint=hub.url, token=TOKEN))
     assert commit.oid == hub.repositories["user/m"].sha("main")
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"[]", b'[{"path": 1}]', b"{}", b"[3]", b"null"])
+def test_reading_a_repository_takes_no_odd_answer_for_a_list(hub, push, content, monkeypatch):
+    push()
+    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=hub.url))
+    hub.answers = {"/tree/": (200, {}, content)}
+    with pytest.raises(OSError, match="unexpected form|holds no safetensors"):
+        find_model_directory("user/m")
+
+
+def test_reading_a_silent_repository_ends(hub, push, monkeypatch):
+    push()
+    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=hub.url))
+    hub.silent = {"/tree/"}
+    with pytest.raises((OSError, HTTPError)):
+        find_model_directory("user/m")

@@ -105,6 +105,7 @@ def test_a_study_that_is_missing_or_incomplete_is_refused(tmp_path, capsys):
             "tuning_flags of contender 'adamw' are ['--num_train_epochs', 2]",
         ),
         ({"flags": "fast"}, "flags of contender 'adamw' are 'fast'; expected {name: value}"),
+        ({"grid": [3]}, "the grid of contender 'adamw': [0] is 3; expected an object"),
     ],
 )
 def test_a_contender_with_other_keys_or_no_mapping_is_refused(tmp_path, capsys, spec, words):

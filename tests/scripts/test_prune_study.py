@@ -1,6 +1,7 @@
 """The study of one-shot pruning: from a study file to the table, without doing anything twice."""
 
 import json
+import re
 from pathlib import Path
 
 import prune_study
@@ -150,3 +151,21 @@ def test_shipped_studies_can_be_read(path):
     study = prune_study.load_study(path)
     budgets = {len(contender["grid"]) for name, contender in study["contenders"].items() if name != "magnitude"}
     assert len(budgets) == 1  # everyone is tuned with as many points
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ["x"]}, "models is a list of 1; expected an object"),
+        ({"sparsities": ["high"]}, r"sparsities\[0\] is 'high'; expected a number"),
+        ({"recomputations": 4}, "recomputations is 4; expected a list"),
+        ({"tuning": {"sparsity": 0.5}}, "tuning is an object without 'holdout_fraction'"),
+        ({"contenders": {"ours": {"grid": [{"damping": None}]}}}, "contender 'ours': .*NoneType"),
+        ({"contenders": {"ours": [1]}}, "contenders.ours is a list of 1"),
+    ],
+)
+def test_studies_of_another_form_are_refused_by_name(change, message, study, capsys):
+    study.write_text(yaml.safe_dump({**yaml.safe_load(study.read_text()), **change}))
+    with pytest.raises(SystemExit) as stop:
+        prune_study.main([str(study)])
+    assert stop.value.code == 2 and re.search(f"study.yaml: {message}", capsys.readouterr().err)
