@@ -1,6 +1,6 @@
 """`mfac card` writes a model card from result files and weights.
 
-    mfac card --model outputs/sst2-90 --results outputs/sst2-90*/results.json --dense outputs/sst2*/results.json \
+    mfac card --model outputs/sst2-90 --results outputs/sst2-90*/results.json --dense outputs/dense*/results.json \
         --caveats caveats.yaml --output model_cards/sst2-90
     mfac card --facts model_cards/sst2-90/card.json          # the same card again, from its facts alone
 

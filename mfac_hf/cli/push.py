@@ -1,7 +1,7 @@
 """`mfac push` uploads a model with its card to the Hub, in one commit.
 
 mfac push outputs/sst2-90 user/sst2-90 --card outputs/sst2-90/card.json
-mfac push outputs/sst2-90 user/sst2-90 --results outputs/sst2-90*/results.json --dense outputs/sst2*/results.json
+mfac push outputs/sst2-90 user/sst2-90 --results outputs/sst2-90*/results.json --dense outputs/dense*/results.json
 """
 
 from __future__ import annotations
