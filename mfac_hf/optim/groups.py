@@ -78,24 +78,22 @@ def check_parameters(groups: list[dict[str, Any]]) -> None:
             raise ValueError(
                 "FSDP1 flattens parameters, which MFAC does not support. Use FSDP2 (fsdp_version: 2) instead"
             )
-    for group in groups:
-        _check_listed_once(group)
+    _check_listed_once(groups)
     devices = {p.device for p in parameters if p.requires_grad}  # frozen ones may stay elsewhere
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters on several devices ({names}); move the model to one device before building MFAC")
 
 
-def _check_listed_once(group: dict[str, Any]) -> None:
-    """Refuse a tied weight that is listed under each of its names: it would step twice, with two sets of columns."""
-    first: dict[int, int] = {}
-    names = group.get("param_names", [])
-    for position, p in enumerate(group["params"]):
-        if (other := first.setdefault(id(p), position)) != position:
-            both = f" ({names[other]} and {names[position]})" if names else ""
+def _check_listed_once(groups: list[dict[str, Any]]) -> None:
+    """Refuse a parameter that is listed twice, as a tied weight under each of its names: it would step twice."""
+    first: dict[int, str] = {}
+    parameters = chain.from_iterable(group["params"] for group in groups)
+    for p, label in zip(parameters, labels(groups), strict=True):
+        if (other := first.setdefault(id(p), label)) is not label:
             raise ValueError(
-                f"the same parameter of shape {tuple(p.shape)} is listed twice in a group, at {other} and {position}"
-                f"{both}: a tied weight. List it once, as model.parameters() does"
+                f"{other} is listed twice: it is {label} too, as a tied weight is. List it once, as "
+                "model.parameters() does"
             )
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -85,13 +86,27 @@ class WindowedOptimizer(torch.optim.Optimizer):
         if self._window is None:
             self._options = options
             return
-        gone = [p for p in self._window.owners if "step" not in self.state.get(p, ())]
+        gone = self._strangers(self._window)
         if len(gone) == len(self._window.owners):
             self._window = None
         elif gone:
             self._window.forget(gone)
             self._publish()
         self._set_options(options)
+
+    def _strangers(self, window: ParameterWindow) -> list[Tensor]:
+        """Parameters of the window whose state was removed, or that have another shape now."""
+        reshaped = [
+            p for p, placement in window.placements.items() if self._shards is None and placement.shape != p.shape
+        ]
+        for p in reshaped:
+            if p in self._kept:
+                raise ValueError(
+                    f"a masked parameter has shape {tuple(p.shape)} now, another than its mask: build MFAC anew"
+                )
+            del self.state[p]
+        stepped = {id(p) for p, state in self.state.items() if "step" in state}  # ids: a tensor's hash is slow
+        return [p for p in window.owners if id(p) not in stepped]
 
     def _set_options(self, options: ParameterWindowOptions) -> None:
         self._options = options
@@ -121,6 +136,9 @@ class WindowedOptimizer(torch.optim.Optimizer):
         if self._window is not None:
             self._window.clear_unwritten()
         state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            # torch.load(weights_only=True) takes none of numpy's numbers, which schedules may put there.
+            group |= {name: value.item() for name, value in group.items() if isinstance(value, numpy.generic)}
         if self.shares_window or not self._options.save_window:
             state_dict["state"] = without_window(state_dict["state"])
         return state_dict

@@ -1,8 +1,10 @@
 """Window, masks and groups agree whatever a user changes between steps; hooks and snapshots of the state."""
 
 import copy
+import io
 import math
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -269,3 +271,31 @@ def test_a_copy_that_does_not_fit_is_refused_before_the_step(monkeypatch):
         feed(loaded, twins, gradients(params, 1)[0])
     assert all_equal(before, twins) and loaded._window.count == 1
     assert math.isclose(float(kept["state"][0]["gram"][0, 0]), float(loaded._window.gram.gram_MM[0, 0]))
+
+
+def test_a_parameter_of_another_shape_begins_anew():
+    """As when an embedding is resized in place."""
+    params, optimizer = make(momentum=0.5)
+    for step in gradients(params, 3):
+        feed(optimizer, params, step)
+    params[0].data, params[0].grad = torch.zeros(6, 3), None
+    feed(optimizer, params, gradients(params, 1)[0])
+    assert optimizer.state[params[0]]["step"] == 1 and optimizer.state[params[1]]["step"] == 4
+    assert_gram_fits(optimizer, params)
+    optimizer.set_masks({params[1]: torch.ones(5, dtype=torch.bool)})
+    params[1].data, params[1].grad = torch.zeros(7), None
+    with pytest.raises(ValueError, match=r"masked parameter has shape \(7,\) now"):
+        feed(optimizer, params, gradients(params, 1)[0])
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones():
+    """Or torch.load(weights_only=True), which Trainer resumes by, would refuse the checkpoint."""
+    params, optimizer = make(lr=numpy.float32(0.5), momentum=numpy.float64(0.25))
+    optimizer.param_groups[0]["damping"] = numpy.float64(0.125)
+    feed(optimizer, params, gradients(params, 1)[0])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["momentum"], group["damping"]) == (0.5, 0.25, 0.125)
+    assert isinstance(optimizer.param_groups[0]["lr"], numpy.float32)  # the user's own stays
