@@ -163,7 +163,8 @@ class MFAC(WindowedOptimizer):
         masks = {p: mask.to(p.device) for p, mask in masks.items()}
         check_only_shrink(masks, self._masks())
         if self._window is not None:
-            self._window.shrink(masks)
+            with without_autocast():
+                self._window.shrink(masks)
         for p, mask in masks.items():
             if "momentum_buffer" in self.state[p]:
                 self.state[p]["momentum_buffer"].mul_(mask)

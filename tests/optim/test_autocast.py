@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mfac_hf import MFAC
+from mfac_hf.optim.parameter_window import ParameterWindow
 from tests.helpers.parameters import all_equal, feed, make_grads, make_params
 
 
@@ -54,3 +55,23 @@ def test_a_compiled_step_is_the_same_step():
         compiled()
         feed(plain, twins, grads)
     assert all_equal(params, twins)
+
+
+def test_autocast_is_off_where_products_are_taken(monkeypatch):
+    """CUDA's autocast lowers matrix-vector products, and the CPU's does not: so this looks at the switch."""
+    seen = []
+    for name in ("push", "shrink"):
+        original = getattr(ParameterWindow, name)
+
+        def watched(*args, original=original):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return original(*args)
+
+        monkeypatch.setattr(ParameterWindow, name, watched)
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MFAC([p], num_grads=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        feed(optimizer, [p], [torch.ones(3)])
+        optimizer.set_masks({p: torch.tensor([True, True, False])})
+        feed(optimizer, [p], [torch.ones(3)])
+    assert seen == [False] * 3
