@@ -46,7 +46,8 @@ from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
 from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.damping import Dampings
 from mfac_hf.pruning.engine import substep_seed
-from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSet
+from mfac_hf.pruning.gradient_source import GradientSet
+from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.storage import write_text
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned

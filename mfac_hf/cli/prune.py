@@ -70,6 +70,7 @@ def _add_method(group: Any) -> None:
     add("recomputations", "sub-steps, each with new gradients", type=int)
     add("num-grads", "gradients in each sub-step", type=int)
     add("grad-batch-size", "examples that each gradient is the mean of", type=int)
+    add("examples-per-pass", "examples that one pass through the model serves at most", type=int)
     add("block-size", "weights in a block of the Fisher", type=int)
     # Not the library's number: it has to scale with the gradients, which a user of the command never sees.
     add("damping", "added to the Fisher's diagonal; auto tries several on held-out training examples", default="auto")
@@ -107,12 +108,7 @@ def _run_prune(arguments: argparse.Namespace) -> None:
         masks = MaskSet.from_model(tuned.model, find_targets(tuned.model, arguments.targets))
         # What can be refused is refused before an evaluation that takes minutes.
         check_targets(tuned.model, masks, arguments.sparsity, options)
-        source = DataLoaderGradients(
-            tuned.loader(),
-            batch_size=options.grad_batch_size,
-            loss_samples=options.loss_samples,
-            seed=options.seed,
-        )
+        source = DataLoaderGradients.of_options(tuned.loader(), options)
         if options.method == "mfac":
             source.check(options.num_grads)
         before = None if arguments.no_eval else tuned.evaluate()
@@ -142,6 +138,7 @@ def _options(arguments: argparse.Namespace) -> PruningOptions:
         method=arguments.method,
         num_grads=arguments.num_grads,
         grad_batch_size=arguments.grad_batch_size,
+        examples_per_pass=arguments.examples_per_pass,
         block_size=arguments.block_size,
         damping=parse_damping(arguments.damping, "--damping"),
         recomputations=arguments.recomputations,

@@ -10,20 +10,20 @@ the update. The model does not change in between.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mfac_hf.fisher import BlockedFisher
-from mfac_hf.machine import GIB, available_bytes
+from mfac_hf.machine import GIB
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.agreement import sum_over_ranks
 from mfac_hf.pruning.damping import Dampings
-from mfac_hf.pruning.gradients import Consumer, GradientSet, GradientSource
+from mfac_hf.pruning.gradient_source import Consumer, GradientSet, GradientSource
 from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.passes import memory_budget
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.proposal import Level, Proposal
 
@@ -50,10 +50,7 @@ def plan_groups(parameters: Mapping[str, Tensor], options: PruningOptions, sourc
             )
         return [list(parameters)]
     device = next(iter(parameters.values())).device
-    budget = options.memory_budget
-    if budget is None:
-        # New weights, costs and backward passes need room as well.
-        budget = available_bytes(device) // 2 if device.type in ("cpu", "cuda") else sys.maxsize
+    budget = memory_budget(options.memory_budget, device, share=0.5)
     # Ranks that add up their sums hold whole blocks, however few the gradients.
     shared = source.process_group is not None
     num_grads = max(options.num_grads, options.block_size) if shared else options.num_grads

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mfac_hf.pruning.gradients import GradientSource
+from mfac_hf.pruning.gradient_source import GradientSource
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.proposal import Proposal, write_weights
 

@@ -28,7 +28,7 @@ from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
 from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.damping import Dampings, best_proposal
 from mfac_hf.pruning.full_step import full_step
-from mfac_hf.pruning.gradients import GradientSet, GradientSource
+from mfac_hf.pruning.gradient_source import GradientSet, GradientSource
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
 from mfac_hf.pruning.patterns import Pattern

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mfac_hf.fisher.full import FullFisher
 from mfac_hf.machine import GIB, available_bytes
 from mfac_hf.pruning import obs
-from mfac_hf.pruning.gradients import GradientSet
+from mfac_hf.pruning.gradient_source import GradientSet
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.proposal import Level, Proposal

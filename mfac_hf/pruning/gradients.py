@@ -2,92 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from mfac_hf.pruning.gradient_source import Consumer
+from mfac_hf.pruning.losses import BatchLoss, LossFunction, is_unlabelled, model_loss, to_device
+from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.passes import (
+    PassQueue,
+    Verdicts,
+    device_of,
+    example_bytes,
+    joined,
+    kind_of,
+    memory_budget,
+    statistics,
+    unlike_examples,
+)
 from mfac_hf.pruning.per_sample import batch_gradients
+from mfac_hf.pruning.undisturbed import undisturbed
 
-__all__ = ["DataLoaderGradients", "GradientSet", "GradientSource"]
+__all__ = ["DataLoaderGradients"]
 
 logger = logging.getLogger(__name__)
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
-Consumer = Callable[[str, Tensor], None]
-
-# Examples in a forward pass that serves several gradients; more hardly help on a CPU.
-_CHUNK = 32
-# Entries of gradients that wait to be handed over together.
-_BUFFER = 1 << 26
+# Gradients of single passes that wait to be handed over together, and their entries.
+_ROWS, _BUFFER = 32, 1 << 26
 # Relative error that rounding in another batch size explains; a loss that is no mean over examples is far above it.
 _SAME = 1e-3
-
-
-class GradientSource(Protocol):
-    """Where the gradients of a pruning step come from.
-
-    Attributes:
-        process_group: ranks that take a share of the gradients each; None if every rank takes them all.
-    """
-
-    process_group: dist.ProcessGroup | None
-
-    def check(self, num_grads: int) -> None:
-        """Raise ValueError unless ``num_grads`` gradients can be drawn."""
-
-    def collect(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
-    ) -> None:
-        """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
-
-        The same seed gives the gradients of the same examples, for whichever parameters.
-        """
-
-    def loss(self, model: nn.Module) -> float | None:
-        """Return the loss on held-out examples; None where there are none."""
-
-
-@dataclass(frozen=True)
-class GradientSet:
-    """The gradients of one sub-step. They are not kept: each time they are collected, the same ones are drawn again.
-
-    Attributes:
-        source: source that draws them.
-        model: the model whose gradients they are.
-        num_grads: number of gradients; ranks that take a share each have so many together.
-        seed: seed of the draw.
-        advance: function that is called with the number of gradients that were taken, for a progress bar.
-    """
-
-    source: GradientSource
-    model: nn.Module
-    num_grads: int
-    seed: int
-    advance: Callable[[int], object] | None = None
-
-    def collect(self, parameters: Mapping[str, nn.Parameter], consume: Consumer) -> None:
-        """Hand the gradients of some parameters to ``consume(name, rows)``, rows being n x numel, float32.
-
-        Raises:
-            ValueError: too few gradients, or a loss or gradient that is not finite.
-        """
-        last = next(reversed(list(parameters)))
-
-        def consume_and_count(name: str, rows: Tensor) -> None:
-            consume(name, rows)
-            if name == last and self.advance is not None:
-                self.advance(len(rows))
-
-        self.source.collect(self.model, parameters, self.num_grads, self.seed, consume_and_count)
 
 
 class DataLoaderGradients:
@@ -97,16 +46,22 @@ class DataLoaderGradients:
     Gradients are taken in evaluation mode. Afterwards the model's mode, the states of all random generators and the
     parameters' ``.grad`` and ``requires_grad`` are as before, so that training goes on unchanged.
 
+    An example whose labels are all ignored, as a sentence without a masked token, has the gradient zero.
+
     Args:
         dataloader: a ``torch.utils.data.DataLoader`` (or Trainer's) over a data set with a length.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the examples of a collated batch; default
             ``model(**batch).loss``.
         batch_size: examples that each gradient is the mean of.
         loss_samples: examples held out for :meth:`loss`; they give no gradients.
+        examples_per_pass: examples that one pass through the model serves at most.
+        memory_budget: bytes for a pass; one that would take more gets fewer examples, but always one. None: a quarter
+            of what is free on the model's device.
         seed: seed of the choice of the held-out examples.
         process_group: ranks that share the work; each takes a part of the gradients, of examples of its own.
 
     Raises:
+        TypeError: ``dataloader`` is no data loader.
         ValueError: a data set without a length, or too small to hold examples out.
     """
 
@@ -117,9 +72,16 @@ class DataLoaderGradients:
         loss_fn: LossFunction | None = None,
         batch_size: int = 1,
         loss_samples: int = 0,
+        examples_per_pass: int = PruningOptions.examples_per_pass,
+        memory_budget: int | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not hasattr(dataloader, "dataset") or not hasattr(dataloader, "collate_fn"):
+            raise TypeError(
+                f"dataloader is a {type(dataloader).__name__}; expected a torch.utils.data.DataLoader, whose data set "
+                "and collate function are used: DataLoader(examples, collate_fn=...)"
+            )
         dataset: Any = dataloader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
@@ -130,11 +92,32 @@ class DataLoaderGradients:
             raise ValueError(f"{loss_samples} of {len(dataset)} examples to be held out for the loss leave none")
         self.dataset, self.collate_fn = dataset, dataloader.collate_fn
         self.loss_fn = loss_fn or model_loss
-        self.batch_size = batch_size
+        self.batch_size, self.examples_per_pass, self.memory_budget = batch_size, examples_per_pass, memory_budget
         self.process_group = process_group
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         self.held_out, self.pool = order[:loss_samples], sorted(order[loss_samples:])
-        self._separable: dict[tuple[str, ...], bool] = {}
+        self._verdicts: dict[tuple[str, ...], Verdicts] = {}
+        self._example_bytes: int | None = None
+
+    @classmethod
+    def of_options(
+        cls,
+        dataloader: DataLoader[Any],
+        options: PruningOptions,
+        loss_fn: LossFunction | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> DataLoaderGradients:
+        """Make the source that the options of a pruning ask for; arguments and errors are those of the class."""
+        return cls(
+            dataloader,
+            loss_fn=loss_fn,
+            batch_size=options.grad_batch_size,
+            loss_samples=options.loss_samples,
+            examples_per_pass=options.examples_per_pass,
+            memory_budget=options.memory_budget,
+            seed=options.seed,
+            process_group=process_group,
+        )
 
     def check(self, num_grads: int) -> None:
         """Raise ValueError unless the data set has examples for ``num_grads`` gradients."""
@@ -153,8 +136,8 @@ class DataLoaderGradients:
     ) -> None:
         """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
 
-        One backward pass serves many examples (`mfac_hf.pruning.per_sample`) where it gives the first two of them the
-        same gradients as a pass for each; a log line says where it does not.
+        One backward pass serves many examples where it gives each its own gradient (`mfac_hf.pruning.passes`); a log
+        line says where it does not.
 
         Args:
             model: the model.
@@ -167,156 +150,173 @@ class DataLoaderGradients:
             ValueError: too few examples, a model that returns no loss, or a loss or gradient that is not finite.
         """
         self.check(num_grads)
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(self.pool), generator=generator)[: num_grads * self.batch_size]
-        indices = [self.pool[i] for i in drawn.tolist()]
-        if self.process_group is not None:
-            rank, ranks = self.process_group.rank(), self.process_group.size()
-            first, last = num_grads * rank // ranks, num_grads * (rank + 1) // ranks
-            indices = indices[first * self.batch_size : last * self.batch_size]
-        key = tuple(parameters)
-        if self.batch_size == 1 and key not in self._separable:
-            with undisturbed(model, parameters, seed):
-                self._separable[key] = self._compare(model, parameters, indices)
-        with undisturbed(model, parameters, seed):
-            if self._separable.get(key):
-                for batch, count in self._batches(model, indices, _CHUNK):
-                    for name, rows in batch_gradients(model, parameters, self._loss_of(model, batch), count):
-                        consume(name, _finite(name, rows))
-            else:
-                self._one_by_one(model, parameters, indices, consume)
-
-    def _one_by_one(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], indices: Sequence[int], consume: Consumer
-    ) -> None:
-        """Take each gradient by a backward pass of its own; several are handed over together."""
-        room = max(1, min(_CHUNK, _BUFFER // sum(p.numel() for p in parameters.values())))
+        indices = self._draw(num_grads, seed)
+        at_once = self._at_once(model, parameters) if self.batch_size == 1 else 1
+        queue = PassQueue(indices, at_once if at_once > 1 else self.batch_size, shared=at_once > 1)
+        room = max(1, min(_ROWS, _BUFFER // sum(p.numel() for p in parameters.values())))
         waiting: list[list[Tensor]] = []
-        for batch, _ in self._batches(model, indices, self.batch_size):
-            waiting.append(_gradients(parameters, self._loss_of(model, batch)))
-            if len(waiting) == room:
-                _hand_over(parameters, waiting, consume)
-        if waiting:
+        unlabelled = 0
+        with undisturbed(model, parameters, seed):
+            for batch in self._batches(model, queue):
+                if queue.shared and not self._agrees(model, parameters, batch, queue.examples, seed):
+                    queue.cut()
+                    continue
+                loss = BatchLoss(self.loss_fn, model, batch)
+                if queue.shared:
+                    _hand_over(parameters, waiting, consume)
+                    for name, rows in batch_gradients(model, parameters, loss, len(queue.examples)):
+                        consume(name, loss.checked(name, rows))
+                else:
+                    waiting.append(_gradients(parameters, loss))
+                    if len(waiting) == room:
+                        _hand_over(parameters, waiting, consume)
+                unlabelled += len(queue.examples) * loss.missing
             _hand_over(parameters, waiting, consume)
+        if unlabelled == len(indices):
+            raise ValueError(
+                f"the loss of each of {unlabelled} examples is nan, and has no gradient: their labels are missing or "
+                "all ignored (-100); check the labels and what the collate function makes of them"
+            )
+        if unlabelled:
+            logger.info(
+                "%d of %d examples have no label that counts; their gradient is zero", unlabelled, len(indices)
+            )
+
+    def try_batch(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the gradient of one batch, so that what cannot work fails before hours of training.
+
+        Raises:
+            ValueError: a model that returns no loss, or a loss or gradient that is not finite.
+        """
+        with undisturbed(model, parameters, seed=0):
+            for batch in self._batches(model, PassQueue(self.pool[: self.batch_size], self.batch_size)):
+                _gradients(parameters, BatchLoss(self.loss_fn, model, batch))
+
+    def mean_error(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, int]:
+        """Compare the gradient of some examples' loss in one batch with the mean of their own gradients.
+
+        They have equally many labels, and tensors of the same shapes, so that neither the mean over tokens nor padding
+        makes a difference.
+
+        Returns:
+            The norm of the difference, relative to the mean norm of their own gradients; and their number.
+        """
+        kinds: dict[str, list[Any]] = {}
+        some = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(0)).tolist()
+        queue = PassQueue([self.pool[i] for i in some[: self._at_once(model, parameters)]], 1)
+        with undisturbed(model, parameters, seed=0):
+            for batch in self._batches(model, queue):
+                kinds.setdefault(kind_of(batch), []).append(batch)
+            alike = max(kinds.values(), key=len)
+            rest = torch.cat(_gradients(parameters, BatchLoss(self.loss_fn, model, joined(alike))))
+            norms = 0.0
+            for batch in alike:
+                own = torch.cat(_gradients(parameters, BatchLoss(self.loss_fn, model, batch)))
+                rest -= own / len(alike)
+                norms += float(own.norm()) / len(alike)
+        return float(rest.norm()) / norms if norms else 0.0, len(alike)
 
     def loss(self, model: nn.Module) -> float | None:
         """Return the mean loss on the held-out examples, in evaluation mode; None where there are none.
 
-        A model that lost too much may have an infinite loss, or NaN.
+        A model that lost too much may have an infinite loss, or NaN. Batches without a label do not count.
         """
         if not self.held_out:
             return None
-        total = 0.0
+        total, counted = 0.0, 0
+        queue = PassQueue(self.held_out, self._at_once(model, {}))
         with undisturbed(model, {}, seed=0), torch.no_grad():
-            for batch, count in self._batches(model, self.held_out, _CHUNK):
-                total += count * float(self.loss_fn(model, batch))
-        return total / len(self.held_out)
+            for batch in self._batches(model, queue):
+                loss, count = float(self.loss_fn(model, batch)), len(queue.examples)
+                if not (math.isnan(loss) and is_unlabelled(batch)):
+                    total, counted = total + count * loss, counted + count
+        return total / counted if counted else math.nan
 
-    def _loss_of(self, model: nn.Module, batch: Any) -> Callable[[], Tensor]:
-        def loss() -> Tensor:
-            value = self.loss_fn(model, batch)
-            if not torch.isfinite(value).all() or value.numel() != 1:
-                raise ValueError(
-                    f"the loss of a batch is {value.detach()}; expected one finite number. A model whose loss is "
-                    "not finite cannot be pruned by its gradients: check its weights and the data"
-                )
-            return value
+    def _draw(self, num_grads: int, seed: int) -> list[int]:
+        """Return the examples of the gradients that this rank takes."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(self.pool), generator=generator)[: num_grads * self.batch_size]
+        indices = [self.pool[i] for i in drawn.tolist()]
+        if self.process_group is None:
+            return indices
+        rank, ranks = self.process_group.rank(), self.process_group.size()
+        first, last = num_grads * rank // ranks, num_grads * (rank + 1) // ranks
+        return indices[first * self.batch_size : last * self.batch_size]
 
-        return loss
-
-    def _batches(self, model: nn.Module, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Any, int]]:
-        """Yield batches on the model's device, and their sizes."""
-        device = next(model.parameters()).device
-        loader: DataLoader[Any] = DataLoader(
-            self.dataset, batch_size, sampler=list(indices), collate_fn=self.collate_fn
-        )
-        for number, batch in enumerate(loader):
-            yield to_device(batch, device), min(batch_size, len(indices) - number * batch_size)
-
-    def _compare(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], indices: Sequence[int]) -> bool:
-        """Return whether one backward pass gives the first two examples what a pass for each gives them."""
-        single = [
-            _gradients(parameters, self._loss_of(model, batch)) for batch, _ in self._batches(model, indices[:2], 1)
-        ]
-        expected = {name: torch.stack(rows) for name, *rows in zip(parameters, *single, strict=True)}
+    def _agrees(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Any,
+        examples: Sequence[int],
+        seed: int,
+    ) -> bool:
+        """Return whether one pass for a batch gives its examples what a pass for each gives them."""
+        verdicts = self._verdicts.setdefault(tuple(parameters), Verdicts())
+        values = statistics(batch, len(examples))
+        ranges = verdicts.ranges(values)
+        if (known := verdicts.known(ranges)) is not None:
+            return known
+        at = unlike_examples(values, len(examples))
         error = norm = 0.0
-        try:
-            for batch, count in self._batches(model, indices[:_CHUNK], _CHUNK):
-                for name, rows in batch_gradients(model, parameters, self._loss_of(model, batch), count):
-                    error += float((rows[:2] - expected[name]).square().sum())
+        with undisturbed(model, parameters, seed):
+            single = [
+                _gradients(parameters, BatchLoss(self.loss_fn, model, alone))
+                for alone in self._batches(model, PassQueue([examples[i] for i in at], 1))
+            ]
+            expected = {name: torch.stack(rows) for name, *rows in zip(parameters, *single, strict=True)}
+            loss = BatchLoss(self.loss_fn, model, batch)
+            try:
+                for name, rows in batch_gradients(model, parameters, loss, len(examples)):
+                    error += float((rows[at] - expected[name]).square().sum())
                     norm += float(expected[name].square().sum())
-        except NotImplementedError as reason:
-            logger.info("a backward pass for each example: %s", reason)
-            return False
-        if error > _SAME**2 * norm:
+            except NotImplementedError as reason:
+                logger.info("a backward pass for each example: %s", reason)
+                verdicts.stop()
+                return False
+        right = error <= _SAME**2 * norm
+        if not right:
             off = (error / norm) ** 0.5 if norm else float("inf")
-            logger.info("a backward pass for each example: one for all gives others (relative error %.1e)", off)
-            return False
-        return True
+            logger.info("a backward pass for each example: one for %d gives others (error %.1e)", len(examples), off)
+        verdicts.add(ranges, right)
+        return right
+
+    def _at_once(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
+        """Return how many examples a pass may serve."""
+        if self.examples_per_pass == 1:
+            return 1
+        if self._example_bytes is None:
+            everything = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+            with undisturbed(model, everything, seed=0):
+                [batch] = self._batches(model, PassQueue(self.pool[:1], 1))
+                self._example_bytes = example_bytes(model, lambda: self.loss_fn(model, batch))
+        rows = 8 * max((parameter.numel() for parameter in parameters.values()), default=0)
+        budget = memory_budget(self.memory_budget, device_of(model), share=0.25)
+        found = max(1, min(self.examples_per_pass, budget // max(1, self._example_bytes + rows)))
+        if found < self.examples_per_pass:
+            logger.info("passes for %d examples, as %d bytes allow", found, budget)
+        return found
+
+    def _batches(self, model: nn.Module, queue: PassQueue) -> Iterator[Any]:
+        """Yield the batch of each pass, on the model's device."""
+        device = device_of(model)
+        # Without workers, the loader asks for the examples of a pass when it is to begin, and not before.
+        loader: DataLoader[Any] = DataLoader(self.dataset, batch_sampler=queue, collate_fn=self.collate_fn)
+        for batch in loader:
+            yield to_device(batch, device)
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss that the model itself computes for a batch; ValueError where it returns none."""
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"{type(model).__name__} returned no loss for a batch of {sorted(batch)}: labels are missing, or the loss "
-            "is to be computed by loss_fn(model, batch)"
-        )
-    return loss
-
-
-def _gradients(parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> list[Tensor]:
+def _gradients(parameters: Mapping[str, nn.Parameter], loss: BatchLoss) -> list[Tensor]:
     """Return the flat gradient of one loss for each parameter; zeros where the loss does not depend on it."""
     gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
     return [
-        torch.zeros(p.numel(), device=p.device) if gradient is None else gradient.flatten().float()
-        for p, gradient in zip(parameters.values(), gradients, strict=True)
+        loss.checked(name, torch.zeros(p.numel(), device=p.device) if gradient is None else gradient.flatten().float())
+        for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
     ]
 
 
 def _hand_over(parameters: Mapping[str, nn.Parameter], waiting: list[list[Tensor]], consume: Consumer) -> None:
-    for name, *rows in zip(parameters, *waiting, strict=True):
-        consume(name, _finite(name, torch.stack(rows)))
+    """Hand the gradients that wait over, if there are any, and forget them."""
+    for name, *rows in zip(parameters, *waiting, strict=True) if waiting else ():
+        consume(name, torch.stack(rows))
     waiting.clear()
-
-
-def _finite(name: str, rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows.sum()):
-        raise ValueError(f"a gradient of {name} is not finite, although the loss is; check the model's weights")
-    return rows
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch on a device, with the tensors inside mappings, lists and tuples."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return [to_device(value, device) for value in batch]
-    return batch
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module, parameters: Mapping[str, nn.Parameter], seed: int) -> Iterator[None]:
-    """Inside the block: evaluation mode, seeded generators, gradients of the parameters. After it all is as before."""
-    modes = {module: module.training for module in model.modules()}
-    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            model.eval()
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in frozen:
-            parameter.requires_grad_(False)

@@ -27,6 +27,7 @@ def prune_one_shot(
     targets: Sequence[str] | str | None = None,
     num_grads: int = PruningOptions.num_grads,
     grad_batch_size: int = PruningOptions.grad_batch_size,
+    examples_per_pass: int = PruningOptions.examples_per_pass,
     block_size: int | None = PruningOptions.block_size,
     damping: float | Literal["auto"] = PruningOptions.damping,
     recomputations: int = PruningOptions.recomputations,
@@ -56,6 +57,7 @@ def prune_one_shot(
         targets: regular expressions of parameter names; default: `find_targets`.
         num_grads: gradients that each Fisher is the average of.
         grad_batch_size: examples that each gradient is the mean of.
+        examples_per_pass: examples that one pass through the model serves at most.
         block_size: weights of a block of the Fisher; None for one Fisher of all targets together.
         damping: number added to the Fisher's diagonal, or ``"auto"``.
         recomputations: sub-steps, with new gradients in each.
@@ -67,7 +69,7 @@ def prune_one_shot(
         loss_samples: held-out examples on which the loss is measured.
         seed: seed of the choice of examples.
         pages: pieces in which the gradients go to the device where ``block_size`` is None.
-        memory_budget: bytes for the Fisher's blocks; default half of what is free.
+        memory_budget: bytes for the Fisher's blocks, and for a pass; default half and a quarter of what is free.
         progress: whether to show a progress bar.
 
     Returns:
@@ -83,6 +85,7 @@ def prune_one_shot(
         method=method,
         num_grads=num_grads,
         grad_batch_size=grad_batch_size,
+        examples_per_pass=examples_per_pass,
         block_size=block_size,
         damping=damping,
         recomputations=recomputations,
@@ -99,7 +102,5 @@ def prune_one_shot(
     masks = MaskSet.from_model(model, find_targets(model, targets))
     source = None
     if dataloader is not None:
-        source = DataLoaderGradients(
-            dataloader, loss_fn=loss_fn, batch_size=grad_batch_size, loss_samples=options.loss_samples, seed=seed
-        )
+        source = DataLoaderGradients.of_options(dataloader, options, loss_fn)
     return prune_to(model, masks, source, sparsity, options, progress=progress)

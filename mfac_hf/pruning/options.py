@@ -40,6 +40,8 @@ class PruningOptions:
         method: ``"mfac"``, or ``"magnitude"`` as the baseline, which needs no gradients.
         num_grads: gradients of which each Fisher is the average, m.
         grad_batch_size: examples that each gradient is the mean of; 1 for per-sample gradients.
+        examples_per_pass: examples that one pass through the model serves at most, where it can serve more than one
+            gradient; fewer where ``memory_budget`` demands.
         block_size: B, weights of a block of the Fisher; None for one Fisher of all targets together, for which
             selection is ``"diagonal"`` and the gradients are kept in host memory.
         damping: number added to the Fisher's diagonal, in units of a squared gradient entry. It has to scale with the
@@ -57,8 +59,9 @@ class PruningOptions:
             ``damping="auto"`` raises to 256. They give no gradients.
         seed: seed of the choice of examples.
         pages: pieces in which the gradients go to the device where ``block_size`` is None; the result is the same.
-        memory_budget: bytes for the Fisher's blocks. Targets that need more are visited in groups, each with a pass
-            over the same gradients. None: half of what is free on the model's device.
+        memory_budget: bytes for the Fisher's blocks, and as many for a pass through the model. Targets that need more
+            are visited in groups, each with a pass over the same gradients; a pass that needs more serves fewer
+            examples. None: half and a quarter of what is free on the model's device.
 
     Raises:
         ValueError: an option out of range.
@@ -67,6 +70,7 @@ class PruningOptions:
     method: Method = "mfac"
     num_grads: int = 64
     grad_batch_size: int = 1
+    examples_per_pass: int = 32
     block_size: int | None = 128
     damping: float | Literal["auto"] = 1e-5
     recomputations: int = 16
@@ -84,7 +88,8 @@ class PruningOptions:
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(choices))}")
         for name, least in {
-            "num_grads": 1, "grad_batch_size": 1, "pages": 1, "recomputations": 1, "loss_samples": 0,
+            "num_grads": 1, "grad_batch_size": 1, "examples_per_pass": 1, "pages": 1, "recomputations": 1,
+            "loss_samples": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -120,6 +125,7 @@ class PruningKeywords(TypedDict, total=False):
     method: Method
     num_grads: int
     grad_batch_size: int
+    examples_per_pass: int
     block_size: int | None
     damping: float | Literal["auto"]
     recomputations: int

@@ -10,7 +10,7 @@ from torch import nn
 
 from mfac_hf.optim.mfac import MFAC
 from mfac_hf.optim.unwrap import unwrap_optimizer
-from mfac_hf.pruning.gradients import Consumer, GradientSource
+from mfac_hf.pruning.gradient_source import Consumer, GradientSource
 
 __all__ = ["WindowGradients"]
 

@@ -27,6 +27,9 @@ class PruningArguments:
     recomputations: int = flag(PruningOptions.recomputations, "Sub-steps of a pruning, each with new gradients.")
     prune_num_grads: int = flag(PruningOptions.num_grads, "Gradients that each Fisher is the average of.")
     prune_grad_batch_size: int = flag(PruningOptions.grad_batch_size, "Examples that each gradient is the mean of.")
+    prune_examples_per_pass: int = flag(
+        PruningOptions.examples_per_pass, "Examples that one pass through the model serves at most."
+    )
     prune_block_size: int = flag(PruningOptions.block_size, "Weights in a block of the Fisher.")
     prune_damping: str = flag(
         str(PruningOptions.damping),
@@ -53,6 +56,7 @@ class PruningArguments:
             method=self.prune_method,
             num_grads=self.prune_num_grads,
             grad_batch_size=self.prune_grad_batch_size,
+            examples_per_pass=self.prune_examples_per_pass,
             block_size=self.prune_block_size,
             damping=parse_damping(self.prune_damping, "--prune_damping"),
             recomputations=self.recomputations,

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.full_step import full_step
-from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSet
+from mfac_hf.pruning.gradient_source import GradientSet
+from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import PruningOptions
 

@@ -1,5 +1,6 @@
 """Gradients for the Fisher: the right ones, as many as asked, and nothing else disturbed."""
 
+import math
 import random
 import warnings
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import (
-    AutoModelForMaskedLM,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
@@ -70,7 +71,7 @@ def used_examples(model, source, num_grads, seed=0):
     seen = []
     plain = source.collate_fn
     source.collate_fn = lambda rows: seen.append(rows) or plain(rows)
-    source._separable = {tuple(find_targets(model)): False}
+    source.examples_per_pass = 1
     collect(model, source, num_grads, seed=seed)
     source.collate_fn = plain
     return seen
@@ -89,19 +90,29 @@ def assert_rows(rows, expected):
         torch.testing.assert_close(rows[name], row, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("batched", [True, False])
+@pytest.fixture
+def shared(monkeypatch):
+    """Numbers of examples of the passes that gave several gradients, since it was asked for."""
+    counts, plain = [], gradients.batch_gradients
+
+    def watch(model, parameters, loss, batch_size):
+        found = list(plain(model, parameters, loss, batch_size))
+        counts.append(batch_size)
+        return found
+
+    monkeypatch.setattr(gradients, "batch_gradients", watch)
+    return counts
+
+
+@pytest.mark.parametrize("at_once", [4, 1])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_per_sample_gradients_are_those_of_backward(kind, batched, monkeypatch):
-    monkeypatch.setattr(gradients, "_CHUNK", 4)
+def test_per_sample_gradients_are_those_of_backward(kind, at_once, shared):
     model = classifier(kind).eval()
-    origin = source()
-    if not batched:
-        origin._separable = {tuple(find_targets(model)): False}
-    rows = collect(model, origin, 6)  # more than a chunk
+    rows = collect(model, source(examples_per_pass=at_once), 6)
     used = used_examples(model, source(), 6)
     assert len(used) == 6 and all(len(batch) == 1 for batch in used)
     # DeBERTa's projections also see relative positions, which are no examples: told apart by the comparison
-    assert origin._separable == {tuple(find_targets(model)): batched and kind != "deberta"}
+    assert set(shared) == ({4, 2} if at_once == 4 and kind != "deberta" else set())
     expected = [backward(model, collate(batch)) for batch in used]
     assert_rows(rows, {name: torch.stack([row[name] for row in expected]) for name in rows})
 
@@ -134,13 +145,13 @@ def cross_entropy(model, batch):
 
 
 @pytest.mark.parametrize("conv", [{}, {"dilation": 2, "groups": 1}, {"padding": "same", "stride": 1}])
-def test_convolutions_with_a_loss_function(conv):
+def test_convolutions_with_a_loss_function(conv, shared):
     torch.manual_seed(0)
     model = Convolutions(**conv).train()
     data = TensorDataset(torch.randn(5, 4, 9, 9), torch.randint(0, 3, (5,)))
     origin = DataLoaderGradients(DataLoader(data), loss_fn=cross_entropy)
     rows = collect(model, origin, 5)
-    assert list(origin._separable.values()) == ["padding" not in conv]
+    assert set(shared) == ({5} if "padding" not in conv else set())
     model.eval()
     order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
     for position, i in enumerate(order):
@@ -151,23 +162,129 @@ def test_convolutions_with_a_loss_function(conv):
         })  # fmt: skip
 
 
-def test_a_loss_that_is_no_mean_over_examples_gets_a_pass_for_each():
+def language_model():
     torch.manual_seed(0)
-    model = AutoModelForMaskedLM.from_config(CONFIGS["bert"]).eval()
-    rows = examples()
-    for row in rows:
-        row["labels"] = row["input_ids"]
+    return AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).eval()
 
-    def collate_tokens(rows):
-        batch = collate([row | {"labels": 0} for row in rows])
-        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
-    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens))
-    found = collect(model, origin, 5)
-    assert list(origin._separable.values()) == [False]
+def collate_tokens(rows):
+    """Labels for each token, in as many as the row says; the mean is over all of them."""
+    batch = collate([row | {"labels": 0} for row in rows])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for i, row in enumerate(rows):
+        labels[i, row.get("labelled", 99) :] = -100
+    return batch | {"labels": labels}
+
+
+def own_gradients(model, rows, num_grads, make_batch):
+    """Gradients of so many examples, drawn as a source draws them, each by a backward pass of its own."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = [backward(model, make_batch([rows[i]])) for i in order[:num_grads]]
+    return {name: torch.stack([row[name] for row in expected]) for name in expected[0]}
+
+
+@pytest.mark.parametrize("odd", [{"input_ids": [5, 6, 7]}, {"labelled": 3}], ids=["shorter", "fewer labels"])
+def test_a_few_unlike_examples_have_their_own_gradients_wherever_they_come(odd, shared):
+    """Most have eight tokens and labels; the mean over tokens is that of examples where all have equally many."""
+    rows = [{"input_ids": [1 + (7 * i + j) % 29 for j in range(8)]} for i in range(40)]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
-    expected = [backward(model, collate_tokens([rows[i]])) for i in order[:5]]
-    assert_rows(found, {name: torch.stack([row[name] for row in expected]) for name in found})
+    for position in (6, 13):  # in the second and fourth pass of four examples
+        rows[order[position]] |= odd
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), examples_per_pass=4)
+    model = language_model()
+    assert_rows(collect(model, origin, 20), own_gradients(model, rows, 20, collate_tokens))
+    assert shared.count(4) >= 3, "passes of equal examples are shared"
+
+
+def test_a_loss_that_is_no_mean_over_examples_gets_a_pass_for_each(shared):
+    rows, model = examples(), language_model()
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens))
+    assert_rows(collect(model, origin, 5), own_gradients(model, rows, 5, collate_tokens))
+    assert shared == [5], "tried once"
+
+
+def test_weights_of_classes_that_come_late_are_noticed(shared):
+    """The first pass has one class, so that its weight cancels as it does in a pass for each."""
+    model, weight = classifier().eval(), torch.tensor([0.1, 5.0])
+
+    def loss(model, batch):
+        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+        return nn.functional.cross_entropy(logits, batch["labels"], weight=weight)
+
+    rows = [row | {"labels": 0} for row in examples()]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    rows[order[6]]["labels"] = 1
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate), loss_fn=loss, examples_per_pass=4)
+    assert_rows(collect(model, origin, 12), own_gradients(model, rows, 12, collate))
+    assert 4 in shared
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"examples_per_pass": 1}, {"batch_size": 2}], ids=["shared", "single", "pairs"]
+)
+def test_examples_without_a_label_have_the_gradient_zero(options, caplog):
+    caplog.set_level("INFO")
+    rows, model = examples(), language_model()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    for position in (0, 1, 4):
+        rows[order[position]]["labelled"] = 0
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), **options)
+    found = collect(model, origin, 6)
+    empty = [0] if "batch_size" in options else [0, 1, 4]
+    for part in found.values():
+        assert [i for i, row in enumerate(part) if not row.any()] == empty and torch.isfinite(part).all()
+    if "batch_size" not in options:
+        expected = own_gradients(model, rows, 6, collate_tokens)
+        assert_rows(found, {name: row.nan_to_num() for name, row in expected.items()})
+    assert f"{2 if 'batch_size' in options else 3} of {12 if 'batch_size' in options else 6} examples" in caplog.text
+
+
+def test_labels_that_are_all_missing_are_refused():
+    rows = [row | {"labelled": 0} for row in examples()]
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), loss_samples=4)
+    with pytest.raises(ValueError, match=r"each of 6 examples is nan.*ignored \(-100\)"):
+        collect(language_model(), origin, 6)
+    assert math.isnan(origin.loss(language_model()))
+
+
+def test_held_out_batches_without_a_label_do_not_count():
+    rows = examples()
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), loss_samples=4, examples_per_pass=1)
+    model = language_model()
+    rows[origin.held_out[0]]["labelled"] = 0
+    with torch.no_grad():
+        losses = [float(model(**collate_tokens([rows[i]])).loss) for i in origin.held_out[1:]]
+    assert origin.loss(model) == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_memory_bounds_the_examples_of_a_pass(shared, caplog):
+    """By an estimate from the forward pass of one example."""
+    caplog.set_level("INFO")
+    model = classifier().eval()
+    plenty = source(memory_budget=1 << 30)
+    expected = collect(model, plenty, 12)
+    assert set(shared) == {12}
+    needed = plenty._example_bytes + 8 * max(weight.numel() for weight in find_targets(model).values())
+    del shared[:]
+    assert_rows(collect(model, source(memory_budget=5 * needed), 12), expected)
+    assert set(shared) == {5, 2} and "passes for 5 examples" in caplog.text
+    del shared[:]
+    assert_rows(collect(model, source(memory_budget=1), 12), expected)
+    assert shared == []
+
+
+def test_one_batch_is_tried():
+    origin = DataLoaderGradients(DataLoader(examples(), collate_fn=lambda rows: rows))
+    with pytest.raises(ValueError, match="a batch is a list, and the model takes the entries of a dictionary"):
+        origin.try_batch(classifier(), find_targets(classifier()))
+    model = classifier()
+    source().try_batch(model, find_targets(model))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_no_loader_is_refused():
+    with pytest.raises(TypeError, match="dataloader is a list; expected a torch.utils.data.DataLoader"):
+        DataLoaderGradients([collate(examples(2))])
 
 
 def test_the_seed_decides_the_examples_whatever_the_parameters():

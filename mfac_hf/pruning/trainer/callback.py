@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from mfac_hf.hub.trainer_card import attach_card
 from mfac_hf.pruning.engine import check_targets, prune_to
-from mfac_hf.pruning.gradients import GradientSource
+from mfac_hf.pruning.gradient_source import GradientSource
 from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.options import PruningKeywords, PruningOptions, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
@@ -40,6 +40,7 @@ from mfac_hf.pruning.trainer.support import (
     warn_of_end,
     without_fp16,
 )
+from mfac_hf.pruning.trainer.training_loss import calling_trainer, check_is_mean, training_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +66,8 @@ class MFACPruningCallback(TrainerCallback):
     Args:
         schedule: when to prune, and to which sparsity of the targets.
         targets: regular expressions of parameter names; default: `mfac_hf.pruning.find_targets`.
-        loss_fn: ``loss_fn(model, inputs)`` for the gradients of the pruner; default: the loss that the model returns.
+        loss_fn: ``loss_fn(model, inputs)`` for the gradients of the pruner; default: the loss that training minimises,
+            with ``compute_loss``, ``compute_loss_func`` and label smoothing.
         gradients: ``"data"`` takes the pruner's gradients from the training data, ``"optimizer"`` takes those that the
             window of `MFAC` holds, at no cost.
         evaluate: whether to log the loss over Trainer's evaluation data before and after each pruning.
@@ -118,6 +120,8 @@ class MFACPruningCallback(TrainerCallback):
         self._reached = 0.0  # the last sparsity of the schedule that was reached
         self._changed = 0  # the step of the last pruning
         self._pending_log: dict[str, float] = {}  # of the last pruning, for the next log
+        self._trainer: Trainer | None = None
+        self._loss = loss_fn
 
     @property
     def sparsity(self) -> float:
@@ -131,6 +135,7 @@ class MFACPruningCallback(TrainerCallback):
         pushes to the Hub gets our card too (`mfac_hf.attach_card`).
         """
         trainer.callback_handler.callbacks.insert(0, self)
+        self._trainer = trainer
         attach_card(trainer)
         return self
 
@@ -141,23 +146,22 @@ class MFACPruningCallback(TrainerCallback):
         model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
         if self.masks is not None:
             self.masks.detach()  # an error ended an earlier training
-        refuse_unsupported(args, state, model)
-        if self.evaluate and kwargs["eval_dataloader"] is None and not args.eval_on_start:
-            raise ValueError(
-                "evaluate=True needs Trainer's evaluation data, which it hands over when it evaluates for the first "
-                "time: set TrainingArguments(eval_on_start=True), or call trainer.evaluate() before trainer.train()"
-            )
+        refuse_unsupported(args, state, model, lacks_evaluation=self.evaluate and kwargs["eval_dataloader"] is None)
         steps = schedule_in_steps(self.schedule, args, state, dataloader)
         folder, masks, progress = self._load_or_begin(args, state, model)
         # Refuse now what a pruning would refuse after hours of training.
-        parameters = masks.parameters(model)
         check_targets(model, masks, max(self.schedule.final, masks.sparsity), self.options)
-        check_source(self._source(args, optimizer, dataloader), self.options, parameters, steps.points[0][0])
+        trained = training_loss(calling_trainer(self) or self._trainer, args) if self.loss_fn is None else None
+        self._loss = self.loss_fn or trained
+        parameters, source = masks.parameters(model), self._source(args, optimizer, dataloader)
+        with without_fp16(model, args):
+            check_source(source, self.options, model, parameters, steps.points[0][0])
+            if trained is not None and self.options.method == "mfac":
+                check_is_mean(source, model, parameters)
 
-        self._steps, self.masks, self._reached = steps, masks, progress.target
-        self._changed = progress.step
-        self.reports = [PruningReport(**report) for report in progress.reports]
-        self._pending_log = {}
+        self._steps, self.masks = steps, masks
+        self._reached, self._changed = progress.target, progress.step
+        self.reports, self._pending_log = [PruningReport(**report) for report in progress.reports], {}
         self._begin_distillation(args, model, folder, progress)
         if folder is None and masks.sparsity:  # a sparse model is pruned further
             masks.clear_optimizer_state(model, optimizer)
@@ -185,11 +189,11 @@ class MFACPruningCallback(TrainerCallback):
         self.distillation.begin(model)
         if folder is not None and self.distillation.given is None and progress.reports:
             self.distillation.load(folder.parent, model, progress.teacher)
-            self._save_teacher(args)  # for the next resume: this output directory may be another one
+            self.distillation.keep(args)  # for the next resume: this output directory may be another one
 
     def _source(self, args: TrainingArguments, optimizer: Any, dataloader: DataLoader) -> GradientSource | None:
         """Make a new source of gradients for each pruning, so that it does not depend on earlier ones."""
-        return gradient_source(self.options, self.gradients, optimizer, dataloader, self.loss_fn, all_ranks(args))
+        return gradient_source(self.options, self.gradients, optimizer, dataloader, self._loss, all_ranks(args))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -202,12 +206,11 @@ class MFACPruningCallback(TrainerCallback):
         if sparsity <= self.sparsity:
             logger.info("step %d asks for a sparsity of %g and finds %g", state.global_step, sparsity, self.sparsity)
             return
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
         if self.distillation is not None and self.distillation.teacher is None:
-            self.distillation.take(model)
-            self._save_teacher(args)
-        with without_fp16(model, args):
-            self._prune(sparsity, args, state, model, optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"])
+            self.distillation.take(kwargs["model"])
+            self.distillation.keep(args)
+        with without_fp16(kwargs["model"], args):
+            self._prune(sparsity, args, state, **kwargs)
         # The best model so far has more weights.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self._changed = state.global_step
@@ -220,15 +223,17 @@ class MFACPruningCallback(TrainerCallback):
         sparsity: float,
         args: TrainingArguments,
         state: TrainerState,
+        *,
         model: nn.Module,
         optimizer: Any,
         train_dataloader: DataLoader,
         eval_dataloader: DataLoader,
+        **_: Any,
     ) -> None:
         assert self.masks is not None
         losses = {}
         if self.evaluate:
-            losses["pruning/loss_before"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
+            losses["pruning/loss_before"] = mean_loss(model, eval_dataloader, self._loss, all_ranks(args))
         # Each pruning draws other examples, and the same ones after a resume.
         options = dataclasses.replace(self.options, seed=self.options.seed + state.global_step)
         report = prune_to(
@@ -243,15 +248,10 @@ class MFACPruningCallback(TrainerCallback):
         self.reports.append(dataclasses.replace(report, masks=None))
         self.masks.clear_optimizer_state(model, optimizer)
         if self.evaluate:
-            losses["pruning/loss_after"] = mean_loss(model, eval_dataloader, self.loss_fn, all_ranks(args))
+            losses["pruning/loss_after"] = mean_loss(model, eval_dataloader, self._loss, all_ranks(args))
         self._pending_log = {
             f"pruning/sparsity/{name}": value for name, value in self.masks.sparsities().items()
         } | losses
-
-    def _save_teacher(self, args: TrainingArguments) -> None:
-        assert self.distillation is not None
-        if args.should_save and args.save_strategy != "no" and self.distillation.given is None:
-            self.distillation.save(Path(str(args.output_dir)))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

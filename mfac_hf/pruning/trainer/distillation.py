@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import TrainingArguments
 
 from mfac_hf.pruning.trainer.checkpoint import fingerprint
 from mfac_hf.storage import written_aside
@@ -106,6 +107,11 @@ class Distillation:
         assert self.teacher is not None
         with written_aside(directory / TEACHER_NAME) as unfinished:
             save_model(self.teacher, str(unfinished))
+
+    def keep(self, args: TrainingArguments) -> None:
+        """Save a teacher that is a copy into the output directory, if this run and this rank save anything."""
+        if args.should_save and args.save_strategy != "no" and self.given is None:
+            self.save(Path(str(args.output_dir)))
 
     def load(self, directory: Path, model: nn.Module, expected: str | None) -> None:
         """Bring back a teacher that :meth:`save` wrote.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import find_batch_size
 
-from mfac_hf.pruning.gradients import model_loss, to_device, undisturbed
+from mfac_hf.pruning.losses import model_loss, to_device
+from mfac_hf.pruning.undisturbed import undisturbed
 
 __all__ = ["mean_loss"]
 

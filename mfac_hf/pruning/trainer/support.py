@@ -15,7 +15,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from mfac_hf.pruning.blocked_step import plan_groups
-from mfac_hf.pruning.gradients import DataLoaderGradients, GradientSource
+from mfac_hf.pruning.gradient_source import GradientSource
+from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.window_gradients import WindowGradients
@@ -38,8 +39,17 @@ def all_ranks(args: TrainingArguments) -> dist.ProcessGroup | None:
     return dist.group.WORLD if args.world_size > 1 else None
 
 
-def refuse_unsupported(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-    """Raise ValueError where pruning would silently do something else."""
+def refuse_unsupported(
+    args: TrainingArguments, state: TrainerState, model: nn.Module, *, lacks_evaluation: bool = False
+) -> None:
+    """Raise ValueError where pruning would silently do something else.
+
+    Args:
+        args: arguments of the training.
+        state: its state.
+        model: the model.
+        lacks_evaluation: whether losses over Trainer's evaluation data are asked for, and it has not handed any over.
+    """
     marks = ("ds_id", "device_mesh", "_is_flat_param")
     if any(getattr(p, mark, False) is not False for p in model.parameters() for mark in marks):
         raise ValueError(
@@ -55,6 +65,11 @@ def refuse_unsupported(args: TrainingArguments, state: TrainerState, model: nn.M
         raise ValueError(
             "Trainer saves the adapters of a PEFT model alone, and the pruned weights below them would be lost: merge "
             "them first, model = model.merge_and_unload(), or set save_strategy='no' and save the model yourself"
+        )
+    if lacks_evaluation and not args.eval_on_start:
+        raise ValueError(
+            "evaluate=True needs Trainer's evaluation data, which it hands over when it evaluates for the first "
+            "time: set TrainingArguments(eval_on_start=True), or call trainer.evaluate() before trainer.train()"
         )
     if state.is_hyper_param_search and args.save_strategy != "no":
         raise ValueError(
@@ -104,29 +119,36 @@ def gradient_source(
     """Make the source of gradients and held-out losses that the options ask for; None where they need neither."""
     data = None
     if (gradients == "data" and options.method == "mfac") or options.loss_samples:
-        data = DataLoaderGradients(
-            dataloader,
-            loss_fn=loss_fn,
-            batch_size=options.grad_batch_size,
-            loss_samples=options.loss_samples,
-            seed=options.seed,
-            process_group=process_group,
-        )
+        data = DataLoaderGradients.of_options(dataloader, options, loss_fn, process_group)
     return WindowGradients(optimizer, data) if gradients == "optimizer" else data
 
 
 def check_source(
-    source: GradientSource | None, options: PruningOptions, parameters: Mapping[str, nn.Parameter], first_step: int
+    source: GradientSource | None,
+    options: PruningOptions,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    first_step: int,
 ) -> None:
-    """Raise ValueError or MemoryError where there will be too few gradients or too little memory for their Fisher.
+    """Refuse a source that will have too few gradients, too little memory for their Fisher, or no loss for a batch.
 
     Args:
         source: source of the gradients; None where none are needed.
         options: options of the prunings.
-        parameters: the targets, by name.
+        model: the model.
+        parameters: its targets, by name.
         first_step: the step of training at which the first pruning will be.
+
+    Raises:
+        ValueError: too few gradients, or the loss of a batch cannot be used.
+        MemoryError: the Fisher of a single target does not fit.
     """
-    if source is None or options.method == "magnitude":
+    if source is None:
+        return
+    losses = source.losses if isinstance(source, WindowGradients) else source
+    if isinstance(losses, DataLoaderGradients):
+        losses.try_batch(model, parameters)
+    if options.method == "magnitude":
         return
     if isinstance(source, WindowGradients):
         source.check_at_step(options.num_grads, first_step)

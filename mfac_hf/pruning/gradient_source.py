@@ -1,0 +1,72 @@
+"""What the steps of a pruning ask of the gradients for their Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["Consumer", "GradientSet", "GradientSource"]
+
+Consumer = Callable[[str, Tensor], None]
+
+
+class GradientSource(Protocol):
+    """Where the gradients of a pruning step come from.
+
+    Attributes:
+        process_group: ranks that take a share of the gradients each; None if every rank takes them all.
+    """
+
+    process_group: dist.ProcessGroup | None
+
+    def check(self, num_grads: int) -> None:
+        """Raise ValueError unless ``num_grads`` gradients can be drawn."""
+
+    def collect(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
+    ) -> None:
+        """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
+
+        The same seed gives the gradients of the same examples, for whichever parameters.
+        """
+
+    def loss(self, model: nn.Module) -> float | None:
+        """Return the loss on held-out examples; None where there are none."""
+
+
+@dataclass(frozen=True)
+class GradientSet:
+    """The gradients of one sub-step. They are not kept: each time they are collected, the same ones are drawn again.
+
+    Attributes:
+        source: source that draws them.
+        model: the model whose gradients they are.
+        num_grads: number of gradients; ranks that take a share each have so many together.
+        seed: seed of the draw.
+        advance: function that is called with the number of gradients that were taken, for a progress bar.
+    """
+
+    source: GradientSource
+    model: nn.Module
+    num_grads: int
+    seed: int
+    advance: Callable[[int], object] | None = None
+
+    def collect(self, parameters: Mapping[str, nn.Parameter], consume: Consumer) -> None:
+        """Hand the gradients of some parameters to ``consume(name, rows)``, rows being n x numel, float32.
+
+        Raises:
+            ValueError: too few gradients, or a loss or gradient that is not finite.
+        """
+        last = next(reversed(list(parameters)))
+
+        def consume_and_count(name: str, rows: Tensor) -> None:
+            consume(name, rows)
+            if name == last and self.advance is not None:
+                self.advance(len(rows))
+
+        self.source.collect(self.model, parameters, self.num_grads, self.seed, consume_and_count)
