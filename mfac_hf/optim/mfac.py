@@ -48,7 +48,8 @@ class MFAC(WindowedOptimizer):
 
     Args:
         params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay
-            and decoupled_weight_decay; all groups have the other options in common.
+            and decoupled_weight_decay; all groups have the other options in common. Between steps, these and, in all
+            groups alike, damping and grad_decay may be changed in ``param_groups``; the others are fixed.
         lr: learning rate, >= 0.
         num_grads: gradients in the window, m >= 1.
         damping: :math:`\lambda > 0`.
