@@ -1,5 +1,5 @@
-// Registers the CUDA kernels as torch operators through torch's stable ABI (schemas: mfac_hf/ops/window.py and
-// mfac_hf/ops/coefficients.py). Each function checks what an address is computed from, allocates, and queues its kernels on
+// Registers the CUDA kernels as torch operators through torch's stable ABI (schemas: mfac_hf/ops/window.py,
+// metric.py and coefficients.py). Each function checks what an address is computed from, allocates, and queues its kernels on
 // torch's current stream of the tensors' device.
 //
 // With MFAC_EMULATED the kernels run on the processor, for the tests: they are registered for CPU and need no device and stream.
@@ -105,6 +105,51 @@ Tensor combine(const Tensor& g, const Tensor& w, const std::optional<Tensor>& x,
   return out;
 }
 
+void check_moment(const Tensor& g, const Tensor& moment, double eps) {
+  STD_TORCH_CHECK(is_double(moment) || moment.scalar_type() == ScalarType::Float, "the second moment's type is not float32 or float64");
+  STD_TORCH_CHECK(moment.dim() == 1 && moment.size(0) == g.size(1) && moment.is_contiguous(), "the second moment has ",
+                  moment.numel(), " numbers; the window has ", g.size(1), " columns");
+  STD_TORCH_CHECK(moment.is_cpu() == g.is_cpu() && (g.is_cpu() || moment.get_device_index() == g.get_device_index()),
+                  "the second moment is on another device than the window");
+  STD_TORCH_CHECK(eps > 0, "eps is ", eps, "; expected a number above 0");
+}
+
+Tensor metric_push(const Tensor& g, const Tensor& grad, const Tensor& moment, int64_t row, int64_t count, double rate, double eps) {
+  check_window(g);
+  check_moment(g, moment, eps);
+  STD_TORCH_CHECK(grad.scalar_type() == moment.scalar_type(), "the gradient's type is not that of the second moment");
+  STD_TORCH_CHECK(0 <= row && row < count && count <= g.size(0), "row ", row, " of ", count, "; expected 0 <= row < count <= ",
+                  g.size(0));
+  const int64_t d = g.size(1);
+  const int type = type_of(g);
+  const bool wide_moment = is_double(moment), wide = wide_moment || is_double(g);
+  const Queue queue(g);
+  const Tensor vector = vector_of(grad, g, d, wide_moment, "the gradient", " columns");
+  Tensor stored = torch::stable::new_empty(g, {d}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = torch::stable::new_empty(g, {count}, ScalarType::Double);
+  Tensor scratch = torch::stable::new_empty(g, {mfac_row_dots_scratch(count, d)}, ScalarType::Double);
+  check(mfac_metric_push(g.data_ptr(), type, g.stride(0), d, vector.data_ptr(), moment.data_ptr(), wide_moment, row, count, rate, eps,
+                         stored.data_ptr(), static_cast<double*>(scratch.data_ptr()), static_cast<double*>(out.data_ptr()),
+                         queue.stream()),
+        "metric_push");
+  return out;
+}
+
+Tensor metric_combine(const Tensor& g, const Tensor& w, const Tensor& moment, double eps, bool wide) {
+  check_window(g);
+  check_moment(g, moment, eps);
+  const int64_t m = g.size(0), d = g.size(1);
+  const bool wide_moment = is_double(moment), wide_sums = wide || wide_moment || is_double(g);
+  const int type = type_of(g);
+  const Queue queue(g);
+  const Tensor weights = vector_of(w, g, m, wide_sums, "weights", " rows");
+  Tensor out = torch::stable::new_empty(moment, {d});
+  check(mfac_metric_combine(g.data_ptr(), type, g.stride(0), m, d, weights.data_ptr(), wide_sums, moment.data_ptr(), wide_moment, eps,
+                            out.data_ptr(), queue.stream()),
+        "metric_combine");
+  return out;
+}
+
 void check_lower(const Tensor& lower) {
   STD_TORCH_CHECK(lower.dim() == 2 && lower.size(0) == lower.size(1) && lower.is_contiguous(),
                   "expected a contiguous square matrix");
@@ -144,6 +189,8 @@ STABLE_TORCH_LIBRARY_IMPL(mfac, CUDA, m) {
 #endif
   m.impl("row_dots", TORCH_BOX(&row_dots));
   m.impl("combine", TORCH_BOX(&combine));
+  m.impl("metric_push", TORCH_BOX(&metric_push));
+  m.impl("metric_combine", TORCH_BOX(&metric_combine));
   m.impl("unit_lower_inverse", TORCH_BOX(&unit_lower_inverse));
   m.impl("lower_product", TORCH_BOX(&lower_product));
 }

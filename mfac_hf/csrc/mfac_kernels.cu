@@ -1,4 +1,5 @@
-// CUDA kernels for the two passes over the gradient window and for the paper's coefficients (see mfac_kernels.h).
+// CUDA kernels for the two passes over the gradient window, also in Adam's metric, and for the paper's coefficients (see
+// mfac_kernels.h).
 //
 // The passes are bound by memory bandwidth: threads read 16 bytes at a time (fewer only where rows are not aligned to that),
 // several rows in flight. The source has neither warp intrinsics nor dynamic shared memory, so that it also compiles as C++ for
@@ -8,7 +9,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstring>
+#include <type_traits>
 
 // Queues a kernel; where the launch fails, the calling function returns the error. A kernel's name that has a comma goes into
 // parentheses.
@@ -126,9 +129,29 @@ __global__ void add_chunks(const double* partial, int64_t m, int64_t chunks, dou
   out[row] = total;
 }
 
+// What becomes of a column's sum: alpha * x is added, ...
+template <typename A>
+struct AddVector {
+  const A* x;
+  A alpha;
+  A* out;
+  __device__ void operator()(int64_t column, A total) const { out[column] = total + (x == nullptr ? A(0) : alpha * x[column]); }
+};
+
+// ... or it is divided by the root of D = sqrt(moment) + eps.
+template <typename A, typename V>
+struct Rescale {
+  const V* moment;
+  V eps;
+  V* out;
+  __device__ void operator()(int64_t column, A total) const {
+    out[column] = static_cast<V>(total) / sqrt(sqrt(moment[column]) + eps);
+  }
+};
+
 // Each thread has COUNT columns of the result.
-template <typename G, typename A, int COUNT>
-__global__ void combine_columns(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, const A* x, A alpha, A* out) {
+template <typename G, typename A, int COUNT, typename F>
+__global__ void combine_columns(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, F finish) {
   __shared__ A shared[WEIGHTS];
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * COUNT;
   const bool whole = column + COUNT <= d;
@@ -155,8 +178,39 @@ __global__ void combine_columns(const G* grads, int64_t stride, int64_t m, int64
   }
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
-    if (column + j < d) out[column + j] = totals[j] + (x == nullptr ? A(0) : alpha * x[column + j]);
+    if (column + j < d) finish(column + j, totals[j]);
   }
+}
+
+// Rounds a number to the type of the window.
+template <typename G, typename V>
+__device__ inline G narrow(V value) {
+  return static_cast<G>(value);
+}
+template <>
+__device__ inline BFloat16 narrow<BFloat16, float>(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to the nearest, ties to even
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return BFloat16{static_cast<uint16_t>((nan ? bits | 0x400000u : rounded) >> 16)};
+}
+template <>
+__device__ inline BFloat16 narrow<BFloat16, double>(double value) {
+  return narrow<BFloat16>(static_cast<float>(value));
+}
+
+// Takes a gradient into the moment and, scaled, into its row; `stored` gets the row as it was rounded. A thread has a column.
+template <typename G, typename A, typename V>
+__global__ void take_gradient(const V* grad, int64_t d, V rate, V eps, V* moment, G* row, A* stored) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (column >= d) return;
+  const V value = grad[column], before = moment[column];
+  const V now = before + rate * (value * value - before);
+  moment[column] = now;
+  const G rounded = narrow<G>(value / sqrt(sqrt(now) + eps));
+  row[column] = rounded;
+  stored[column] = widen<A>(rounded);
 }
 
 // Block c computes column c of the inverse by forward substitution: one number after the other, each from a sum that the block's
@@ -218,11 +272,10 @@ int launch_row_dots(const G* grads, int64_t stride, int64_t m, int64_t d, const 
   return 0;
 }
 
-template <int COUNT, typename G, typename A>
-int launch_combine(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, const A* x, A alpha, A* out,
-                   void* stream) {
-  MFAC_LAUNCH((combine_columns<G, A, COUNT>), dim3(static_cast<unsigned>(blocks(d, THREADS * COUNT))), THREADS, stream, grads, stride,
-              m, d, weights, x, alpha, out);
+template <int COUNT, typename G, typename A, typename F>
+int launch_combine(const G* grads, int64_t stride, int64_t m, int64_t d, const A* weights, F finish, void* stream) {
+  MFAC_LAUNCH((combine_columns<G, A, COUNT, F>), dim3(static_cast<unsigned>(blocks(d, THREADS * COUNT))), THREADS, stream, grads,
+              stride, m, d, weights, finish);
   return 0;
 }
 
@@ -283,11 +336,44 @@ int mfac_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t
   const auto run = [&](auto working) {
     using A = decltype(working);
     return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
-      return launch_combine<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), static_cast<const A*>(x),
-                                                    static_cast<A>(alpha), static_cast<A*>(out), stream);
+      const AddVector<A> finish{static_cast<const A*>(x), static_cast<A>(alpha), static_cast<A*>(out)};
+      return launch_combine<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), finish, stream);
     });
   };
   return wide ? run(double{}) : run(float{});
+}
+
+int mfac_metric_push(void* grads, int type, int64_t stride, int64_t d, const void* grad, void* moment, bool wide_moment, int64_t row,
+                     int64_t count, double rate, double eps, void* stored, double* scratch, double* out, void* stream) {
+  const bool wide = wide_moment || type == MFAC_FLOAT64;
+  const auto take = [&](auto working, auto second) {
+    using A = decltype(working);
+    using V = decltype(second);
+    return with_window<A>(grads, type, stride, count, [&](auto* g, auto) -> int {
+      using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
+      MFAC_LAUNCH((take_gradient<G, A, V>), dim3(static_cast<unsigned>(blocks(d, THREADS))), THREADS, stream,
+                  static_cast<const V*>(grad), d, static_cast<V>(rate), static_cast<V>(eps), static_cast<V*>(moment),
+                  static_cast<G*>(grads) + row * stride, static_cast<A*>(stored));
+      return 0;
+    });
+  };
+  int error = 0;
+  if (d > 0) error = wide_moment ? take(double{}, double{}) : wide ? take(double{}, float{}) : take(float{}, float{});
+  return error != 0 ? error : mfac_row_dots(grads, type, stride, count, d, stored, wide, scratch, out, stream);
+}
+
+int mfac_metric_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* weights, bool wide,
+                        const void* moment, bool wide_moment, double eps, void* out, void* stream) {
+  if (d == 0) return 0;
+  const auto run = [&](auto working, auto second) {
+    using A = decltype(working);
+    using V = decltype(second);
+    return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
+      const Rescale<A, V> finish{static_cast<const V*>(moment), static_cast<V>(eps), static_cast<V*>(out)};
+      return launch_combine<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), finish, stream);
+    });
+  };
+  return wide_moment ? run(double{}, double{}) : wide ? run(double{}, float{}) : run(float{}, float{});
 }
 
 int mfac_unit_lower_inverse(const void* lower, bool wide, int64_t m, void* out, void* stream) {

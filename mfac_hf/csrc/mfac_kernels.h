@@ -25,6 +25,18 @@ MFAC_API int mfac_row_dots(const void* grads, int type, int64_t stride, int64_t 
 MFAC_API int mfac_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* weights, const void* x,
                           double alpha, void* out, bool wide, void* stream);
 
+// In Adam's metric: moment += rate * (grad^2 - moment), row `row` = grad / sqrt(sqrt(moment) + eps), rounded to the window's type,
+// and out[i] = dot product of that row with row i, for i < count. grad and moment are float64 where `wide_moment`, else float32;
+// `stored` is room for d numbers, float64 where the moment or the window is, else float32; scratch as for mfac_row_dots with m = count.
+MFAC_API int mfac_metric_push(void* grads, int type, int64_t stride, int64_t d, const void* grad, void* moment, bool wide_moment,
+                              int64_t row, int64_t count, double rate, double eps, void* stored, double* scratch, double* out,
+                              void* stream);
+
+// out[j] = sum over i of weights[i] * grads[i, j], divided by sqrt(sqrt(moment[j]) + eps). weights are float64 where `wide` (always
+// for a float64 window or moment), else float32; moment and out are float64 where `wide_moment`, else float32.
+MFAC_API int mfac_metric_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t d, const void* weights, bool wide,
+                                 const void* moment, bool wide_moment, double eps, void* out, void* stream);
+
 // The paper's coefficients: the inverse of a unit lower triangular matrix (m x m, contiguous; float64 where `wide`, else float32).
 MFAC_API int mfac_unit_lower_inverse(const void* lower, bool wide, int64_t m, void* out, void* stream);
 

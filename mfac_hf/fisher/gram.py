@@ -1,9 +1,13 @@
-r"""The small matrix of the dynamic algorithm: K = n λ I + G Gᵀ, its factor, and the weights of a direction.
+r"""The small matrix of the dynamic algorithm: K = s I + G Gᵀ, its factor, and the weights of a direction.
 
 With the stored gradients as rows of G (m x d), the Gram matrix :math:`G G^\top` (m x m) has all that the inverse of
 the damped Fisher :math:`F = \lambda I + G^\top G / n` needs to know of them. A vector in the row span,
 :math:`x = G^\top w`, has :math:`F^{-1} x = n\, G^\top K^{-1} w` (push-through identity). So `GramMatrix` gives the
 weights :math:`c = n K^{-1} w` of a direction, and whoever stores the gradients combines them, :math:`G^\top c`.
+
+With *relative* damping :math:`\rho`, which has no unit, :math:`K = s I + G G^\top` with s = :math:`\rho` times the
+mean squared length of the stored gradients, and the direction is made as long as the average that it preconditions:
+:math:`c = K^{-1} w \, |G^\top w| / |G^\top K^{-1} w|`, both lengths from the Gram matrix.
 
 Nothing here reads a gradient: dot products come in, weights go out.
 
@@ -48,10 +52,12 @@ class GramMatrix:
         self,
         options: WindowOptions,
         *,
+        relative: bool = False,
         device: torch.device | str | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.options = options
+        self.relative = relative
         self.process_group = process_group
         self.gram_MM = torch.zeros(options.num_grads, options.num_grads, dtype=torch.float64, device=device)
         self.pushed = 0
@@ -80,8 +86,15 @@ class GramMatrix:
 
     @property
     def shift(self) -> float:
-        r""":math:`n\lambda`, what K adds to the diagonal of the Gram matrix."""
+        r"""What K adds to the diagonal of the Gram matrix: :math:`n\lambda`, or :math:`\rho` times its mean."""
+        if self.relative:
+            return self.options.damping * float(self._held.diagonal().mean())
         return self._divisor * self.options.damping
+
+    @property
+    def _held(self) -> Tensor:
+        """The Gram matrix of the gradients that are held, (count, count)."""
+        return self.gram_MM[: self.count, : self.count]
 
     @property
     def _divisor(self) -> int:
@@ -124,8 +137,7 @@ class GramMatrix:
         Raises:
             FloatingPointError: if the Gram matrix has entries that are not finite.
         """
-        gram_MM = self.gram_MM[: self.count, : self.count]
-        shift = self.shift
+        gram_MM, shift = self._held, self.shift
         jitter = 0.0
         while True:
             factor = self._cached.factor(gram_MM, self.pushed, shift + jitter)
@@ -154,7 +166,14 @@ class GramMatrix:
             raise RuntimeError("the window is empty: push a gradient before asking for a direction")
         ages_M = (self.newest - torch.arange(self.count, device=self.gram_MM.device)) % self.options.num_grads
         target_M = torch.pow(float(grad_decay), ages_M.double())  # 0 ** 0 is 1: without decay the newest alone
-        return self._divisor * self.factor().solve(target_M / target_M.sum())
+        target_M /= target_M.sum()
+        if not self.relative:
+            return self._divisor * self.factor().solve(target_M)
+        if not bool(self._held.diagonal().any()):
+            return target_M  # all gradients are zero, and so is every combination of them
+        weights_M = self.factor().solve(target_M)
+        squared = torch.stack([target_M @ self._held @ target_M, weights_M @ self._held @ weights_M]).clamp(min=0.0)
+        return weights_M * (squared[0] / squared[1]).sqrt() if squared[1] > 0 else target_M
 
     def combine_dtype(self, weights_M: Tensor) -> torch.dtype | None:
         r"""Arithmetic that :math:`G^\top c` needs: float64 where c cancels too much for float32, else None.
@@ -163,7 +182,7 @@ class GramMatrix:
         :math:`\epsilon \sum_i |c_i| |g_i|`, which was seen to be 90 times the result for 128 copies of one gradient
         (damping 1e-8, norm 1). The Gram matrix has all that is needed to foresee it.
         """
-        gram_MM = self.gram_MM[: self.count, : self.count]
+        gram_MM = self._held
         length = (weights_M @ gram_MM @ weights_M).clamp(min=0.0).sqrt()
         rounding = torch.finfo(torch.float32).eps * (weights_M.abs() @ gram_MM.diagonal().sqrt())
         return torch.float64 if bool(rounding > 1e-3 * length) else None
@@ -172,5 +191,5 @@ class GramMatrix:
         """Condition number of K in the 2-norm. Eigenvalues that rounding made negative count as zero."""
         if self.count == 0:
             return 1.0
-        values = torch.linalg.eigvalsh(self.gram_MM[: self.count, : self.count]).clamp(min=0.0)
+        values = torch.linalg.eigvalsh(self._held).clamp(min=0.0)
         return float((values[-1] + self.shift) / (values[0] + self.shift))

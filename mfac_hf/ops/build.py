@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 SOURCES = {
-    "cpu": ("mfac_cpu.cpp", "mfac_cpu_sparse.cpp", "mfac_cpu_blocks.cpp", "mfac_cpu_gram.cpp", "mfac_cpu_trace.cpp"),
+    "cpu": tuple(f"mfac_cpu{part}.cpp" for part in ("", "_metric", "_sparse", "_blocks", "_gram", "_trace")),
     "cuda": ("mfac_kernels.cu", "mfac_binding.cpp"),
 }
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -54,6 +54,7 @@ FLAGS = (
     "-O3",
     "-march=native",
     "-ffp-contract=fast",
+    "-fno-math-errno",  # or else a square root is a call
     "-fPIC",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )

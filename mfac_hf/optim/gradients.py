@@ -26,7 +26,7 @@ def read_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     """
     gradients = {}
     for group in groups:
-        decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+        decay = 0.0 if group.get("decoupled_weight_decay", True) else group["weight_decay"]
         for p in group["params"]:
             if p.grad is None:
                 continue

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfac_hf.fisher.definite import is_number
 from mfac_hf.optim.options import SCHEDULED, ParameterWindowOptions, check_bool
+from mfac_hf.optim.settings import check_adam
 
 __all__ = [
     "check_group",
@@ -40,6 +41,8 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
             )
     options = {**defaults, **group}
     check_numbers(options)
+    if "betas" in defaults:
+        check_adam(group | {name: options[name] for name in ("betas", "eps")}, defaults)
 
 
 def check_numbers(group: dict[str, Any]) -> None:
@@ -121,7 +124,7 @@ def remove_window_options(groups: list[dict[str, Any]]) -> None:
     """Take the fixed options of the window, which torch copies into every group, out of them."""
     for group in groups:
         for name in ParameterWindowOptions.names():
-            if name not in SCHEDULED:
+            if name not in SCHEDULED or (name == "grad_decay" and "betas" in group):
                 group.pop(name, None)
 
 
@@ -131,6 +134,8 @@ def follow_groups(groups: list[dict[str, Any]], options: ParameterWindowOptions)
     Raises:
         ValueError: for a value out of range, another one in each group, or another option of the window: it is fixed.
     """
+    if options.metric == "adam":
+        groups = [{**group, "grad_decay": group["betas"][0]} for group in groups]
     changed = {}
     for name in options.names():
         values = [group[name] for group in groups if name in group]

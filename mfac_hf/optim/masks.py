@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfac_hf.fisher.columns import DenseColumns
 from mfac_hf.memory import require_memory
 from mfac_hf.optim.placement import DensePlacement, Placement, kept_positions
 from mfac_hf.optim.sharded import is_sharded
@@ -69,8 +70,8 @@ def check_only_shrink(masks: Mapping[Tensor, Tensor], old: Mapping[Tensor, Tenso
 
 def without_masked(
     members: Mapping[Tensor, DensePlacement], masks: Mapping[Tensor, Tensor], count: int
-) -> dict[Tensor, Placement]:
-    """The columns that masks keep, in a new store.
+) -> tuple[DenseColumns, dict[Tensor, Placement], Tensor]:
+    """The columns that masks keep, in a new store: the store, the placements in it, and the positions in the old one.
 
     Args:
         members: placements of all parameters that share one dense store, in the order of their columns.
@@ -94,7 +95,7 @@ def without_masked(
         keep = kept_positions(masks[p]) if p in masks else placement.keep
         placements[p] = DensePlacement(smaller, placement.shape, start, len(kept[p]), keep)
         start += len(kept[p])
-    return placements
+    return smaller, placements, positions
 
 
 def _kept_columns(placement: DensePlacement, mask: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
+from mfac_hf.defaults import MFAC_METRIC
 from mfac_hf.fisher.options import MAX_NORM
 from mfac_hf.machine import GIB
 from mfac_hf.optim.accumulation import BatchCount
@@ -27,8 +27,10 @@ from mfac_hf.optim.autocast import without_autocast
 from mfac_hf.optim.gradients import are_finite, read_gradients
 from mfac_hf.optim.groups import check_group, check_parameters, check_process_group, remove_window_options
 from mfac_hf.optim.masks import check_masks, check_only_shrink
+from mfac_hf.optim.metric import next_scalings, saved_moments
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
+from mfac_hf.optim.settings import BY_METRIC, settings_of, warn_of_old_habits
 from mfac_hf.optim.update import apply_directions
 from mfac_hf.optim.windowed import WindowedOptimizer
 
@@ -84,15 +86,18 @@ class MFAC(WindowedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = MFAC_LEARNING_RATE,
+        lr: float = BY_METRIC,
         *,
-        num_grads: int = MFAC_NUM_GRADS,
-        damping: float = MFAC_DAMPING,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        normalize: str = "num_grads",
-        grad_decay: float = 0.0,
+        metric: str = MFAC_METRIC,
+        num_grads: int = BY_METRIC,
+        damping: float = BY_METRIC,
+        betas: tuple[float, float] = BY_METRIC,
+        eps: float = BY_METRIC,
+        momentum: float = BY_METRIC,
+        weight_decay: float = BY_METRIC,
+        decoupled_weight_decay: bool = BY_METRIC,
+        normalize: str = BY_METRIC,
+        grad_decay: float = BY_METRIC,
         window_dtype: torch.dtype = torch.float32,
         window_device: torch.device | str | list[torch.device | str] | None = None,
         masks: Mapping[Tensor, Tensor] | None = None,
@@ -100,28 +105,38 @@ class MFAC(WindowedOptimizer):
         row_sparse: bool = True,
         save_window: bool = True,
     ) -> None:
+        settings = settings_of(
+            metric,
+            {
+                "lr": lr,
+                "num_grads": num_grads,
+                "damping": damping,
+                "betas": betas,
+                "eps": eps,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "normalize": normalize,
+                "grad_decay": grad_decay,
+            },
+        )
+        shared = {name: settings[name] for name in ParameterWindowOptions.names() if name in settings}
         self._options = ParameterWindowOptions(
-            num_grads=num_grads,
-            damping=damping,
-            normalize=normalize,
+            metric=metric,
             window_dtype=window_dtype,
             window_device=window_device,
-            grad_decay=grad_decay,
             row_sparse=row_sparse,
             save_window=save_window,
+            **shared,
         )
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            **asdict(self._options),
-        }
+        defaults = {**settings, **asdict(self._options)}
         self._process_group, self._batches = check_process_group(process_group), BatchCount()
         self._start_anew()
         super().__init__(params, defaults)
         check_masks(masks or {}, self.param_groups)
         self._keep_masks(masks or {})
+        if metric == "adam":
+            warn_of_old_habits(settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, whose columns join the window when their first gradients arrive.
@@ -228,13 +243,15 @@ class MFAC(WindowedOptimizer):
         if not gradients:
             return
         masks = self._masks()
+        moments = saved_moments(self.param_groups, self.state)
         if self._window is None:
             self._window = ParameterWindow.from_gradients(
-                gradients, masks, self._options, sharing=self._process_group, shards=shards
+                gradients, masks, self._options, moments=moments, sharing=self._process_group, shards=shards
             )
         else:
-            self._window.add(gradients, masks)
-        self._window.push(gradients, masks)
+            self._window.add(gradients, masks, moments)
+        scalings = next_scalings(self.param_groups, self.state, gradients)
+        self._window.push(gradients, masks, scalings)
         apply_directions(self.param_groups, self.state, self._window.directions(gradients))
         self._publish()
 

@@ -20,6 +20,7 @@ class ParameterWindowOptions(WindowOptions):
     """What `MFAC` adds to the options of a gradient window; it says what each means.
 
     Args:
+        metric: ``"adam"`` or ``"identity"``; damping is relative in Adam's.
         window_device: kept as a string or a list of strings, which can be compared and saved; None for the
             parameters' device.
         grad_decay: in [0, 1).
@@ -30,6 +31,7 @@ class ParameterWindowOptions(WindowOptions):
         ValueError: for the first value out of range; names it, what was expected, and the way out.
     """
 
+    metric: str = "identity"
     window_device: torch.device | str | list[torch.device | str] | None = None
     grad_decay: float = 0.0
     row_sparse: bool = True

@@ -4,7 +4,7 @@ A `GramMatrix` knows the algebra, column stores hold the numbers, and a `Placeme
 parameter's. This joins them, lets parameters in when their first gradients come, and takes masked coordinates out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from mfac_hf.fisher.gram import GramMatrix
 from mfac_hf.memory import gram_matrix_bytes
 from mfac_hf.optim.borrowed import own_buffers
 from mfac_hf.optim.masks import without_masked
+from mfac_hf.optim.metric import AdamMetric, IdentityMetric, Member, Metric, SavedMoment, Scaling
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import (
     DensePlacement,
@@ -37,11 +38,13 @@ class ParameterWindow:
     Args:
         placements: columns of the parameters that are in the window from the start; at least one, or ranks that share.
         options: of the window.
+        moments: second moments of parameters, where an earlier run left them; in Adam's metric.
         sharing: ranks with the same gradients that share the window; each keeps the columns of some parameters.
         shards: ranks that each hold a shard of every parameter (FSDP2); each keeps the columns of its shards.
 
     Attributes:
         columns: the stores, each once.
+        metric: in which the gradients are stored.
         gram: the Gram matrix of the stored gradients, over all stores and ranks.
         placements: of the parameters whose columns this rank keeps, in the order of the columns.
         owners: of every parameter with columns, on whichever rank.
@@ -53,6 +56,7 @@ class ParameterWindow:
         placements: dict[Tensor, Placement],
         options: ParameterWindowOptions,
         *,
+        moments: Mapping[Tensor, SavedMoment] | None = None,
         sharing: dist.ProcessGroup | None = None,
         shards: dist.ProcessGroup | None = None,
     ) -> None:
@@ -63,8 +67,12 @@ class ParameterWindow:
         self.placements = placements
         self.owners = dict.fromkeys(placements, Owner(0, 0))
         self.columns = distinct_columns(placements.values()) or [idle]
+        self.metric: Metric = AdamMetric() if options.metric == "adam" else IdentityMetric()
         group = sharing if shards is None else shards
-        self.gram = GramMatrix(options, device=self.columns[0].device, process_group=group)
+        relative = options.metric == "adam"
+        self.gram = GramMatrix(options, relative=relative, device=self.columns[0].device, process_group=group)
+        for store in self.columns:
+            self._admit(store, moments or {})
         self.borrows = False
 
     @classmethod
@@ -74,6 +82,7 @@ class ParameterWindow:
         masks: dict[Tensor, Tensor],
         options: ParameterWindowOptions,
         *,
+        moments: Mapping[Tensor, SavedMoment] | None = None,
         sharing: dist.ProcessGroup | None = None,
         shards: dist.ProcessGroup | None = None,
     ) -> "ParameterWindow":
@@ -84,7 +93,7 @@ class ParameterWindow:
         """
         owners = assign_owners(gradients, masks, options.row_sparse, {}, sharing)
         own = _place_own(gradients, owners, masks, options, sharing, gram_bytes=gram_matrix_bytes(options.num_grads))
-        window = cls(own, options, sharing=sharing, shards=shards)
+        window = cls(own, options, moments=moments, sharing=sharing, shards=shards)
         window.owners = owners
         return window
 
@@ -98,7 +107,20 @@ class ParameterWindow:
         """Bytes that the stored gradients take here."""
         return sum(columns.nbytes for columns in self.columns)
 
-    def add(self, gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor]) -> None:
+    def _members(self, columns: ColumnStore) -> dict[Tensor, Placement]:
+        """The parameters whose columns a store holds, in order."""
+        return {p: placement for p, placement in self.placements.items() if placement.columns is columns}
+
+    def _admit(self, columns: ColumnStore, moments: Mapping[Tensor, SavedMoment]) -> None:
+        members = self._members(columns)
+        self.metric.admit(columns, [moments.get(p) for p in members], [m.size for m in members.values()])
+
+    def add(
+        self,
+        gradients: dict[Tensor, Tensor],
+        masks: dict[Tensor, Tensor],
+        moments: Mapping[Tensor, SavedMoment] | None = None,
+    ) -> None:
         """Let in the parameters among these that have no columns yet, with zeros in the rows already stored.
 
         Raises:
@@ -114,9 +136,17 @@ class ParameterWindow:
         for columns in distinct_columns(placements.values()):
             columns.clear(slice(self.count))
             self.columns.append(columns)
+            self._admit(columns, moments or {})
 
-    def push(self, gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor]) -> None:
+    def push(
+        self, gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], scalings: Mapping[Tensor, Scaling]
+    ) -> None:
         """Store one gradient for each parameter in place of the oldest; zeros for those that have none now.
+
+        Args:
+            gradients: by parameter.
+            masks: by parameter, of those that have one.
+            scalings: of the parameters with a gradient, in Adam's metric.
 
         Raises:
             MemoryError: if a table that was row-sparse no longer is and does not fit; nothing is stored then.
@@ -130,14 +160,21 @@ class ParameterWindow:
                 parts[placement.columns] = []
                 part = placement.part(gradients[p], p.device, masks.get(p))
             parts[placement.columns].append(part)
-        row = self.gram.next_row
-        for columns in self.columns:
-            columns.write(row, columns.join(parts[columns]))
-        self.gram.push([columns.dots(row, self.gram.next_count) for columns in self.columns])
+        members: dict[ColumnStore, list[Member]] = {columns: [] for columns in self.columns}
+        for p, placement in self.placements.items():
+            members[placement.columns].append(Member(placement.size, scalings.get(p) if p in gradients else None))
+        row, count = self.gram.next_row, self.gram.next_count
+        self.gram.push(
+            [
+                self.metric.push(columns, row, count, columns.join(parts[columns]), members[columns])
+                for columns in self.columns
+            ]
+        )
 
     def _densify(self, p: Tensor, table: TablePlacement, mask: Tensor | None) -> DensePlacement:
         """Move a parameter's columns from a table into a dense store."""
         dense = to_dense(table, self.count, self.options.window_dtype, kept_positions(mask))
+        self.metric.replace(table.columns, dense.columns, dense.keep)
         self.columns[self.columns.index(table.columns)] = dense.columns
         self.placements[p] = dense
         return dense
@@ -146,7 +183,7 @@ class ParameterWindow:
         """The direction of each parameter with a gradient: a tensor of its shape, or the rows of a table."""
         weights_M = self.gram.direction_weights(self.options.grad_decay)
         dtype = self.gram.combine_dtype(weights_M)
-        combined = {columns: columns.combine_part(weights_M, dtype=dtype) for columns in self.columns}
+        combined = {columns: self.metric.combine(columns, weights_M, dtype=dtype) for columns in self.columns}
         directions: dict[Tensor, Part] = {
             p: placement.direction(combined[placement.columns], p.device)
             for p, placement in self.placements.items()
@@ -167,11 +204,19 @@ class ParameterWindow:
                 if isinstance(placement := self.placements.get(p), TablePlacement):
                     own_buffers(placement.columns, 1)
         placements: dict[Tensor, Placement] = {}
+        replaced: list[tuple[ColumnStore, DenseColumns, Tensor]] = []
         for columns in self.columns:
-            members = {p: placement for p, placement in self.placements.items() if placement.columns is columns}
+            members = self._members(columns)
             dense = {p: placement for p, placement in members.items() if isinstance(placement, DensePlacement)}
-            placements |= members if masks.keys().isdisjoint(dense) else without_masked(dense, masks, self.count)
-        # Tables stay and lose numbers in place: last, because nothing fails from here on.
+            if masks.keys().isdisjoint(dense):
+                placements |= members
+            else:
+                smaller, fewer, positions = without_masked(dense, masks, self.count)
+                placements |= fewer
+                replaced.append((columns, smaller, positions))
+        # Last, because nothing fails from here on. Tables stay and lose numbers in place.
+        for columns, smaller, positions in replaced:
+            self.metric.replace(columns, smaller, positions)
         for p, placement in placements.items():
             if isinstance(placement, TablePlacement) and p in masks:
                 placement.columns.keep_only(masks[p])
@@ -203,6 +248,7 @@ class ParameterWindow:
             self.owners.pop(p)
         idle: ColumnStore = DenseColumns(self.options.num_grads, 0, dtype=self.options.window_dtype)
         self.columns = distinct_columns(self.placements.values()) or [idle]
+        self.metric.keep_only(self.columns)
 
     def set_options(self, options: ParameterWindowOptions) -> None:
         """Go on with another damping or grad_decay."""

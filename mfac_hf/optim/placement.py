@@ -88,6 +88,11 @@ class TablePlacement:
     shape: torch.Size
     start: ClassVar[int] = 0
 
+    @property
+    def size(self) -> int:
+        """Its columns: the numbers of the table."""
+        return self.shape.numel()
+
     def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> SparseRows:
         """The gradient as its columns store it, zero where it is masked; no row for None."""
         if grad is None:

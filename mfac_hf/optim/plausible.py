@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfac_hf.fisher.definite import is_number
 
-__all__ = ["as_count", "check_counters", "check_gram", "check_momentum", "check_places"]
+__all__ = ["as_count", "check_counters", "check_gram", "check_momentum", "check_places", "check_second_moment"]
 
 # How far a squared length that the Gram matrix holds may be from that of the stored gradient. Products in float32 are
 # right to about 1e-6; a damaged state is wrong by far more.
@@ -51,6 +51,31 @@ def check_momentum(momentum: Tensor, label: str) -> None:
     """Raise a ValueError for an average of directions with entries that are not finite."""
     if not momentum.is_floating_point() or not bool(momentum.isfinite().all()):
         raise ValueError(f"the saved momentum of {label} has entries that are not finite numbers: a damaged file")
+
+
+def check_second_moment(state: dict[str, Any], shape: torch.Size, label: str) -> None:
+    """The second moment of Adam's metric belongs to such a parameter, has squares for entries, and its steps.
+
+    Raises:
+        ValueError: for another shape or type, entries below 0 or not finite, or steps that cannot be.
+    """
+    moment, mask, steps = state.get("second_moment"), state.get("mask"), state.get("moment_steps")
+    if moment is None:
+        return
+    expected = tuple(shape) if mask is None or steps is not None else (int(mask.sum()),)
+    if tuple(moment.shape) != expected or not moment.is_floating_point():
+        raise ValueError(
+            f"the saved second moment of {label} is {moment.dtype} of shape {tuple(moment.shape)}; expected shape "
+            f"{expected}: another model"
+        )
+    if not bool(((moment >= 0) & moment.isfinite()).all()):
+        raise ValueError(f"the saved second moment of {label} has entries below 0 or not finite: a damaged file")
+    state.setdefault("moment_step", None)
+    step = state["moment_step"] = as_count(state, "moment_step", 1, label)
+    if steps is None:
+        return
+    if steps.shape != shape[:1] or steps.dtype != torch.int64 or not 0 <= int(steps.min()) <= int(steps.max()) <= step:
+        raise ValueError(f"the saved moment_steps of {label} are not those of {step} steps: a damaged file")
 
 
 def check_places(states: Iterable[tuple[dict[str, Any], int]]) -> None:

@@ -1,10 +1,12 @@
-"""The gradient window in an optimizer's state: what a saved state has to look like, and the way back from it.
+"""The gradient window in an optimizer's state: what a saved state has to look like.
 
 The state of a parameter p holds plain tensors and numbers only:
 
 - ``window`` (m, *p.shape), a view of the buffer that p shares with others ((m, kept) if p has a mask), or
   ``window_rows`` (m, n) and ``window_values`` (m, n, h) for row-sparse columns; ``window_store`` and ``window_start``
   say where;
+- in Adam's metric ``second_moment``, of the parameter's shape ((kept,) if it has a mask), and ``moment_step``, the
+  steps that it has seen; for row-sparse columns ``moment_steps`` (v,), the step at which each row was last touched;
 - ``step``; ``momentum_buffer`` and ``mask`` where there are any;
 - for the first parameter with columns also ``gram`` (m, m), ``pushed``, ``skipped_steps``, ``jitter_escalations`` and
   ``window_parameters``, the number of parameters with columns.
@@ -17,20 +19,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
-from mfac_hf.optim.borrowed import alias
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
-from mfac_hf.optim.placement import DensePlacement, Placement, TablePlacement, kept_positions
-from mfac_hf.optim.plausible import as_count, check_counters, check_gram, check_momentum, check_places
+from mfac_hf.optim.plausible import (
+    as_count,
+    check_counters,
+    check_gram,
+    check_momentum,
+    check_places,
+    check_second_moment,
+)
 from mfac_hf.optim.sharded import is_sharded
 
-__all__ = ["WINDOW_KEYS", "check_state", "publish_window", "restore_placements", "without_window"]
+__all__ = ["WINDOW_KEYS", "check_state", "publish_window", "without_window"]
 
 LEAD_KEYS = ("gram", "pushed", "skipped_steps", "jitter_escalations", "window_parameters")
-GROUP_KEYS = ("lr", "momentum", "weight_decay", "decoupled_weight_decay")
+GROUP_KEYS = {
+    "adam": ("lr", "betas", "eps", "weight_decay", "damping"),
+    "identity": ("lr", "momentum", "weight_decay", "decoupled_weight_decay"),
+}
 WINDOW_KEYS = ("window", "window_rows", "window_values", "window_store", "window_start", *LEAD_KEYS)
-TENSOR_KEYS = {"window", "window_rows", "window_values", "gram", "mask", "momentum_buffer"}
+TENSOR_KEYS = {
+    *("window", "window_rows", "window_values", "gram", "mask", "momentum_buffer", "second_moment", "moment_steps"),
+}
+MOMENT_KEYS = ("second_moment", "moment_step", "moment_steps")
 
 
 class _Saved(NamedTuple):
@@ -52,6 +64,7 @@ def publish_window(
     stores = {columns: i for i, columns in enumerate(window.columns)}
     for i, (p, placement) in enumerate(window.placements.items()):
         entries = {**placement.state(), "window_store": stores[placement.columns], "window_start": placement.start}
+        entries |= window.metric.state(placement)
         if i == 0:
             entries |= {
                 "gram": window.gram.gram_MM,
@@ -61,14 +74,20 @@ def publish_window(
                 "skipped_steps": skipped_steps,
             }
         state = states[p]
-        for name in [name for name in state if name in WINDOW_KEYS and name not in entries]:
+        for name in [name for name in state if name in (*WINDOW_KEYS, "moment_steps") and name not in entries]:
             del state[name]  # of columns that have become dense
         state.update(entries)
 
 
-def without_window(states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """The same states without their part of the window, in new dictionaries."""
-    return {key: {name: v for name, v in state.items() if name not in WINDOW_KEYS} for key, state in states.items()}
+def without_window(states: dict[Any, dict[str, Any]], *, moments: bool) -> dict[Any, dict[str, Any]]:
+    """The same states without their part of the window, in new dictionaries.
+
+    Args:
+        states: by parameter.
+        moments: whether to keep the second moments of Adam's metric.
+    """
+    dropped = WINDOW_KEYS if moments else (*WINDOW_KEYS, *MOMENT_KEYS)
+    return {key: {name: v for name, v in state.items() if name not in dropped} for key, state in states.items()}
 
 
 def check_state(
@@ -88,7 +107,7 @@ def check_state(
     Raises:
         ValueError: names the first thing that does not fit.
     """
-    _check_groups(state_dict, groups)
+    _check_groups(state_dict, groups, options)
     saved = list(_saved_states(state_dict, groups))
     with_window = []
     for entry in saved:
@@ -96,6 +115,7 @@ def check_state(
         _check_mask(entry, masks.get(entry.parameter))
         _check_momentum(entry)
         check_counters(entry.state, entry.label)
+        check_second_moment(entry.state, entry.parameter.shape, entry.label)
         if "window" in entry.state or "window_rows" in entry.state:
             _check_columns(entry, options)
             with_window.append(entry)
@@ -106,7 +126,7 @@ def check_state(
     return {parameter: state for parameter, state, _ in saved if state}
 
 
-def _check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+def _check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]], options: ParameterWindowOptions) -> None:
     """The saved parameter groups are this optimizer's: as many parameters, MFAC's options, the same names."""
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
@@ -115,7 +135,7 @@ def _check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> N
     for saved in saved_groups:
         if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
             raise ValueError("a saved parameter group has no list of 'params': it is truncated, or not an optimizer's")
-    _check_is_ours(state_dict)
+    _check_is_ours(state_dict, options.metric)
     saved_sizes, sizes = ([len(group["params"]) for group in gs] for gs in (saved_groups, groups))
     if saved_sizes != sizes:
         raise ValueError(
@@ -131,11 +151,15 @@ def _check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> N
             )
 
 
-def _check_is_ours(state_dict: dict[str, Any]) -> None:
+def _check_is_ours(state_dict: dict[str, Any], metric: str) -> None:
     """The saved state is MFAC's, and not that of the optimizer with which a run was begun."""
     states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
     for saved in state_dict["param_groups"]:
-        missing = [key for key in GROUP_KEYS if key not in saved]
+        if others := [name for name, keys in GROUP_KEYS.items() if name != metric and saved.keys() >= set(keys)]:
+            raise ValueError(
+                f"the saved optimizer has metric={others[0]!r}, this one metric={metric!r}: build it like that one"
+            )
+        missing = [key for key in GROUP_KEYS[metric] if key not in saved]
         if missing:
             seen = sorted({str(key) for state in states for key in state} | {*map(str, saved)} - {"params"})
             raise ValueError(
@@ -258,62 +282,3 @@ def _check_lead(with_window: list[_Saved], num_grads: int) -> None:
         (state, state["window"][0].numel() if "window" in state else p.numel()) for p, state, _ in with_window
     )
     check_gram(lead, ({**state, "table_height": p.shape[0] if p.ndim else 1} for p, state, _ in with_window))
-
-
-def restore_placements(
-    states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: ParameterWindowOptions
-) -> tuple[dict[Tensor, Placement], dict[str, Any] | None]:
-    """Placements, in the order of their columns, and the state with the Gram matrix, if any.
-
-    Each store goes to the device that has the fewest bytes so far.
-    """
-    placed = {p: state for p, state in states.items() if "window_store" in state}
-    if not placed:
-        return {}, None
-    placements: dict[Tensor, Placement] = {}
-    load = dict.fromkeys(options.devices(next(iter(placed)).device), 0)
-    for store in sorted({state["window_store"] for state in placed.values()}):
-        members = {p: state for p, state in placed.items() if state["window_store"] == store}
-        members = dict(sorted(members.items(), key=lambda item: item[1]["window_start"]))
-        device = min(load, key=lambda device: load[device])
-        p, state = next(iter(members.items()))
-        if "window_rows" in state:
-            placements[p] = _restore_table(p, state, device)
-        else:
-            placements |= _restore_dense(members, masks, device)
-        load[device] += placements[p].columns.nbytes
-    return placements, next(state for state in placed.values() if "gram" in state)
-
-
-def _restore_table(p: Tensor, state: dict[str, Any], device: torch.device) -> TablePlacement:
-    rows, values = state["window_rows"].to(device), state["window_values"].to(device)
-    height, width = p.shape
-    table = RowSparseColumns(len(rows), (height, width), buffers=(rows, values))
-    return TablePlacement(table, p.shape)
-
-
-def _restore_dense(
-    members: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], device: torch.device
-) -> dict[Tensor, Placement]:
-    """Placements of the parameters that share one dense store, in the order of their columns."""
-    views = [state["window"].reshape(len(state["window"]), state["window"][0].numel()) for state in members.values()]
-    buffer_MD = _shared_buffer(views).to(device)
-    columns = DenseColumns(*buffer_MD.shape, buffer=buffer_MD)
-    return {
-        p: DensePlacement(columns, p.shape, state["window_start"], view.shape[1], kept_positions(masks.get(p)))
-        for (p, state), view in zip(members.items(), views, strict=True)
-    }
-
-
-def _shared_buffer(views: list[Tensor]) -> Tensor:
-    """The (m, d) buffer whose columns these views are; a copy where they are not neighbours in one."""
-    num_grads, dim = len(views[0]), sum(view.shape[1] for view in views)
-    start = 0
-    storage = views[0].untyped_storage().data_ptr()
-    for view in views:
-        rows_apart = num_grads == 1 or view.stride(0) == dim
-        placed = view.storage_offset() == start and rows_apart and (view.shape[1] <= 1 or view.stride(1) == 1)
-        if view.untyped_storage().data_ptr() != storage or not placed:
-            return torch.cat(views, dim=1)
-        start += view.shape[1]
-    return alias(views[0], (num_grads, dim), (dim, 1), 0)

@@ -28,8 +28,8 @@ def apply_directions(
         directions: a tensor of the parameter's shape, or the rows of a table that are not zero.
     """
     for group in groups:
-        lr, momentum = group["lr"], group["momentum"]
-        decay = lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+        lr, momentum = group["lr"], group.get("momentum", 0.0)
+        decay = lr * group["weight_decay"] if group.get("decoupled_weight_decay", True) else 0.0
         dense_moved, dense_directions = [], []
         for p in group["params"]:
             if p not in directions:

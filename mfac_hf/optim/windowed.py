@@ -15,10 +15,12 @@ from mfac_hf.optim.accumulation import BatchCount
 from mfac_hf.optim.borrowed import alias
 from mfac_hf.optim.groups import check_numbers, check_parameters, follow_groups, labels, remove_window_options
 from mfac_hf.optim.masks import check_masks_have_parameters
+from mfac_hf.optim.metric import saved_moments
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
+from mfac_hf.optim.restore import restore_placements
 from mfac_hf.optim.sharded import is_sharded, shard_group
-from mfac_hf.optim.state import WINDOW_KEYS, check_state, publish_window, restore_placements, without_window
+from mfac_hf.optim.state import WINDOW_KEYS, check_state, publish_window, without_window
 
 __all__ = ["WindowedOptimizer"]
 
@@ -140,7 +142,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
             # torch.load(weights_only=True) takes none of numpy's numbers, which schedules may put there.
             group |= {name: value.item() for name, value in group.items() if isinstance(value, numpy.generic)}
         if self.shares_window or not self._options.save_window:
-            state_dict["state"] = without_window(state_dict["state"])
+            state_dict["state"] = without_window(state_dict["state"], moments=not self.shares_window)
         return state_dict
 
     @torch.no_grad()
@@ -165,7 +167,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
         options = follow_groups(groups, self._options)
         if any("gram" in state for state in saved.values()) and self.shares_window:
             warnings.warn("ranks that share a window do not load a saved one: it refills", stacklevel=2)
-            saved = without_window(saved)
+            saved = without_window(saved, moments=False)
         states = {p: {name: _own(name, value, p) for name, value in state.items()} for p, state in saved.items()}
         self._restore(states, groups, options)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -179,7 +181,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
         placements, lead = restore_placements(states, {p: mask.to(p.device) for p, mask in kept.items()}, options)
         window = None
         if lead is not None:
-            window = ParameterWindow(placements, options)
+            window = ParameterWindow(placements, options, moments=saved_moments(groups, states))
             window.borrows = True
             window.gram.restore(lead["gram"], lead["pushed"], lead["jitter_escalations"])
         self._start_anew()

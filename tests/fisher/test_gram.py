@@ -163,3 +163,41 @@ def test_condition_of_duplicates():
     pushed.push(*torch.ones(4, 3))
     exact = np.linalg.cond(pushed.gram.gram_MM.numpy() + 4e-3 * np.eye(4))
     assert pushed.gram.condition() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.3, 30.0])
+@pytest.mark.parametrize("pushed", [1, 3, 9])
+def test_relative_damping_keeps_the_length_of_the_average(damping, pushed):
+    """Against the dense matrix s I + Gᵀ G, whose s knows the scale of the gradients."""
+    torch.manual_seed(pushed)
+    for scale in (1e-4, 1.0, 1e4):
+        gram = GramMatrix(WindowOptions(num_grads=5, damping=damping), relative=True)
+        grads = torch.zeros(5, 7, dtype=torch.float64)
+        for number in range(pushed):
+            grads[number % 5] = scale * torch.randn(7, dtype=torch.float64)
+            gram.push([grads[: gram.next_count] @ grads[gram.next_row]])
+        held = grads[: gram.count]
+        ages = (gram.newest - torch.arange(gram.count)) % 5
+        weights = 0.9 ** ages.double()
+        average = weights / weights.sum() @ held
+        shift = damping * held.square().sum(dim=1).mean()
+        expected = torch.linalg.solve(shift * torch.eye(7, dtype=torch.float64) + held.T @ held, average)
+        direction = gram.direction_weights(0.9) @ held
+        torch.testing.assert_close(direction, expected * average.norm() / expected.norm(), rtol=1e-9, atol=0)
+
+
+def test_a_large_relative_damping_gives_the_average():
+    gram = GramMatrix(WindowOptions(num_grads=3, damping=1e9), relative=True)
+    for dots in ([2.0], [1.0, 3.0], [0.5, -1.0, 4.0]):
+        gram.push([torch.tensor(dots, dtype=torch.float64)])
+    expected = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64) / 1.75
+    torch.testing.assert_close(gram.direction_weights(0.5), expected, rtol=1e-8, atol=0)
+
+
+def test_zero_gradients_have_a_zero_direction():
+    gram = GramMatrix(WindowOptions(num_grads=3, damping=0.3), relative=True)
+    gram.push([torch.zeros(1, dtype=torch.float64)])
+    assert gram.direction_weights(0.9).isfinite().all()
+    gram.push([torch.tensor([0.0, 4.0], dtype=torch.float64)])
+    weights = gram.direction_weights(0.9)
+    assert float(weights[1]) == pytest.approx(1 / 1.9)  # as long as the average of zero and the new one

@@ -63,3 +63,62 @@ class NaiveMFAC:
                 p *= torch.where(self.masks[i], factor, 1.0) if i in self.masks else factor
             self.velocities[i] = momentum * self.velocities[i] + (1 - momentum) * part.view(p.shape)
             p -= lr * self.velocities[i]
+
+
+class NaiveAdamMetric:
+    """The steps of `mfac_hf.MFAC` in Adam's metric, on copies of the parameters, for gradients given explicitly.
+
+    Float64 throughout, with the d x d matrix where it is small enough to solve with.
+
+    Args:
+        groups: dictionaries as for the optimizer: "params", "lr", "betas", "eps" and "weight_decay".
+        num_grads: length of the window.
+        damping: relative.
+        masks: {position of a parameter: bool tensor, True = keep}.
+    """
+
+    def __init__(self, groups, *, num_grads, damping, masks=None):
+        self.num_grads, self.damping, self.masks = num_grads, damping, masks or {}
+        self.entries = [(p.detach().double().clone(), group) for group in groups for p in group["params"]]
+        self.moments = [torch.zeros_like(p) for p, _ in self.entries]
+        self.steps = [0] * len(self.entries)
+        self.rows = []
+
+    @property
+    def params(self):
+        return [p for p, _ in self.entries]
+
+    def step(self, grads):
+        """One step with these gradients; None is a zero row, and a parameter and a moment that stay."""
+        row, scale = [], []
+        for i, ((p, group), grad) in enumerate(zip(self.entries, grads, strict=True)):
+            grad = None if grad is None else grad.to_dense().double() * self.masks.get(i, True)
+            beta2 = group["betas"][1]
+            if grad is not None:
+                self.steps[i] += 1
+                self.moments[i] = beta2 * self.moments[i] + (1 - beta2) * grad**2
+            corrected = self.moments[i] / max(1 - beta2 ** self.steps[i], 1e-300)
+            scale.append((corrected.sqrt() + group["eps"]).flatten())
+            row.append(
+                torch.zeros(p.numel(), dtype=torch.float64) if grad is None else grad.flatten() / scale[-1] ** 0.5
+            )
+        self.rows = [*self.rows, torch.cat(row)][-self.num_grads :]
+        parts = (self._direction(torch.stack(self.rows)) / torch.cat(scale) ** 0.5).split(
+            [p.numel() for p in self.params]
+        )
+        for i, ((p, group), part, grad) in enumerate(zip(self.entries, parts, grads, strict=True)):
+            if grad is not None:
+                keep = self.masks.get(i, torch.ones_like(p, dtype=torch.bool))
+                p.copy_(torch.where(keep, p * (1 - group["lr"] * group["weight_decay"]), p))
+                p.sub_(group["lr"] * part.view_as(p) * keep)
+
+    def _direction(self, rows):
+        weights = self.entries[0][1]["betas"][0] ** torch.arange(len(rows) - 1, -1, -1, dtype=torch.float64)
+        average = weights / weights.sum() @ rows
+        shift = self.damping * rows.square().sum(dim=1).mean()
+        if rows.shape[1] <= 500:
+            found = torch.linalg.solve(shift * torch.eye(rows.shape[1], dtype=torch.float64) + rows.T @ rows, average)
+        else:
+            gram = shift * torch.eye(len(rows), dtype=torch.float64) + rows @ rows.T
+            found = torch.linalg.solve(gram, weights / weights.sum()) @ rows
+        return found * average.norm() / found.norm()
