@@ -36,20 +36,22 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
         optimizer = MFAC([parameter], lr=1e-6, num_grads=num_grads, damping=1e-4, window_dtype=dtype)
         parameter.grad = torch.randn(dim, device=device)
         optimizer.step()
-        # A full window without m steps: independent gradients, and about their Gram matrix.
+        # A full window without m steps: independent gradients, and of their Gram matrix the lengths alone.
         saved = optimizer.state_dict()
         state = saved["state"][0]
         for row in state["window"]:
             row.copy_(torch.randn(dim, device=device))
-        state["gram"].copy_(torch.eye(num_grads, dtype=torch.float64) * dim)
+        gram_MM = torch.diag(torch.stack([row.double().square().sum() for row in state["window"]]))
+        state["gram"].copy_(gram_MM)
         state["pushed"] = num_grads
         optimizer.load_state_dict(saved)
+        del saved, state  # the optimizer would copy a window that is held here too
         buffer_MD = optimizer.state[parameter]["window"]
         adamw = torch.optim.AdamW([parameter], lr=1e-9)
         contenders: dict[str, Callable[[], Any]] = {"mfac": optimizer.step, "adamw": adamw.step}
         if dtype == torch.float32 and device.type == "cpu":
             paper = PaperDynamicInverse(1, 1, damping=1e-4)
-            paper.grads_MD, paper.gram_MM = buffer_MD, state["gram"].float()
+            paper.grads_MD, paper.gram_MM = buffer_MD, gram_MM.float()
             contenders["paper"] = lambda paper=paper, grad=parameter.grad: paper.step(grad)
         readers = read_kernels(buffer_MD)
         times: dict[str, list[float]] = {key: [] for key in (*contenders, *readers)}
