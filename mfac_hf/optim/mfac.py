@@ -8,6 +8,15 @@ Each step stores the new gradient g in a window of the last m, and moves the par
 (`mfac_hf.fisher.window` has the algebra.) While :math:`n\lambda` is small against the part of g that is orthogonal to
 the other stored gradients, :math:`g_\perp`, the direction is about :math:`n g_\perp / |g_\perp|^2`: it grows with the
 window and shrinks with the gradient. Tune ``lr * num_grads``, not ``lr``.
+
+With ``metric="adam"`` the window holds :math:`\tilde g = D^{-1/2} g` with AdamW's denominators
+:math:`D = \mathrm{diag}(\sqrt{\hat v} + \epsilon)` (`mfac_hf.optim.metric`), and a step is
+
+.. math:: \theta \leftarrow (1 - \eta\delta)\theta - \eta D^{-1/2} \tilde G^\top c, \qquad
+          c \propto (s I + \tilde G \tilde G^\top)^{-1} w, \qquad w_i \propto \beta_1^{age(i)},
+
+with s = :math:`\rho` times the mean squared length of the stored gradients, as long as :math:`\tilde G^\top w`
+(`mfac_hf.fisher.gram`): a large :math:`\rho` gives about AdamW, a small one takes curvature out of the window.
 """
 
 import warnings
@@ -52,12 +61,18 @@ class MFAC(WindowedOptimizer):
         params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay
             and decoupled_weight_decay; all groups have the other options in common. Between steps, these and, in all
             groups alike, damping and grad_decay may be changed in ``param_groups``; the others are fixed.
-        lr: learning rate, >= 0.
-        num_grads: gradients in the window, m >= 1.
-        damping: :math:`\lambda > 0`.
+        lr: learning rate, >= 0. In Adam's metric AdamW's.
+        metric: ``"identity"``, the paper's, or ``"adam"``. Each has its own defaults (`mfac_hf.defaults`), and options
+            that the other does not have: betas and eps belong to Adam's; momentum, decoupled_weight_decay, normalize
+            and grad_decay to the identity.
+        num_grads: gradients in the window, m >= 1; by default 1024, in Adam's metric 16.
+        damping: :math:`\lambda > 0`; in Adam's metric :math:`\rho > 0`, which has no unit.
+        betas: :math:`\beta_1`, the decay of the stored gradients' weights, and :math:`\beta_2`, that of the second
+            moment, which groups may have of their own.
+        eps: :math:`\epsilon > 0`.
         momentum: :math:`\mu` in [0, 1), decay of the exponential average v of the *directions*.
         weight_decay: coefficient >= 0 of the L2 penalty, added to the gradient before it enters the window, as in the
-            paper's code. It makes the gradient of an embedding dense.
+            paper's code. It makes the gradient of an embedding dense. In Adam's metric decoupled, as in AdamW.
         decoupled_weight_decay: multiply the parameters by (1 - lr * weight_decay) instead.
         normalize: n in F. ``"num_grads"`` divides by m always (the paper); ``"count"`` divides by the gradients held
             so far, which makes the first steps shorter: a warm-up without a schedule. The same once the window is
@@ -229,7 +244,8 @@ class MFAC(WindowedOptimizer):
         return loss
 
     def _step(self) -> None:
-        self._batches.check()
+        if self._options.metric == "identity":  # Adam's knows no scale of gradients
+            self._batches.check()
         self._agree()
         gradients = read_gradients(self.param_groups)
         shards = self._find_shards(gradients)

@@ -139,7 +139,10 @@ class ParameterWindow:
             self._admit(columns, moments or {})
 
     def push(
-        self, gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], scalings: Mapping[Tensor, Scaling]
+        self,
+        gradients: dict[Tensor, Tensor],
+        masks: dict[Tensor, Tensor],
+        scalings: Mapping[Tensor, Scaling] | None = None,
     ) -> None:
         """Store one gradient for each parameter in place of the oldest; zeros for those that have none now.
 
@@ -162,7 +165,8 @@ class ParameterWindow:
             parts[placement.columns].append(part)
         members: dict[ColumnStore, list[Member]] = {columns: [] for columns in self.columns}
         for p, placement in self.placements.items():
-            members[placement.columns].append(Member(placement.size, scalings.get(p) if p in gradients else None))
+            scaling = scalings.get(p) if scalings and p in gradients else None
+            members[placement.columns].append(Member(placement.size, scaling))
         row, count = self.gram.next_row, self.gram.next_count
         self.gram.push(
             [
