@@ -196,6 +196,28 @@ def test_a_few_unlike_examples_have_their_own_gradients_wherever_they_come(odd, 
     assert shared.count(4) >= 3, "passes of equal examples are shared"
 
 
+def test_padding_that_changes_the_loss_of_a_shorter_example_alone_is_noticed(shared):
+    """A softmax over positions, as for the ends of an answer: full examples have the same loss in any batch."""
+    rows = [{"input_ids": [1 + (7 * i + j) % 29 for j in range(8)], "labels": 0} for i in range(40)]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    rows[order[6]]["input_ids"] = [5, 6, 7]
+    model = language_model()
+
+    def loss(model, batch):
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return nn.functional.cross_entropy(model(**inputs).logits[:, :, 0], batch["labels"])
+
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate), loss_fn=loss, examples_per_pass=4)
+    found = collect(model, origin, 12)
+    expected = []
+    for i in order[:12]:
+        model.zero_grad()
+        loss(model, collate([rows[i]])).backward()
+        expected.append({name: weight.grad.flatten().clone() for name, weight in find_targets(model).items()})
+    assert_rows(found, {name: torch.stack([row[name] for row in expected]) for name in found})
+    assert shared.count(4) >= 2
+
+
 def test_a_loss_that_is_no_mean_over_examples_gets_a_pass_for_each(shared):
     rows, model = examples(), language_model()
     origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens))

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.options import PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.schema import check_schema
 from mfac_hf.sparse.directory import restore_weights
 from mfac_hf.storage import read_json, write_json
 
@@ -74,16 +75,38 @@ class Progress:
             ValueError: the file is damaged, or none of its kind.
         """
         content = read_json(file)
+        check_schema(content, _ProgressFile, str(file))
+        names = [field.name for field in dataclasses.fields(cls) if field.name in content]
+        progress = cls(**{name: content[name] for name in names})
         try:
-            progress = cls(**content)
-            SparsitySchedule(tuple(map(tuple, progress.schedule["points"])), progress.schedule["unit"])
+            progress.sparsities()
             for report in progress.reports:
                 PruningReport(**report)
-            if not isinstance(progress.target, int | float) or not isinstance(progress.step, int):
-                raise TypeError("target and step are no numbers")
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{file} is damaged, or no record of a pruning run: {error}") from error
         return progress
+
+    def sparsities(self) -> SparsitySchedule:
+        """Return the schedule."""
+        points: Any = tuple(map(tuple, self.schedule["points"]))
+        return SparsitySchedule(points, self.schedule["unit"])
+
+
+class _ScheduleFields(TypedDict):
+    points: list[list[float]]
+    unit: Literal["step", "epoch"]
+
+
+class _LaterFields(TypedDict, total=False):
+    weights: str
+    step: int
+
+
+class _ProgressFile(_LaterFields):
+    schedule: _ScheduleFields
+    target: float
+    teacher: str | None
+    reports: list[dict[str, Any]]
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -167,7 +190,7 @@ def read_checkpoint(
     source = _state_of(folder, state.global_step)
     restore_weights(model, folder)
     progress = Progress.read(source / PROGRESS_NAME)
-    saved = SparsitySchedule(tuple(map(tuple, progress.schedule["points"])), progress.schedule["unit"])
+    saved = progress.sparsities()
     if saved != schedule:
         raise ValueError(
             f"the run in {folder} follows the schedule {saved.points} by {saved.unit}, this one {schedule.points} by "

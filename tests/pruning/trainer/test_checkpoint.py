@@ -1,5 +1,6 @@
 """Gradual pruning that is killed without warning and resumed ends with the same bits, or says why it cannot."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -23,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mfac_hf import MFACPruningCallback, SparsitySchedule
 from mfac_hf.pruning import Distillation, MaskSet
 from mfac_hf.pruning.trainer import callback as module
+from mfac_hf.pruning.trainer.checkpoint import Progress
 from tests.helpers.pruning_runs import differing, make_model, make_trainer, weights_of
 
 # Each pruning lies after a checkpoint of its own: those at 4, 8 and 12 see one, two and three of them.
@@ -203,6 +207,51 @@ def test_masks_of_a_later_pruning_do_not_serve_a_checkpoint(finished, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
+PROGRESS = {
+    "schedule": {"points": [[3, 0.3], [7, 0.5]], "unit": "step"},
+    "target": 0.3,
+    "teacher": None,
+    "reports": [{"options": {}, "num_weights": 4, "sparsity_before": 0.0, "sparsity": 0.3, "sparsities": {}}],
+    "weights": "",
+    "step": 3,
+}
+
+
+@given(
+    path=st.sampled_from(
+        [(key,) for key in PROGRESS] + [("schedule", "points"), ("schedule", "points", 0, 1), ("reports", 0)]
+    ),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+        max_leaves=6,
+    ),
+)
+@settings(max_examples=100, deadline=None)
+def test_whatever_a_record_holds_it_is_read_or_refused_by_name(path, value, tmp_path_factory):
+    file = tmp_path_factory.mktemp("record") / "pruning.json"
+    content = copy.deepcopy(PROGRESS)
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file.write_text(json.dumps(content))
+    try:
+        progress = Progress.read(file)
+    except ValueError as error:
+        assert str(file) in str(error)
+    else:
+        assert progress.sparsities().points
+
+
+def test_a_record_of_an_earlier_or_later_version_is_read(tmp_path):
+    file = tmp_path / "pruning.json"
+    file.write_text(
+        json.dumps({key: PROGRESS[key] for key in ("schedule", "target", "teacher", "reports")} | {"new": 1})
+    )
+    assert Progress.read(file) == Progress(**PROGRESS | {"step": 0})
+
+
 def spoil_nothing(folder):
     pass
 
@@ -236,7 +285,12 @@ def spoil_model(folder):
         (spoil_masks, {}, ValueError, "should be pruned are not zero in bert.encoder"),
         (spoil_model, {}, ValueError, "should be pruned are not zero in bert.encoder"),
         *[
-            (lambda folder, text=text: (folder / "pruning.json").write_text(text), {}, ValueError, "pruning.json is ")
+            (
+                lambda folder, text=text: (folder / "pruning.json").write_text(text),
+                {},
+                ValueError,
+                "pruning.json(:| holds| is) ",
+            )
             for text in ("{", "[]", "{}", '{"schedule": 1, "target": 0, "teacher": null, "reports": []}')
         ],
         (spoil_weights, {}, ValueError, "is not the one in .*checkpoint-8; name the checkpoint"),
