@@ -1,9 +1,10 @@
 """The native CPU kernels against float64: shapes around every block length, layouts, special numbers, threads."""
 
+import importlib
+
 import pytest
 import torch
 
-import mfac_hf.ops.window  # noqa: F401  (defines the operators)
 from mfac_hf.ops import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -15,6 +16,7 @@ ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}
 COLUMNS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 2047, 2048, 2049, 4095, 4096, 4097, 16383, 16384, 16385)
 ROWS = (1, 2, 3, 4, 5, 9)
 
+importlib.import_module("mfac_hf.ops.window")  # defines the operators
 row_dots, combine = torch.ops.mfac.row_dots, torch.ops.mfac.combine
 
 
