@@ -28,8 +28,8 @@ def _run(rank, function, rendezvous, ranks, args):
         # drop their last tensors during its shutdown, which was seen to abort the process.
         gc.collect()
         dist.destroy_process_group()
-    # A thread of gloo that still runs when the interpreter shuts down aborts the process, which has done its work: seen
-    # once in some hundred runs. So it leaves without a shutdown.
+    # A thread of gloo that still runs when the interpreter shuts down aborts the process, which has done its work:
+    # seen once in some hundred runs. So it leaves without a shutdown.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
