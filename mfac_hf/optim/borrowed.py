@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mfac_hf.fisher.columns import ColumnStore, DenseColumns, RowSparseColumns
+from mfac_hf.machine import prefer_huge_pages
 from mfac_hf.memory import require_memory
 
 __all__ = ["alias", "own_buffers"]
@@ -49,4 +50,6 @@ def _is_shared(buffer: Tensor, own: int) -> bool:
 
 def _copy(buffer: Tensor) -> Tensor:
     require_memory(buffer.nbytes, buffer.device, "a copy of a loaded window, which another variable holds too")
-    return buffer.clone()
+    copy = torch.empty_like(buffer)
+    prefer_huge_pages(copy)  # before its pages are touched
+    return copy.copy_(buffer)

@@ -45,7 +45,7 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
         state["gram"].copy_(gram_MM)
         state["pushed"] = num_grads
         optimizer.load_state_dict(saved)
-        del saved, state  # the optimizer would copy a window that is held here too
+        del saved, state, row  # the optimizer would copy a window that is held here too
         buffer_MD = optimizer.state[parameter]["window"]
         adamw = torch.optim.AdamW([parameter], lr=1e-9)
         contenders: dict[str, Callable[[], Any]] = {"mfac": optimizer.step, "adamw": adamw.step}
