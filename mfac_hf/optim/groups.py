@@ -56,6 +56,8 @@ def check_numbers(group: dict[str, Any]) -> None:
         if not is_number(value) or not 0.0 <= value < upper:
             raise ValueError(f"{name} is {value!r}; expected a number in [0, {upper})")
     check_bool("decoupled_weight_decay", group.get("decoupled_weight_decay", False))
+    if "betas" in group:
+        check_adam(group, group)
 
 
 def check_parameters(groups: list[dict[str, Any]]) -> None:

@@ -80,7 +80,7 @@ class SavedMoment(NamedTuple):
 def next_scalings(
     groups: Sequence[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]], parameters: Iterable[Tensor]
 ) -> dict[Tensor, Scaling]:
-    """What each parameter with a gradient needs at its next step, which is counted; empty in the identity metric."""
+    """What each parameter with a gradient needs at its next step; empty in the identity metric."""
     stepped = set(parameters)
     scalings = {}
     for group in groups:
@@ -88,9 +88,8 @@ def next_scalings(
             continue
         for p in group["params"]:
             if p in stepped:
-                state = states[p]
-                state["moment_step"] = state.get("moment_step", 0) + 1
-                scalings[p] = Scaling(group["betas"][1], group["eps"], state["moment_step"])
+                step = states[p].get("moment_step", 0) + 1
+                scalings[p] = Scaling(group["betas"][1], group["eps"], step)
     return scalings
 
 

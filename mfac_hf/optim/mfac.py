@@ -268,6 +268,8 @@ class MFAC(WindowedOptimizer):
             self._window.add(gradients, masks, moments)
         scalings = next_scalings(self.param_groups, self.state, gradients)
         self._window.push(gradients, masks, scalings)
+        for p, scaling in scalings.items():
+            self.state[p]["moment_step"] = scaling.step
         apply_directions(self.param_groups, self.state, self._window.directions(gradients))
         self._publish()
 

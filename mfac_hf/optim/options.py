@@ -65,7 +65,7 @@ class ParameterWindowOptions(WindowOptions):
     @classmethod
     def pick(cls, settings: dict[str, Any]) -> "ParameterWindowOptions":
         """The options among an optimizer's settings."""
-        return cls(**{name: settings[name] for name in cls.names()})
+        return cls(**{name: settings[name] for name in cls.names() if name in settings})
 
     def devices(self, default: torch.device) -> list[torch.device]:
         """The devices to deal the columns out to, each once; ``default`` where none was named."""

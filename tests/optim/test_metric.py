@@ -258,6 +258,31 @@ def test_settings_by_old_habit_are_said(options, words):
         MFAC([nn.Parameter(torch.zeros(2))], metric="adam", **options)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (1.0, 0.9), 0.9])
+def test_betas_that_were_changed_for_the_worse_are_refused_at_the_step(betas):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MFAC([p], metric="adam")
+    optimizer.param_groups[0]["betas"] = betas
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3)) and not optimizer.state[p]
+
+
+def test_a_step_that_finds_no_memory_is_not_counted(monkeypatch):
+    model = Net()
+    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, **GROUP)
+    train(model, optimizer, range(3))
+    moment = optimizer.state[model.table.weight]["second_moment"].clone()
+    model.table.weight.grad = torch.ones_like(model.table.weight)  # no longer row-sparse
+    with monkeypatch.context() as context:
+        context.setattr("mfac_hf.memory.available_bytes", lambda device: 0)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert optimizer.state[model.table.weight]["moment_step"] == 3
+    assert torch.equal(optimizer.state[model.table.weight]["second_moment"], moment)
+
+
 def share_a_window(rank, expected):
     model = Net()
     group = torch.distributed.group.WORLD
