@@ -44,6 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.record is not None:
         arguments.record.write_text(json.dumps(record(Path(arguments.revision), patterns)))
         return 0
+    found = subprocess.run(
+        [
+            "git",
+            "-C",
+            str(ROOT),
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            "--end-of-options",
+            f"{arguments.revision}^{{commit}}",
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    if found.returncode:
+        parser.error(f"revision {arguments.revision!r} is no commit of {ROOT}; give one that `git log` shows")
     with tempfile.TemporaryDirectory() as folder, worktree(arguments.revision, Path(folder)) as old:
         before, after = (run(root, Path(folder), arguments.only) for root in (old, ROOT))
     return report(before, after, arguments.revision)

@@ -83,3 +83,10 @@ def test_one_changed_bit_in_the_package_is_found(tmp_path):
     before, after = (same_bits.run(root, tmp_path, ["fisher full"]) for root in (ROOT, tmp_path / "changed"))
     assert len(before) == 4
     assert same_bits.differences(before, after) == [f"fisher full/pages of {pages}/1" for pages in ("4096", "None")]
+
+
+def test_a_revision_that_is_none_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit) as ended:
+        same_bits.main(["no-such-revision"])
+    assert ended.value.code == 2
+    assert "'no-such-revision' is no commit" in capsys.readouterr().err
