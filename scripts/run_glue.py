@@ -11,6 +11,9 @@ recipe (YAML or JSON) holds flags; flags after it win. ``--holdout_fraction 0.1`
 training split and leaves the validation split alone. ``--resume_from_checkpoint last`` continues a run that was cut
 off.
 
+``--lora_rank 8`` trains low-rank factors and a head beside frozen weights (LoRA, with peft) and saves them alone; the
+output directory is then a model to evaluate like any other.
+
 Writes ``results.json`` (metrics, command line, arguments, versions, time, memory) into the output directory and, for
 ``--do_predict``, the test predictions as the GLUE server takes them.
 """

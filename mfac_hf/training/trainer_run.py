@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.hub.adapter import is_adapter
 from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
 from mfac_hf.loss_scale import correct_loss_scale
@@ -34,6 +35,7 @@ from mfac_hf.training.arguments import (
     parse_args,
     require_action,
 )
+from mfac_hf.training.lora_arguments import LoraArguments, add_lora, base_of_adapter, describe_lora, load_adapter
 from mfac_hf.training.pruning_arguments import GradualArguments, PruningArguments, build_pruning_callback
 
 __all__ = ["TrainerRun"]
@@ -62,16 +64,19 @@ class TrainerRun:
         self, data_arguments: type[Any], argv: Sequence[str] | None = None, description: str | None = None
     ) -> None:
         self.started, self.argv = time.perf_counter(), argv
-        kinds = (ModelArguments, data_arguments, OptimizerArguments, PruningArguments, GradualArguments)
+        kinds = (ModelArguments, data_arguments, OptimizerArguments, LoraArguments, PruningArguments, GradualArguments)
         self.arguments = parse_args(*kinds, TrainingArguments, argv=argv, description=description)
         self.model_args: ModelArguments
         self.optimizer_args: OptimizerArguments
+        self.lora_args: LoraArguments
         self.pruning_args: PruningArguments
         self.training_args: TrainingArguments
-        self.model_args, self.data_args, self.optimizer_args, self.pruning_args, gradual_args, self.training_args = (
+        self.model_args, self.data_args, self.optimizer_args, self.lora_args, *pruning_args, self.training_args = (
             self.arguments
         )
+        self.pruning_args, gradual_args = pruning_args
         require_action(self.training_args)
+        self.lora_args.check()
         self.prunes_only = self.pruning_args.is_one_shot(self.training_args)
         self.trains = self.training_args.do_train and not self.prunes_only
         self.pruning = build_pruning_callback(self.pruning_args, gradual_args, self.training_args)
@@ -82,22 +87,37 @@ class TrainerRun:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the model and its tokenizer; a head that the model lacks is drawn by the seed.
 
+        With ``--lora_rank`` the model is frozen and gets factors to train. The directory of an adapter stands for the
+        model that it belongs to, with this adapter.
+
         Args:
             auto_class: the class of `transformers` whose head the task needs.
             max_seq_length: tokens of the longest input.
             **config_options: what the head needs in the model's configuration.
 
         Raises:
-            ValueError: the model has fewer positions than ``max_seq_length``.
+            ValueError: the model has fewer positions than ``max_seq_length``, or cannot get factors as the flags say.
         """
         set_seed(self.training_args.seed)
-        config = AutoConfig.from_pretrained(**self.model_args.model_source, **config_options)
+        adapter, source = self.model_args.model_name_or_path, self.model_args.model_source
+        if has_adapter := is_adapter(adapter):
+            source = {**source, "pretrained_model_name_or_path": base_of_adapter(adapter), "revision": "main"}
+        config = AutoConfig.from_pretrained(**source, **config_options)
         positions = getattr(config, "max_position_embeddings", max_seq_length)
         if not 0 < max_seq_length <= positions:
             raise ValueError(
                 f"--max_seq_length {max_seq_length}: expected 1 to {positions}, the positions of the model"
             )
-        model = auto_class.from_pretrained(**self.model_args.model_source, config=config)
+        model, loading = auto_class.from_pretrained(**source, config=config, output_loading_info=True)
+        if has_adapter:
+            model = load_adapter(model, adapter, self.lora_args, trainable=self.trains)
+        elif self.lora_args.lora_rank is not None:
+            model = add_lora(model, self.lora_args, auto_class.__name__, loading["missing_keys"])
+        if is_adapter(model) and self.pruning_args.sparsity is not None:
+            raise ValueError(
+                "--sparsity prunes weights below the adapter, and the adapter alone is saved: merge it into the model "
+                "first (peft's merge_and_unload), and prune that"
+            )
         return model, AutoTokenizer.from_pretrained(**self.model_args.tokenizer_source)
 
     def build_optimizer(self, model: PreTrainedModel) -> Optimizer | None:
@@ -131,6 +151,9 @@ class TrainerRun:
             self.pruning.attach(trainer)
         correct_loss_scale(trainer)
         results: dict[str, Any] = {**trainer.train(resume_from_checkpoint=self.checkpoint).metrics}
+        model: Any = trainer.model
+        if is_adapter(model):
+            results["lora"] = describe_lora(model)
         trainer.save_model()
         trainer.save_state()
         if self.pruning is not None:

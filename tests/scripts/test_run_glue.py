@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 from mfac_hf.pruning import MaskSet
 from mfac_hf.tasks import glue
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments, parse_args
+from mfac_hf.training.lora_arguments import LoraArguments
 from tests.helpers.glue_data import ROWS, WORDS, make_tokenizer, write_glue
 
 RECIPES = Path(run_glue.__file__).parent / "recipes"
@@ -209,6 +210,8 @@ def test_limits(run):
         (("--do_eval",), "sst", ValueError, "unknown GLUE task 'sst'"),
         (("--do_train", "--optim", "adafactor"), "sst2", ValueError, "use --optim_name"),
         (("--do_train", "--resume_from_checkpoint", "last"), "sst2", FileNotFoundError, "no such checkpoint"),
+        (("--do_train", "--lora_rank", "0"), "sst2", ValueError, "--lora_rank 0: expected at least 1"),
+        (("--do_train", "--lora_rank", "2", "--lora_targets", "x"), "sst2", ValueError, "--lora_targets x: the model"),
         (("--do_train", "--resume_from_checkpoint", "nowhere"), "sst2", FileNotFoundError, "checkpoint nowhere"),
     ],
 )
@@ -222,10 +225,15 @@ def test_bad_input_is_named_before_anything_is_written(flags, task, error, messa
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("glue_*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_parse(recipe):
     """Each names a model and the data, and leaves the task to the command line."""
-    kinds = (ModelArguments, run_glue.GlueArguments, OptimizerArguments, TrainingArguments)
-    _, data_args, optimizer_args, training_args = parse_args(*kinds, argv=[str(recipe), "--task_name", "cola"])
+    kinds = (ModelArguments, run_glue.GlueArguments, OptimizerArguments, LoraArguments, TrainingArguments)
+    _, data_args, optimizer_args, lora_args, training_args = parse_args(
+        *kinds, argv=[str(recipe), "--task_name", "cola"]
+    )
     assert data_args.dataset_name == "nyu-mll/glue" and training_args.do_train
-    assert recipe.stem.split("_")[1] == optimizer_args.optim_name
+    lora_args.check()
+    kind = recipe.stem.split("_")[1]
+    assert (kind == "lora") == (lora_args.lora_rank is not None)
+    assert optimizer_args.optim_name == {"lora": "mfac"}.get(kind, kind)
 
 
 def test_gradual_pruning_on_glue(run, tmp_path):
@@ -250,3 +258,32 @@ def test_one_shot_on_glue(run, tmp_path):
     assert all(not weights[name][~keep].any() for name, keep in masks.items())
     assert all(bool((weights[name] == value).all()) for name, value in dense.items() if name not in masks)
     assert results["before_pruning"]["eval_loss"] != results["eval_loss"]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "mfac"])
+def test_lora_trains_resumes_and_is_evaluated(optim, run, model, tmp_path):
+    """The adapter of a run that stops at step 4 of 10 and resumes has the bits of the uninterrupted run's."""
+    flags = ("--do_train", "--do_eval", "--lora_rank", "4", "--lora_dropout", "0.1", "--save_strategy", "steps")
+    results = run(*flags, "--save_steps", "4", optim=optim)
+    described = results["lora"]
+    assert read(tmp_path / "out" / "results.json")["results"]["lora"] == described
+    assert (described["rank"], described["targets"]) == (4, ["query", "value"])
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum(t.numel() for t in saved.values()) == described["trainable_parameters"] == 4 * 2 * 4 * 32 + 66
+
+    (tmp_path / "again").mkdir()
+    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "again" / "checkpoint-4")
+    resumed = run(*flags, "--save_steps", "4", "--resume_from_checkpoint", "last", optim=optim, output="again")
+    assert resumed["eval_loss"] == results["eval_loss"]
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+    early = load_file(tmp_path / "again" / "checkpoint-4" / "adapter_model.safetensors")
+    assert any(not torch.equal(saved[name], early[name]) for name in saved)
+
+    adapter = ("--model_name_or_path", str(tmp_path / "out"))
+    alone = run("--do_eval", *adapter, output="alone")
+    assert alone["eval_loss"] == results["eval_loss"] and "lora" not in alone
+    with pytest.raises(ValueError, match="--sparsity prunes weights below the adapter"):
+        run("--do_train", "--sparsity", "0.5", "--num_train_epochs", "0", *adapter, output="pruned")
+    assert not (tmp_path / "pruned").exists()

@@ -258,6 +258,17 @@ def test_gradual_pruning_with_a_teacher_for_both_ends_of_the_answer(run):
     assert len(results["pruning"]["reports"]) == 2
 
 
+def test_lora_trains_the_head_of_answers(run, tmp_path):
+    """The flags are those of the GLUE script, where they are tested further."""
+    results = run("--do_train", "--do_eval", "--lora_rank", "2", optim="mfac")
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name for name in saved if "lora" not in name} == {
+        f"base_model.model.qa_outputs.{part}" for part in ("weight", "bias")
+    }
+    alone = run("--do_eval", "--model_name_or_path", str(tmp_path / "out"), output="alone")
+    assert alone["eval_f1"] == results["eval_f1"] and alone["eval_exact_match"] == results["eval_exact_match"]
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("squad*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_parse(recipe):
     """The name of each says the data and the optimizer."""
