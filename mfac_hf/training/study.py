@@ -39,6 +39,9 @@ class _Row(TypedDict):
 def read_study(path: str | os.PathLike[str], keys: Sequence[str], kind: Any = dict[str, Any]) -> dict[str, Any]:
     """Read the YAML file of a study.
 
+    ``base: FILE`` stands for what another study in the same folder holds. Where both have a mapping, such as flags or
+    contenders, the entries of both count; otherwise the study's own value does.
+
     Args:
         path: the file.
         keys: names of what has to be there.
@@ -48,13 +51,25 @@ def read_study(path: str | os.PathLike[str], keys: Sequence[str], kind: Any = di
         FileNotFoundError: there is no such file.
         ValueError: a key is missing, or a value has the wrong type; the message names the first.
     """
-    study: Any = read_yaml(path)
-    check_schema(study, dict[str, Any], str(path))
+    study = _with_base(path)
     for key in keys:
         if key not in study:
             raise ValueError(f"{path} has no {key!r}; the head of this script shows what a study looks like")
     check_schema(study, kind, str(path))
     return study
+
+
+def _with_base(path: str | os.PathLike[str]) -> dict[str, Any]:
+    study: Any = read_yaml(path)
+    check_schema(study, dict[str, Any], str(path))
+    if (name := study.pop("base", None)) is None:
+        return study
+    base: Any = read_yaml(Path(path).with_name(str(name)))
+    check_schema(base, dict[str, Any], str(name))
+    if "base" in base:
+        raise ValueError(f"{path}: its base {name} has a base itself; one is as far as it goes")
+    both = {key for key in base.keys() & study.keys() if isinstance(base[key], dict) and isinstance(study[key], dict)}
+    return {**base, **study, **{key: {**base[key], **study[key]} for key in both}}
 
 
 class StudyLog:

@@ -35,6 +35,7 @@ from mfac_hf.training.arguments import (
     parse_args,
     require_action,
 )
+from mfac_hf.training.curve import LossCurveCallback
 from mfac_hf.training.lora_arguments import LoraArguments, add_lora, base_of_adapter, describe_lora, load_adapter
 from mfac_hf.training.pruning_arguments import GradualArguments, PruningArguments, build_pruning_callback
 
@@ -135,9 +136,9 @@ class TrainerRun:
         """Train the trainer's model, or prune it without training, as the flags say, and save it with its masks.
 
         Returns:
-            Trainer's ``train_*`` metrics; after pruning also ``pruning``: sparsity overall and of each tensor, and the
-            reports. Pruning without training adds, with ``--do_eval``, ``before_pruning``: the metrics of the dense
-            model.
+            Trainer's ``train_*`` metrics; of a training its ``curve`` (`mfac_hf.training.curve.Curve`); after pruning
+            ``pruning``: sparsity overall and of each tensor, and the reports. Pruning without training adds, with
+            ``--do_eval``, ``before_pruning``: the metrics of the dense model.
 
         Raises:
             ValueError: the model cannot be pruned as the flags say (`prune_one_shot`); nothing is written then.
@@ -150,7 +151,8 @@ class TrainerRun:
         if self.pruning is not None:
             self.pruning.attach(trainer)
         correct_loss_scale(trainer)
-        results: dict[str, Any] = {**trainer.train(resume_from_checkpoint=self.checkpoint).metrics}
+        curve = LossCurveCallback.attach(trainer).recorder.curve
+        results: dict[str, Any] = {**trainer.train(resume_from_checkpoint=self.checkpoint).metrics, "curve": curve}
         model: Any = trainer.model
         if is_adapter(model):
             results["lora"] = describe_lora(model)

@@ -11,8 +11,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 VOCABULARY = 60
-# Ends of the names under which results hold what differs from run to run: times, speeds and peak memory.
-_VARYING = ("seconds", "runtime", "per_second", "ms_per_step", "date", "memory_gib")
+# Ends of the names under which results hold what differs from run to run, times, speeds and peak memory, and the loss
+# curve, which earlier revisions lack.
+_VARYING = ("seconds", "runtime", "per_second", "ms_per_step", "date", "memory_gib", "curve")
 
 
 def shared_data() -> Path | None:
