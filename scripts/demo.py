@@ -12,15 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import DatasetDict
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import accuracy_score
 from transformers import (
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     ProgressCallback,
     Trainer,
@@ -29,7 +26,7 @@ from transformers import (
 
 from mfac_hf import MFAC
 from mfac_hf.hub.run_records import write_results
-from mfac_hf.tasks.toy import LABEL_NAMES, toy_dataset, toy_model, toy_tokenizer
+from mfac_hf.tasks.toy import LABEL_NAMES, toy_accuracy, toy_dataset, toy_features, toy_model, toy_tokenizer
 from mfac_hf.training.arguments import flag, parse_args
 from mfac_hf.training.study import mean_and_deviation, new_figure, save_figure
 
@@ -122,9 +119,7 @@ def make_optimizer(name: str, model: PreTrainedModel, args: DemoArguments) -> to
 
 def make_data(seed: int, args: DemoArguments) -> DatasetDict:
     """Tokenized splits, with so many training sentences that no batch sees one twice."""
-    tokenizer = toy_tokenizer()
-    splits = toy_dataset(args.steps * args.batch_size, args.num_validation, seed=seed)
-    return splits.map(lambda rows: tokenizer(rows["sentence"]), batched=True, remove_columns="sentence")
+    return toy_features(toy_dataset(args.steps * args.batch_size, args.num_validation, seed=seed))
 
 
 def training_arguments(seed: int, args: DemoArguments) -> TrainingArguments:
@@ -146,11 +141,6 @@ def training_arguments(seed: int, args: DemoArguments) -> TrainingArguments:
     )
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of sentences whose larger logit is the label's."""
-    return {"accuracy": float(accuracy_score(prediction.label_ids, np.argmax(prediction.predictions, axis=-1)))}
-
-
 def train(name: str, seed: int, data: DatasetDict, args: DemoArguments) -> Run:
     """Train one model with one optimizer through an unmodified Trainer."""
     model = toy_model(seed=seed, hidden_size=args.hidden_size)
@@ -161,7 +151,7 @@ def train(name: str, seed: int, data: DatasetDict, args: DemoArguments) -> Run:
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=DataCollatorWithPadding(toy_tokenizer()),
-        compute_metrics=accuracy,
+        compute_metrics=toy_accuracy,
         optimizers=(optimizer, None),
     )
     trainer.remove_callback(ProgressCallback)

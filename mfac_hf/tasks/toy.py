@@ -20,9 +20,11 @@ Everything is built here from a seed: no file and no network is needed.
 
 import random
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from sklearn.metrics import accuracy_score
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, EvalPrediction
 
 LABEL_NAMES = ("negative", "positive")
 
@@ -150,6 +152,17 @@ def toy_dataset(num_train: int = 32768, num_validation: int = 1024, *, seed: int
         rng.shuffle(rows)
         splits[name] = Dataset.from_list(rows, features=features)
     return DatasetDict(splits)
+
+
+def toy_features(splits: DatasetDict) -> DatasetDict:
+    """The splits of `toy_dataset` as a model reads them: token ids in place of sentences."""
+    tokenizer = toy_tokenizer()
+    return splits.map(lambda rows: tokenizer(rows["sentence"]), batched=True, remove_columns="sentence")
+
+
+def toy_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of sentences whose larger logit is the label's, for ``Trainer(compute_metrics=...)``."""
+    return {"accuracy": float(accuracy_score(prediction.label_ids, np.argmax(prediction.predictions, axis=-1)))}
 
 
 def toy_tokenizer() -> BertTokenizer:
