@@ -18,7 +18,8 @@ the task's own metric or by ``tuning: {metric: eval_loss}``. ``tuning: {flags: {
 all contenders alike; ``tuning_flags: {...}`` of a contender changes them for it alone. The best point of each
 contender is then trained with every seed and judged on the validation split, which no run before has seen. A grid of
 one point is not tuned. ``take`` gives a contender the values that another one was tuned to; with ``study: NAME`` those
-of the finished study NAME, with ``scale: {learning_rate: 2}`` twice the value.
+of the finished study NAME, with ``scale: {learning_rate: 2}`` twice the value. The flag ``contender: soap`` stands for
+an optimizer of another package (`run_contender.py`).
 
 With a ``baseline`` the table says how many steps and CPU seconds each contender needs to the baseline's last training
 loss. Each run is a process of its own with one thread, unless OMP_NUM_THREADS says otherwise. ``OUTPUT/NAME.jsonl``
@@ -46,6 +47,7 @@ from comparison.study_file import load_study
 from comparison.summary import format_summary
 from comparison.tables import format_study, summarize
 
+from mfac_hf.machine import package_version
 from mfac_hf.storage import write_text
 from mfac_hf.training.study import StudyLog, study_parser
 
@@ -129,8 +131,11 @@ def run_once(
         return
     with tempfile.TemporaryDirectory() as directory:
         command = [str(SCRIPTS / study["script"])]
+        if "contender" in flags:
+            command = [str(SCRIPTS / "run_contender.py"), study["script"]]
         for name, value in {**SHARED_FLAGS, **flags}.items():
-            command += [f"--{name}", os.path.expandvars(str(value))]
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            command += [f"--{name}", os.path.expandvars(text)]
         print(f"{study['name']} {contender} {phase} {point} seed {flags['seed']}", flush=True)
         result = subprocess.run(
             [sys.executable, *command, "--output_dir", directory],
@@ -145,6 +150,8 @@ def run_once(
             record |= {name: written[name] for name in ("results", "versions", "device", "threads", "peak_memory_gib")}
             record["value"] = written["results"]["selection_value"]
             record["metric"] = written["results"]["selection_metric"]
+            if "contender" in flags:
+                record["versions"]["pytorch_optimizer"] = package_version("pytorch_optimizer")
         else:
             record["error"] = result.stderr.strip().splitlines()[-1:]
         shown = f"{record['value']:.4f}" if record["value"] is not None else f"failed: {record['error']}"

@@ -30,7 +30,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from mfac_hf.hub_names import GLUE
 from mfac_hf.tasks import glue, glue_metric
-from mfac_hf.training.arguments import flag
+from mfac_hf.training.arguments import OptimizerMaker, build_optimizer, flag
 from mfac_hf.training.trainer_run import TrainerRun
 
 
@@ -94,17 +94,18 @@ def choose_splits(
     return train, evaluation, test
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, make_optimizer: OptimizerMaker = build_optimizer) -> dict[str, Any]:
     """Run what the flags ask for.
 
     Args:
         argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+        make_optimizer: makes the optimizer of the model and the flags.
 
     Returns:
         The metrics: Trainer's ``train_*`` and ``eval_*`` values, and the name and value of the metric that selects
         models.
     """
-    run = TrainerRun(GlueArguments, argv, __doc__)
+    run = TrainerRun(GlueArguments, argv, __doc__, make_optimizer)
     data_args, training_args = run.data_args, run.training_args
     task = glue.get_task(data_args.task_name)
     data = glue.load_glue(data_args.dataset_name, task, cache_dir=run.model_args.cache_dir)

@@ -36,7 +36,7 @@ from mfac_hf.storage import write_text
 from mfac_hf.tasks import squad
 from mfac_hf.tasks.squad_answers import AnswerOptions, SquadEvaluation, SquadPredictions
 from mfac_hf.tasks.squad_metric import best_null_threshold
-from mfac_hf.training.arguments import flag
+from mfac_hf.training.arguments import OptimizerMaker, build_optimizer, flag
 from mfac_hf.training.trainer_run import TrainerRun
 
 SELECTION_METRIC = "eval_f1"
@@ -120,17 +120,18 @@ def write_predictions(output_dir: str, predictions: SquadPredictions) -> None:
         write_text(Path(output_dir) / name, text + "\n")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, make_optimizer: OptimizerMaker = build_optimizer) -> dict[str, Any]:
     """Run what the flags ask for.
 
     Args:
         argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+        make_optimizer: makes the optimizer of the model and the flags.
 
     Returns:
         The metrics: Trainer's ``train_*`` and ``eval_*`` values, the name and value of the metric that selects models
         and, for v2 with ``--do_predict``, under ``threshold_search`` what the best threshold would have given.
     """
-    run = TrainerRun(SquadArguments, argv, __doc__)
+    run = TrainerRun(SquadArguments, argv, __doc__, make_optimizer)
     data_args, training_args = run.data_args, run.training_args
     train, evaluation = choose_splits(data_args, training_args, run.model_args.cache_dir)
     if evaluation is not None and training_args.train_sampling_strategy == "group_by_length":

@@ -23,8 +23,8 @@ from transformers import BertTokenizer, TrainingArguments
 
 from mfac_hf.tasks import mlm
 from mfac_hf.tasks.toy import toy_tokenizer
-from mfac_hf.training.arguments import build_optimizer, flag
-from mfac_hf.training.scratch_run import OptimizerMaker, ScratchTask, hold_out, run_from_scratch
+from mfac_hf.training.arguments import OptimizerMaker, build_optimizer, flag
+from mfac_hf.training.scratch_run import ScratchTask, hold_out, run_from_scratch
 
 
 @dataclass

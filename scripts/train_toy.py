@@ -20,8 +20,8 @@ from typing import Any
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 from mfac_hf.tasks.toy import toy_accuracy, toy_dataset, toy_features, toy_model, toy_tokenizer
-from mfac_hf.training.arguments import build_optimizer, flag
-from mfac_hf.training.scratch_run import OptimizerMaker, ScratchTask, hold_out, run_from_scratch
+from mfac_hf.training.arguments import OptimizerMaker, build_optimizer, flag
+from mfac_hf.training.scratch_run import ScratchTask, hold_out, run_from_scratch
 
 
 @dataclass

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,9 @@ class OptimizerArguments:
     )
     row_sparse: bool = flag(True, "mfac: keep only the rows of embedding gradients that a batch touches.")
     save_window: bool = flag(True, "mfac: write the window into checkpoints; without it, a resumed run refills it.")
+
+
+OptimizerMaker = Callable[[nn.Module, OptimizerArguments, TrainingArguments], torch.optim.Optimizer]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

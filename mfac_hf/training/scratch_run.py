@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from mfac_hf.callbacks import MFACLoggingCallback
@@ -16,6 +15,7 @@ from mfac_hf.hub.run_records import write_results
 from mfac_hf.loss_scale import correct_loss_scale
 from mfac_hf.training.arguments import (
     OptimizerArguments,
+    OptimizerMaker,
     build_optimizer,
     find_checkpoint,
     parse_args,
@@ -24,8 +24,6 @@ from mfac_hf.training.arguments import (
 from mfac_hf.training.curve import LossCurveCallback
 
 __all__ = ["ScratchTask", "hold_out", "run_from_scratch"]
-
-OptimizerMaker = Callable[[PreTrainedModel, OptimizerArguments, TrainingArguments], Optimizer]
 
 
 @dataclass

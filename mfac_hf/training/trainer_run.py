@@ -30,6 +30,7 @@ from mfac_hf.pruning import MaskSet, PruningReport, prune_one_shot
 from mfac_hf.training.arguments import (
     ModelArguments,
     OptimizerArguments,
+    OptimizerMaker,
     build_optimizer,
     find_checkpoint,
     parse_args,
@@ -49,6 +50,7 @@ class TrainerRun:
         data_arguments: the script's own dataclass of flags.
         argv: arguments without the program's name; ``sys.argv[1:]`` if None.
         description: text above the flags in ``--help``.
+        make_optimizer: makes the optimizer of the model and the flags.
 
     Attributes:
         data_args: the script's own flags.
@@ -62,9 +64,13 @@ class TrainerRun:
     """
 
     def __init__(
-        self, data_arguments: type[Any], argv: Sequence[str] | None = None, description: str | None = None
+        self,
+        data_arguments: type[Any],
+        argv: Sequence[str] | None = None,
+        description: str | None = None,
+        make_optimizer: OptimizerMaker = build_optimizer,
     ) -> None:
-        self.started, self.argv = time.perf_counter(), argv
+        self.started, self.argv, self._make_optimizer = time.perf_counter(), argv, make_optimizer
         kinds = (ModelArguments, data_arguments, OptimizerArguments, LoraArguments, PruningArguments, GradualArguments)
         self.arguments = parse_args(*kinds, TrainingArguments, argv=argv, description=description)
         self.model_args: ModelArguments
@@ -123,7 +129,7 @@ class TrainerRun:
 
     def build_optimizer(self, model: PreTrainedModel) -> Optimizer | None:
         """The optimizer to hand to Trainer; None where nothing is trained."""
-        return build_optimizer(model, self.optimizer_args, self.training_args) if self.trains else None
+        return self._make_optimizer(model, self.optimizer_args, self.training_args) if self.trains else None
 
     def select_best_by(self, metric: str) -> None:
         """Let ``--load_best_model_at_end`` choose by this metric, unless the flags name another one."""

@@ -210,3 +210,20 @@ def test_a_run_is_a_process_whose_results_and_failures_are_kept(tmp_path, monkey
     good, bad = log.rows
     assert (good["value"], good["metric"], good["results"]["threads"]) == (0.5, "eval_f1", "1")
     assert bad["value"] is None and "too large" in bad["error"][0]
+
+
+def test_a_contender_of_another_package_runs_through_its_own_script(tmp_path, monkeypatch):
+    (tmp_path / "run_contender.py").write_text(
+        "import json, sys\n"
+        "results = {'selection_value': 0.5, 'selection_metric': 'eval_f1', 'argv': sys.argv[1:]}\n"
+        "record = {'results': results, 'versions': {}, 'device': 'cpu', 'threads': 1, 'peak_memory_gib': 1}\n"
+        "open(sys.argv[sys.argv.index('--output_dir') + 1] + '/results.json', 'w').write(json.dumps(record))\n"
+    )
+    monkeypatch.setattr(compare, "SCRIPTS", tmp_path)
+    log = compare.StudyLog(tmp_path / "log.jsonl")
+    flags = {"contender": "soap", "contender_options": {"precondition_frequency": 5}, "seed": 1}
+    compare.run_once({**STUDY, "script": "run_glue.py"}, "soap", "final", {}, flags, log)
+    argv = log.rows[0]["results"]["argv"]
+    assert argv[0] == "run_glue.py" and argv[argv.index("--contender") + 1] == "soap"
+    assert json.loads(argv[argv.index("--contender_options") + 1]) == {"precondition_frequency": 5}
+    assert "pytorch_optimizer" in log.rows[0]["versions"]
