@@ -12,7 +12,7 @@ __all__ = [
 ]
 
 # Of `mfac_hf.MFAC`.
-MFAC_METRIC = "identity"
+MFAC_METRIC = "adam"
 
 # Of the identity metric: those of the published runs.
 MFAC_LEARNING_RATE = 1e-4

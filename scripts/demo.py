@@ -108,6 +108,7 @@ def make_optimizer(name: str, model: PreTrainedModel, args: DemoArguments) -> to
     if name == "mfac":
         return MFAC(
             model.parameters(),
+            metric="identity",
             lr=args.mfac_lr,
             num_grads=args.num_grads,
             damping=args.mfac_damping,

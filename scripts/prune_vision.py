@@ -60,9 +60,13 @@ class PruneArguments(VisionArguments):
     sparsities: list[float] | None = flag(None, "Sparsity after each pruning step, rising. Required.")
     prefix: str = flag("experiment/model", "Beginning of the names of all files that are written.")
     adjust_sparsities: bool = flag(False, "Sparsities are shares of all parameters, not of the target weights.")
-    optim: Literal["sgd", "adam", "mfac"] = flag("sgd", "Optimizer of the training between the pruning steps.")
+    optim: Literal["sgd", "adam", "adamw", "mfac"] = flag(
+        "sgd", "Optimizer of the training between the pruning steps."
+    )
     lr: float = flag(0.005, "Learning rate after the last pruning step.")
-    momentum: float = flag(0.9, "Decay of the average of gradients (sgd) or of directions (mfac).")
+    momentum: float | None = flag(
+        None, "Decay of the average of gradients (sgd) or of directions (mfac --metric identity); default: .9."
+    )
     pruner: Literal["mfac", "mag"] = flag("mfac", "M-FAC, or magnitude pruning.")
     prun_every: int = flag(1, "Epochs from one pruning step to the next.")
     prun_lrs: list[float] | None = flag(None, "Learning rates to cycle through between pruning steps; default: --lr.")
@@ -94,6 +98,12 @@ class PruneArguments(VisionArguments):
         "after", "When to keep batch norm statistics that were re-estimated on augmented training images."
     )
     bn_images: int = flag(5120, "Images to re-estimate with.")
+
+    def __post_init__(self) -> None:
+        """Put defaults in place of what was not given."""
+        super().__post_init__()
+        if self.momentum is None and (self.optim, self.metric) != ("mfac", "adam"):
+            self.momentum = 0.9
 
     def steps(self) -> tuple[tuple[int, float], ...]:
         """(epoch, sparsity) of each pruning step, before any adjustment.

@@ -43,7 +43,9 @@ def make_trainer(directory, optimizer_type, callbacks, **options):
     model, reporter = Line(), Reporter()
     data = [{"x": torch.randn(3), "labels": torch.randn(())} for _ in range(12)]
     optimizer = (
-        MFAC(model.parameters(), num_grads=4) if optimizer_type == "mfac" else torch.optim.AdamW(model.parameters())
+        MFAC(model.parameters(), metric="identity", num_grads=4)
+        if optimizer_type == "mfac"
+        else torch.optim.AdamW(model.parameters())
     )
     args = TrainingArguments(
         output_dir=str(directory),

@@ -58,7 +58,7 @@ def make_trainer(directory, name="classifier", trainer_class=Trainer, batch=4, a
     set_seed(0)
     build, kind = MODELS[name]
     model = build()
-    optimizer = MFAC(model.parameters(), lr=1e-3, num_grads=4, damping=1e-2)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=4, damping=1e-2)
     settings = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
     settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "seed": 3}
     return trainer_class(

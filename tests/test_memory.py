@@ -81,7 +81,7 @@ def test_a_model_is_what_the_optimizer_allocates():
     whole = memory_estimate(model, 64, embedding_rows=10**9).bytes
     assert whole == 64 * dense * 4 + 64 * 4096 * (16 * 4 + 8) + matrices(64)
 
-    optimizer = MFAC(model.parameters(), num_grads=64)
+    optimizer = MFAC(model.parameters(), metric="identity", num_grads=64)
     model.hidden(model.words(torch.arange(512)) + model.types(torch.zeros(512, dtype=torch.int64))).sum().backward()
     optimizer.step()
     held = optimizer._window.nbytes
@@ -129,7 +129,7 @@ def test_refusal_names_the_numbers_and_the_ways_out(monkeypatch):
 def test_a_step_that_does_not_fit_changes_nothing_and_a_later_one_works(monkeypatch, sparse):
     table = nn.Embedding(100, 8, sparse=sparse)
     model = nn.Sequential(table, nn.Linear(8, 3))
-    optimizer = MFAC(model.parameters(), lr=0.1, num_grads=5, momentum=0.5)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=0.1, num_grads=5, momentum=0.5)
     before = [p.detach().clone() for p in model.parameters()]
     model(torch.tensor([1, 2])).sum().backward()
     monkeypatch.setattr(memory, "available_bytes", lambda device: 100)
@@ -146,7 +146,7 @@ def test_a_step_that_does_not_fit_changes_nothing_and_a_later_one_works(monkeypa
 
 def test_the_first_step_needs_room_for_the_gram_matrix_too(monkeypatch):
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = MFAC([parameter], lr=0.1, num_grads=1000)
+    optimizer = MFAC([parameter], metric="identity", lr=0.1, num_grads=1000)
     parameter.grad = torch.ones(3)
     needed = memory_estimate(3, 1000).bytes
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
@@ -160,7 +160,7 @@ def test_the_first_step_needs_room_for_the_gram_matrix_too(monkeypatch):
 
 def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch):
     first, late = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))
-    optimizer = MFAC([first, late], lr=0.1, num_grads=5)
+    optimizer = MFAC([first, late], metric="identity", lr=0.1, num_grads=5)
     first.grad = torch.ones(4)
     optimizer.step()
     late.grad = torch.ones(6)

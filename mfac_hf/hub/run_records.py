@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mfac_hf.defaults import MFAC_DEFAULTS
 from mfac_hf.hub.errors import MissingResultsError
 from mfac_hf.hub.schemas import PrunedFile, ResultsFile, Run, VisionLog
 from mfac_hf.hub.vision_log import read_log
@@ -254,8 +255,13 @@ def _optimizer(flags: Mapping[str, Any]) -> dict[str, Any] | None:
         return {"name": UNTRAINED}
     if flags["optim_name"] == "adamw":
         return {"name": "AdamW", **{key: flags.get(key) for key in ("adam_beta1", "adam_beta2", "adam_epsilon")}}
+    metric = flags.get("metric") or "identity"  # runs from before there was another one do not name theirs
     shown = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "window_dtype", "decoupled_weight_decay")
-    return {"name": "M-FAC", **{key: flags[key] for key in shown if key in flags}}
+    defaults = MFAC_DEFAULTS[metric]
+    options = {key: defaults.get(key) if flags[key] is None else flags[key] for key in shown if key in flags}
+    if metric == "adam":
+        options |= {key: flags[key] for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in flags}
+    return {"name": "M-FAC", "metric": metric, **{key: value for key, value in options.items() if value is not None}}
 
 
 def write_results(

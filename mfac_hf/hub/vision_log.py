@@ -73,12 +73,13 @@ def _vision_dataset(source: str) -> dict[str, Any]:
 
 
 def _vision_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    names = {"mfac": "M-FAC", "sgd": "SGD", "adam": "Adam"}
+    names = {"mfac": "M-FAC", "sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
     if arguments.get("optim") not in names:
         return None
     settings = ["lr", "momentum", "weightdecay"]
     if arguments["optim"] == "mfac":
-        settings += ["ngrads", "damping", "grad_decay", "normalize", "window_dtype"]
+        settings += ["metric", "ngrads", "damping", "grad_decay", "normalize", "window_dtype"]
+        arguments = {"metric": "identity", **arguments}  # runs from before there was another one do not name it
     chosen = {key: arguments[key] for key in settings if arguments.get(key) is not None}
     return {"name": names[arguments["optim"]], **chosen}
 

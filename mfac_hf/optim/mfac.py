@@ -1,6 +1,7 @@
 r"""The M-FAC optimizer: preconditioning by the inverse of a sliding-window empirical Fisher.
 
-Each step stores the new gradient g in a window of the last m, and moves the parameters along
+Each step stores the new gradient g in a window of the last m. In the identity metric, the paper's, it moves the
+parameters along
 
 .. math:: v \leftarrow \mu v + (1 - \mu) F^{-1} g, \qquad \theta \leftarrow \theta - \eta v, \qquad
           F = \lambda I + \tfrac{1}{n} \sum_{i=1}^{m} g_i g_i^\top
@@ -9,7 +10,7 @@ Each step stores the new gradient g in a window of the last m, and moves the par
 the other stored gradients, :math:`g_\perp`, the direction is about :math:`n g_\perp / |g_\perp|^2`: it grows with the
 window and shrinks with the gradient. Tune ``lr * num_grads``, not ``lr``.
 
-With ``metric="adam"`` the window holds :math:`\tilde g = D^{-1/2} g` with AdamW's denominators
+In Adam's metric, the default, the window holds :math:`\tilde g = D^{-1/2} g` with AdamW's denominators
 :math:`D = \mathrm{diag}(\sqrt{\hat v} + \epsilon)` (`mfac_hf.optim.metric`), and a step is
 
 .. math:: \theta \leftarrow (1 - \eta\delta)\theta - \eta D^{-1/2} \tilde G^\top c, \qquad
@@ -49,7 +50,7 @@ __all__ = ["MFAC"]
 class MFAC(WindowedOptimizer):
     r"""Matrix-free approximate natural-gradient descent with the dynamic algorithm of M-FAC.
 
-    Usage with the Hugging Face Trainer: ``Trainer(..., optimizers=(MFAC(model.parameters(), lr=1e-3), None))``. The
+    Usage with the Hugging Face Trainer: ``Trainer(..., optimizers=(MFAC(model.parameters(), lr=5e-5), None))``. The
     learning rate is this optimizer's own (``TrainingArguments.learning_rate`` is not used), and Trainer adds its
     schedule to it. Trainer clips gradients to ``max_grad_norm`` (1.0) before they enter the window, as in the
     published runs.
@@ -61,18 +62,19 @@ class MFAC(WindowedOptimizer):
         params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay
             and decoupled_weight_decay; all groups have the other options in common. Between steps, these and, in all
             groups alike, damping and grad_decay may be changed in ``param_groups``; the others are fixed.
-        lr: learning rate, >= 0. In Adam's metric AdamW's.
-        metric: ``"identity"``, the paper's, or ``"adam"``. Each has its own defaults (`mfac_hf.defaults`), and options
+        lr: learning rate, >= 0: AdamW's, in Adam's metric.
+        metric: ``"adam"``, or ``"identity"``, the paper's. Each has its own defaults (`mfac_hf.defaults`), and options
             that the other does not have: betas and eps belong to Adam's; momentum, decoupled_weight_decay, normalize
             and grad_decay to the identity.
-        num_grads: gradients in the window, m >= 1; by default 1024, in Adam's metric 16.
-        damping: :math:`\lambda > 0`; in Adam's metric :math:`\rho > 0`, which has no unit.
+        num_grads: gradients in the window, m >= 1; by default 16, in the identity metric 1024.
+        damping: :math:`\rho > 0`, which has no unit; in the identity metric :math:`\lambda > 0`.
         betas: :math:`\beta_1`, the decay of the stored gradients' weights, and :math:`\beta_2`, that of the second
             moment, which groups may have of their own.
         eps: :math:`\epsilon > 0`.
         momentum: :math:`\mu` in [0, 1), decay of the exponential average v of the *directions*.
-        weight_decay: coefficient >= 0 of the L2 penalty, added to the gradient before it enters the window, as in the
-            paper's code. It makes the gradient of an embedding dense. In Adam's metric decoupled, as in AdamW.
+        weight_decay: coefficient >= 0, in Adam's metric decoupled, as in AdamW. In the identity metric that of the L2
+            penalty, added to the gradient before it enters the window, as in the paper's code, which makes the
+            gradient of an embedding dense.
         decoupled_weight_decay: multiply the parameters by (1 - lr * weight_decay) instead.
         normalize: n in F. ``"num_grads"`` divides by m always (the paper); ``"count"`` divides by the gradients held
             so far, which makes the first steps shorter: a warm-up without a schedule. The same once the window is

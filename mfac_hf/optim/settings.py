@@ -18,7 +18,7 @@ class _ByMetric:
 # by hand, it is a mistake.
 BY_METRIC: Any = _ByMetric()
 
-# In Adam's metric no run is known to need less damping or a higher rate: such values come from the identity metric.
+# In Adam's metric no run is known to need so little damping or so high a rate: they come from the identity metric.
 LEAST_DAMPING = 1e-4
 HIGHEST_RATE = 1e-2
 
@@ -84,7 +84,7 @@ def warn_of_old_habits(settings: dict[str, Any]) -> None:
             "metric='identity', where it is a squared gradient entry",
             stacklevel=3,
         )
-    if settings["lr"] > HIGHEST_RATE:
+    if settings["lr"] >= HIGHEST_RATE:
         warnings.warn(
             f"lr={settings['lr']:g} with metric='adam', which takes AdamW's learning rate: this is higher than usual. "
             "Rates for metric='identity' do not carry over",

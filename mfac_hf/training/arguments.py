@@ -18,8 +18,9 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from mfac_hf.defaults import MFAC_DAMPING, MFAC_LEARNING_RATE, MFAC_NUM_GRADS
+from mfac_hf.defaults import MFAC_DEFAULTS, MFAC_METRIC
 from mfac_hf.optim.mfac import MFAC
+from mfac_hf.optim.settings import settings_of
 from mfac_hf.schema import check_schema
 from mfac_hf.storage import read_yaml
 
@@ -57,33 +58,70 @@ class ModelArguments:
         return {"pretrained_model_name_or_path": self.tokenizer_name, "cache_dir": self.cache_dir}
 
 
+_ADAM, _IDENTITY = MFAC_DEFAULTS["adam"], MFAC_DEFAULTS["identity"]
+
+
 @dataclass
 class OptimizerArguments:
-    """The optimizer; its learning rate and weight decay are those of ``TrainingArguments``."""
+    """The optimizer; learning rate, weight decay and Adam's betas and epsilon are those of ``TrainingArguments``.
+
+    None stands for the default of M-FAC's metric.
+    """
 
     optim_name: Literal["mfac", "adamw"] = flag(
         "mfac",
-        "Optimizer; takes the place of TrainingArguments' --optim. "
-        f"Without --learning_rate, mfac runs at {MFAC_LEARNING_RATE:g} and adamw at 5e-5.",
+        "Optimizer; takes the place of TrainingArguments' --optim. Without --learning_rate, both run at Trainer's "
+        f"5e-5, and mfac with --metric identity at {_IDENTITY['lr']:g}.",
     )
-    num_grads: int = flag(MFAC_NUM_GRADS, "mfac: gradients in the window.")
-    damping: float = flag(MFAC_DAMPING, "mfac: multiple of the identity that is added to the Fisher.")
-    momentum: float = flag(0.0, "mfac: decay of the exponential average of directions.")
-    grad_decay: float = flag(0.0, "mfac: decay of the exponential average of gradients that is preconditioned.")
-    normalize: Literal["num_grads", "count"] = flag(
-        "num_grads", "mfac: divide the Fisher by num_grads, or by the gradients that the window holds so far."
+    metric: Literal["adam", "identity"] = flag(
+        MFAC_METRIC,
+        "mfac: what damping is measured in. adam takes AdamW's learning rate, --adam_beta1, --adam_beta2, "
+        "--adam_epsilon and decoupled --weight_decay; identity is the method as published.",
+    )
+    num_grads: int | None = flag(
+        None,
+        f"mfac: gradients in the window; default: {_ADAM['num_grads']}, with --metric identity "
+        f"{_IDENTITY['num_grads']}.",
+    )
+    damping: float | None = flag(
+        None,
+        f"mfac: damping relative to the stored gradients, default {_ADAM['damping']:g}; with --metric identity the "
+        f"multiple of the identity that is added to the Fisher, default {_IDENTITY['damping']:g}.",
+    )
+    momentum: float | None = flag(
+        None, "mfac, --metric identity: decay of the exponential average of directions; default: 0."
+    )
+    grad_decay: float | None = flag(
+        None,
+        "mfac, --metric identity: decay of the exponential average of gradients that is preconditioned; default: 0.",
+    )
+    normalize: Literal["num_grads", "count"] | None = flag(
+        None,
+        "mfac, --metric identity: divide the Fisher by num_grads (default), or by the gradients that the window holds "
+        "so far.",
+    )
+    decoupled_weight_decay: bool | None = flag(
+        None,
+        "mfac, --metric identity: apply --weight_decay to the weights, as AdamW does; else (default) it is added to "
+        "the gradient, which then is dense.",
     )
     window_dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "mfac: storage of the window.")
     window_device: list[str] | None = flag(
         None, "mfac: device or devices that hold the window; default: the parameters' own."
     )
-    decoupled_weight_decay: bool = flag(
-        False,
-        "mfac: apply --weight_decay to the weights, as AdamW does; else it is added to the gradient, which then is "
-        "dense.",
-    )
     row_sparse: bool = flag(True, "mfac: keep only the rows of embedding gradients that a batch touches.")
     save_window: bool = flag(True, "mfac: write the window into checkpoints; without it, a resumed run refills it.")
+
+    def given(self) -> dict[str, Any]:
+        """The options of M-FAC that depend on its metric and were given.
+
+        Raises:
+            ValueError: one of them belongs to the other metric.
+        """
+        names = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "decoupled_weight_decay")
+        options = {name: value for name in names if (value := getattr(self, name)) is not None}
+        settings_of(self.metric, options)
+        return options
 
 
 OptimizerMaker = Callable[[nn.Module, OptimizerArguments, TrainingArguments], torch.optim.Optimizer]
@@ -137,8 +175,8 @@ def parse_args(
 ) -> tuple[Any, ...]:
     """Parse flags, or a recipe followed by flags that override it, into one instance of each dataclass.
 
-    Where :class:`OptimizerArguments` is among the types, mfac was chosen and no learning rate was given, the
-    learning rate becomes M-FAC's default instead of Trainer's 5e-5, which a log line says.
+    Where :class:`OptimizerArguments` is among the types, mfac was chosen in the identity metric and no learning rate
+    was given, the learning rate becomes the one of that metric instead of Trainer's 5e-5, which a log line says.
 
     Args:
         dataclass_types: dataclasses with disjoint field names.
@@ -167,9 +205,10 @@ def parse_args(
         default = parser.get_default("learning_rate")
         parser.set_defaults(learning_rate=None)
         chosen, _ = parser.parse_known_args(argv)
-        if chosen.learning_rate is None and chosen.optim_name == "mfac":
-            logger.info("no --learning_rate given: M-FAC's default %g, not Trainer's %g", MFAC_LEARNING_RATE, default)
-            default = MFAC_LEARNING_RATE
+        if chosen.learning_rate is None and chosen.optim_name == "mfac" and chosen.metric == "identity":
+            ours = MFAC_DEFAULTS["identity"]["lr"]
+            logger.info("no --learning_rate given: --metric identity has %g, not Trainer's %g", ours, default)
+            default = ours
         parser.set_defaults(learning_rate=default)
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
@@ -223,7 +262,8 @@ def build_optimizer(
     exempt from weight decay (:func:`parameter_groups`).
 
     Raises:
-        ValueError: the model has no trainable parameter, or ``--optim`` was given, which would have no effect.
+        ValueError: the model has no trainable parameter, ``--optim`` was given, which would have no effect, or an
+            option of M-FAC is out of range or of another metric than the chosen one.
     """
     trainer_default = TrainingArguments.__dataclass_fields__["optim"].default
     if training_args.optim != trainer_default:
@@ -231,20 +271,20 @@ def build_optimizer(
     groups = parameter_groups(model, training_args.weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError("the model has no trainable parameter: requires_grad is False everywhere")
+    betas, eps = (training_args.adam_beta1, training_args.adam_beta2), training_args.adam_epsilon
     if optimizer_args.optim_name == "adamw":
-        betas = (training_args.adam_beta1, training_args.adam_beta2)
-        return torch.optim.AdamW(groups, lr=training_args.learning_rate, betas=betas, eps=training_args.adam_epsilon)
+        return torch.optim.AdamW(groups, lr=training_args.learning_rate, betas=betas, eps=eps)
 
+    options: dict[str, Any] = optimizer_args.given()
+    if optimizer_args.metric == "adam":
+        options |= {"betas": betas, "eps": eps}
     devices: Any = optimizer_args.window_device
     return MFAC(
         groups,
         lr=training_args.learning_rate,
-        num_grads=optimizer_args.num_grads,
-        damping=optimizer_args.damping,
-        momentum=optimizer_args.momentum,
-        grad_decay=optimizer_args.grad_decay,
-        decoupled_weight_decay=optimizer_args.decoupled_weight_decay,
-        normalize=optimizer_args.normalize,
+        metric=optimizer_args.metric,
+        **options,
+        weight_decay=training_args.weight_decay,
         window_dtype=getattr(torch, optimizer_args.window_dtype),
         window_device=devices[0] if devices is not None and len(devices) == 1 else devices,
         row_sparse=optimizer_args.row_sparse,

@@ -100,8 +100,14 @@ class StudyLog:
             self.rows.append(row)
 
     def find(self, **key: Any) -> dict[str, Any] | None:
-        """The result with this key; None if there is none."""
-        return next((row for row in self.rows if row["key"] == key), None)
+        """The result with this key; None if there is none.
+
+        Runs from before M-FAC had another metric than the identity do not name theirs among the ``flags`` of the key.
+        """
+        keys = [key]
+        if (flags := key.get("flags")) and flags.get("metric") == "identity":
+            keys.append({**key, "flags": {name: value for name, value in flags.items() if name != "metric"}})
+        return next((row for row in self.rows if row["key"] in keys), None)
 
     def add(self, key: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         """Write a result to the end of the file, whole or not at all, and return it with its key."""

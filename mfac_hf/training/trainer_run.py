@@ -60,7 +60,7 @@ class TrainerRun:
 
     Raises:
         FileNotFoundError: the checkpoint to resume from is missing.
-        ValueError: a flag is out of range, or one that another needs is missing.
+        ValueError: a flag is out of range or belongs to another metric, or one that another needs is missing.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class TrainerRun:
         self.pruning_args, gradual_args = pruning_args
         require_action(self.training_args)
         self.lora_args.check()
+        if self.optimizer_args.optim_name == "mfac":
+            self.optimizer_args.given()  # here: refuses options of another metric before anything is loaded
         self.prunes_only = self.pruning_args.is_one_shot(self.training_args)
         self.trains = self.training_args.do_train and not self.prunes_only
         self.pruning = build_pruning_callback(self.pruning_args, gradual_args, self.training_args)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from mfac_hf.defaults import MFAC_NUM_GRADS
+from mfac_hf.defaults import MFAC_DEFAULTS
 from mfac_hf.models import MODEL_NAMES, Checkpoint, ResNetCifar, create_model, read_checkpoint
 from mfac_hf.optim.mfac import MFAC
 from mfac_hf.pruning.masks import MaskSet
@@ -37,6 +37,9 @@ __all__ = [
 
 # One for all runs: what was tuned on must stay out of all of them.
 _HOLDOUT_SEED = 2024
+# The reference's script has another damping than its optimizer.
+_MFAC_DEFAULTS = {**MFAC_DEFAULTS, "identity": {**MFAC_DEFAULTS["identity"], "damping": 1e-5}}
+_ADAM, _IDENTITY = _MFAC_DEFAULTS["adam"], _MFAC_DEFAULTS["identity"]
 
 
 @dataclass
@@ -65,19 +68,47 @@ class VisionArguments:
     )
     batchsize: int = flag(128, "Images in a batch, over all processes.")
     nworkers: int | None = flag(None, "Processes that read images; default: none for images in memory, else up to 8.")
-    weightdecay: float = flag(0.0, "Coupled weight decay.")
+    weightdecay: float = flag(0.0, "Weight decay: coupled, but with adamw and with mfac --metric adam decoupled.")
     drop_at: list[int] | None = flag(None, "Epochs at which the learning rate drops.")
     drop_by: float = flag(0.1, "Factor by which it drops.")
-    ngrads: int = flag(MFAC_NUM_GRADS, "mfac: gradients in the optimizer's window.")
-    damping: float = flag(1e-5, "mfac: multiple of the identity that is added to the Fisher.")
-    grad_decay: float = flag(0.0, "mfac: decay of the exponential average of gradients that is preconditioned.")
-    normalize: Literal["num_grads", "count"] = flag(
-        "num_grads", "mfac: divide the Fisher by ngrads (the paper), or by the gradients that the window holds so far."
+    metric: Literal["identity", "adam"] = flag(
+        "identity",
+        "mfac: what damping is measured in. identity is the optimizer of the paper, which the flags of its script "
+        "mean; adam is the default of mfac_hf.MFAC and takes the learning rate of adamw.",
+    )
+    ngrads: int | None = flag(
+        None,
+        f"mfac: gradients in the optimizer's window; default: {_IDENTITY['num_grads']}, with --metric adam "
+        f"{_ADAM['num_grads']}.",
+    )
+    damping: float | None = flag(
+        None,
+        f"mfac: multiple of the identity that is added to the Fisher, default {_IDENTITY['damping']:g}; with --metric "
+        f"adam damping relative to the stored gradients, default {_ADAM['damping']:g}.",
+    )
+    grad_decay: float | None = flag(
+        None,
+        "mfac, --metric identity: decay of the exponential average of gradients that is preconditioned; default: 0.",
+    )
+    normalize: Literal["num_grads", "count"] | None = flag(
+        None,
+        "mfac, --metric identity: divide the Fisher by ngrads (the paper, default), or by the gradients that the "
+        "window holds so far.",
     )
     window_dtype: Literal["float32", "bfloat16"] = flag("float32", "mfac: storage of the window.")
     seed: int = flag(0, "Seed of weights, order, augmentation and the choice of gradients.")
     resume: bool = flag(False, "Continue the run of the same flags that was cut off; start if there is none.")
     progress: bool = flag(True, "Show progress bars.")
+
+    def __post_init__(self) -> None:
+        """Put the defaults of the metric in place of what was not given, so that logs have the values."""
+        defaults = _MFAC_DEFAULTS[self.metric]
+        for name, option in (
+            ("ngrads", "num_grads"),
+            *((name, name) for name in ("damping", "grad_decay", "normalize")),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, defaults.get(option))
 
     def to_dict(self) -> dict[str, Any]:
         """The flags that decide the result, as plain values."""
@@ -213,7 +244,13 @@ def sparse_masks(checkpoint: Checkpoint | None, model: nn.Module) -> MaskSet:
 
 
 def build_optimizer(
-    run: VisionRun, name: str, args: VisionArguments, *, lr: float, momentum: float, masks: MaskSet | None = None
+    run: VisionRun,
+    name: str,
+    args: VisionArguments,
+    *,
+    lr: float,
+    momentum: float | None,
+    masks: MaskSet | None = None,
 ) -> Any:
     """Make an optimizer and prepare it.
 
@@ -221,28 +258,33 @@ def build_optimizer(
 
     Args:
         run: the run with the model.
-        name: ``"sgd"``, ``"adam"`` or ``"mfac"``.
+        name: ``"sgd"``, ``"adam"``, ``"adamw"`` or ``"mfac"``.
         args: weight decay, and the options of M-FAC.
         lr: learning rate.
-        momentum: decay of the average of gradients (sgd) or directions (mfac); adam has its own.
+        momentum: decay of the average of gradients (sgd) or directions (mfac in the identity metric); others have
+            their own.
         masks: weights that M-FAC leaves out of its window.
+
+    Raises:
+        ValueError: an option of M-FAC is out of range, or of another metric than the chosen one.
     """
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
     if name == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=args.weightdecay)
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum or 0.0, weight_decay=args.weightdecay)
     elif name == "adam":
         optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=args.weightdecay)
+    elif name == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=args.weightdecay)
     else:
+        options: dict[str, Any] = {"momentum": momentum, "grad_decay": args.grad_decay, "normalize": args.normalize}
+        options |= {"num_grads": args.ngrads, "damping": args.damping}
         optimizer = MFAC(
             parameters,
             lr=lr,
-            num_grads=args.ngrads,
-            damping=args.damping,
-            momentum=momentum,
+            metric=args.metric,
+            **{name: value for name, value in options.items() if value is not None},
             weight_decay=args.weightdecay,
-            grad_decay=args.grad_decay,
-            normalize=args.normalize,
             window_dtype=getattr(torch, args.window_dtype),
             masks=None if masks is None else masks.parameter_masks(run.bare_model),
             process_group=run.process_group,

@@ -33,7 +33,9 @@ def benchmark_step(num_grads: int, dim: int, rounds: int, device: torch.device) 
     rows = []
     for name, dtype in WINDOW_DTYPES.items():
         parameter = torch.nn.Parameter(torch.zeros(dim, device=device))
-        optimizer = MFAC([parameter], lr=1e-6, num_grads=num_grads, damping=1e-4, window_dtype=dtype)
+        optimizer = MFAC(
+            [parameter], metric="identity", lr=1e-6, num_grads=num_grads, damping=1e-4, window_dtype=dtype
+        )
         parameter.grad = torch.randn(dim, device=device)
         optimizer.step()
         # A full window without m steps: independent gradients, and of their Gram matrix the lengths alone.
@@ -87,10 +89,12 @@ def benchmark_epoch(model: str, data: str) -> dict[str, Any]:
     """Measure time and peak memory of an epoch of SST-2 at the published m = 1024, and of AdamW; a process each."""
     contenders = {
         "adamw": ["--optim_name", "adamw"],
-        "mfac_float32": ["--optim_name", "mfac", "--num_grads", "1024", "--damping", "1e-6"],
+        "mfac_float32": ["--optim_name", "mfac", "--metric", "identity", "--num_grads", "1024", "--damping", "1e-6"],
         "mfac_bfloat16": [
             "--optim_name",
             "mfac",
+            "--metric",
+            "identity",
             "--num_grads",
             "1024",
             "--damping",

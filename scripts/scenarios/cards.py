@@ -111,7 +111,7 @@ def _pruning_trainer(folder: Path) -> Trainer:
         train_dataset=sentences(16),
         eval_dataset=sentences(16),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-        optimizers=(MFAC(model.parameters(), lr=1e-3, num_grads=8), None),
+        optimizers=(MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=8), None),
     )
     options = {"num_grads": 4, "block_size": 16, "recomputations": 1}
     MFACPruningCallback(SparsitySchedule.from_list([0.5, 0.75], unit="step"), **options).attach(trainer)

@@ -30,7 +30,9 @@ def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _mfac(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return MFAC(model.parameters(), lr=2e-3, num_grads=8, damping=1e-3, momentum=0.9, grad_decay=0.5)
+    return MFAC(
+        model.parameters(), metric="identity", lr=2e-3, num_grads=8, damping=1e-3, momentum=0.9, grad_decay=0.5
+    )
 
 
 def _trainer(folder: Path, optimizer: Any, **options: Any) -> Trainer:

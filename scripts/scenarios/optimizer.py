@@ -57,7 +57,9 @@ def make(seed: int = 0, masked: bool = False, sparse: bool = False, **options: A
         {"params": [p for p in net.parameters() if p.ndim < 2]},
     ]
     masks = masks_of(net, 0.6) if masked else None
-    return net, MFAC(groups, **{"lr": 1e-3, "num_grads": 6, "damping": 1e-3, "masks": masks, **options})
+    return net, MFAC(
+        groups, metric="identity", **{"lr": 1e-3, "num_grads": 6, "damping": 1e-3, "masks": masks, **options}
+    )
 
 
 def masks_of(net: Net, share: float) -> dict[Tensor, Tensor]:
@@ -164,14 +166,16 @@ def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     net = Net()
-    optimizer = MFAC(net.parameters(), num_grads=6, damping=1e-3, momentum=0.5, process_group=dist.group.WORLD)
+    optimizer = MFAC(
+        net.parameters(), metric="identity", num_grads=6, damping=1e-3, momentum=0.5, process_group=dist.group.WORLD
+    )
     found: dict[str, Any] = {
         "process group": {"losses": train(net, optimizer, range(10)), "weights": net.state_dict()}
     }
     net = Net()
     mesh = dist.init_device_mesh("cpu", (2,))
     fully_shard(net, mesh=mesh)
-    optimizer = MFAC(net.parameters(), num_grads=6, damping=1e-3, momentum=0.5)
+    optimizer = MFAC(net.parameters(), metric="identity", num_grads=6, damping=1e-3, momentum=0.5)
     losses = train(net, optimizer, range(10))
     weights = [p.full_tensor().detach() for p in net.parameters()]
     found["fsdp"] = {"losses": losses, "weights": weights}

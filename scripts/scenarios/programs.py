@@ -57,6 +57,7 @@ def vision(root: Path, folder: Path, exchange: Path) -> Any:
 def glue(root: Path, folder: Path, exchange: Path) -> Any:
     """SST-2 with gradual pruning."""
     flags = ["--dataset_name", "glue", "--task_name", "sst2", "--max_seq_length", 32, "--optim_name", "mfac"]
+    flags += ["--metric", "identity"]
     return _fine_tune(root, folder, exchange, "run_glue.py", flags)
 
 

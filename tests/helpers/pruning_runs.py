@@ -23,9 +23,16 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
     "drift": lambda p: Drift(p, lr=1e-2, momentum=0.9),
-    "mfac": lambda p: MFAC(p, lr=2e-3, num_grads=6, damping=1e-3, momentum=0.9, weight_decay=0.01),
+    "mfac": lambda p: MFAC(p, metric="identity", lr=2e-3, num_grads=6, damping=1e-3, momentum=0.9, weight_decay=0.01),
     "mfac, decoupled": lambda p: MFAC(
-        p, lr=2e-3, num_grads=6, damping=1e-3, grad_decay=0.9, weight_decay=0.1, decoupled_weight_decay=True
+        p,
+        metric="identity",
+        lr=2e-3,
+        num_grads=6,
+        damping=1e-3,
+        grad_decay=0.9,
+        weight_decay=0.1,
+        decoupled_weight_decay=True,
     ),
 }
 

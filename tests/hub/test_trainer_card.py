@@ -76,7 +76,7 @@ def card_on(hub, branch="main"):
 
 @pytest.mark.parametrize("attach", [[attach_card], [MFACLoggingCallback.attach], [attach_card, attach_card]])
 def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):
-    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), metric="identity", lr=1e-3, num_grads=8))
     for one in attach:
         one(trainer)
     before = len(trainer.callback_handler.callbacks)
@@ -96,7 +96,7 @@ def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):
 @pytest.mark.parametrize("callback", [None, MFACLoggingCallback])
 def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path):
     """Neither the optimizer nor a callback that was merely added changes what a trainer writes."""
-    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8))
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), metric="identity", lr=1e-3, num_grads=8))
     if callback is not None:
         trainer.add_callback(callback())
     trainer.train()
@@ -107,7 +107,7 @@ def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path
 def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**CONFIG))
-    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), lr=1e-3, num_grads=8))
+    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=8))
     schedule = SparsitySchedule.from_list([0.5, 0.75], every=1, unit="step")
     MFACPruningCallback(schedule, num_grads=4, block_size=16, recomputations=1).attach(trainer)
     trainer.train()
@@ -121,7 +121,7 @@ def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
 def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):
     """Trainer also pushes at each save and from save_model, when there may be nothing to say yet."""
     options = dict(hub_strategy="every_save", save_strategy="steps", save_steps=2)
-    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), **options)
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), metric="identity", lr=1e-3, num_grads=8), **options)
     attach_card(trainer)
     trainer.train()
     trainer.save_model()
@@ -208,7 +208,9 @@ def test_a_trainer_with_a_card_of_its_own_keeps_it(bert, tmp_path):
         def create_model_card(self, *args, **kwargs):
             raise NotImplementedError
 
-    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3, num_grads=8), push_to_hub=False)
+    trainer = make_trainer(
+        bert, tmp_path, MFAC(bert.parameters(), metric="identity", lr=1e-3, num_grads=8), push_to_hub=False
+    )
     trainer.__class__ = OwnCard
     trainer.train()
     assert trainer.create_model_card.__func__ is OwnCard.create_model_card
@@ -380,7 +382,7 @@ def test_a_file_format_is_no_data_set(source, hub, bert, tmp_path):
 def test_a_trainer_with_an_adapter_pushes_the_card_of_an_adapter(hub, bert, tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(bert, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
-    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), lr=1e-3, num_grads=8))
+    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=8))
     attach_card(trainer)
     trainer.train()
     trainer.evaluate()

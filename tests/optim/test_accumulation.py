@@ -12,7 +12,7 @@ from tests.helpers.parameters import feed, make_grads, make_params
 
 def make():
     params = make_params(dtype=torch.float32)
-    return params, MFAC(params, lr=0.01, num_grads=3, damping=1e-2)
+    return params, MFAC(params, metric="identity", lr=0.01, num_grads=3, damping=1e-2)
 
 
 def warned(params, optimizer, batches, steps=3):

@@ -15,7 +15,7 @@ def test_no_digit_changes_inside_autocast(options, dtype):
     shapes = ((4, 3), (5,), (40, 2))
     params, twins = make_params(shapes, torch.float32), make_params(shapes, torch.float32)
     settings = {"lr": 0.01, "num_grads": 3, "damping": 1e-3, **options}
-    optimizer, plain = MFAC(params, **settings), MFAC(twins, **settings)
+    optimizer, plain = MFAC(params, metric="identity", **settings), MFAC(twins, metric="identity", **settings)
     for step, grads in enumerate(make_grads(params, 8)):
         grads[2][5:] = 0.0
         with torch.autocast("cpu", dtype=dtype):
@@ -31,7 +31,7 @@ def test_no_digit_changes_inside_autocast(options, dtype):
 
 def test_the_closure_keeps_its_autocast():
     p = torch.nn.Parameter(torch.ones(3, 3))
-    optimizer = MFAC([p], num_grads=2)
+    optimizer = MFAC([p], metric="identity", num_grads=2)
 
     def closure():
         product = p @ torch.ones(3, 3)
@@ -47,7 +47,7 @@ def test_the_closure_keeps_its_autocast():
 def test_a_compiled_step_is_the_same_step():
     params, twins = make_params(dtype=torch.float32), make_params(dtype=torch.float32)
     settings = {"lr": 0.01, "num_grads": 3, "damping": 1e-3}
-    optimizer, plain = MFAC(params, **settings), MFAC(twins, **settings)
+    optimizer, plain = MFAC(params, metric="identity", **settings), MFAC(twins, metric="identity", **settings)
     compiled = torch.compile(optimizer.step, backend="eager")
     for grads in make_grads(params, 5):
         for p, grad in zip(params, grads, strict=True):
@@ -69,7 +69,7 @@ def test_autocast_is_off_where_products_are_taken(monkeypatch):
 
         monkeypatch.setattr(ParameterWindow, name, watched)
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = MFAC([p], num_grads=2)
+    optimizer = MFAC([p], metric="identity", num_grads=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         feed(optimizer, [p], [torch.ones(3)])
         optimizer.set_masks({p: torch.tensor([True, True, False])})

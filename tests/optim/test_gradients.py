@@ -17,7 +17,7 @@ from tests.helpers.ranks import run_on_ranks
 def test_a_spoiled_gradient_is_skipped_counted_and_warned_of_once(spoiled, dtype):
     params, twins = make_params(dtype=dtype), make_params(dtype=dtype)
     options = {"lr": 0.01, "num_grads": 4, "damping": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
-    optimizer, undisturbed = MFAC(params, **options), MFAC(twins, **options)
+    optimizer, undisturbed = MFAC(params, metric="identity", **options), MFAC(twins, metric="identity", **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step, grads in enumerate(make_grads(params, 10)):
@@ -38,7 +38,7 @@ def test_a_spoiled_gradient_is_skipped_counted_and_warned_of_once(spoiled, dtype
 
 def test_spoiled_sparse_gradient_is_skipped():
     table = nn.Embedding(10, 3, sparse=True)
-    optimizer = MFAC(table.parameters(), num_grads=3)
+    optimizer = MFAC(table.parameters(), metric="identity", num_grads=3)
     before = values(table.parameters())
     table(torch.tensor([1, 1])).mul(torch.tensor([[1.0], [float("nan")]])).sum().backward()
     assert table.weight.grad.is_sparse
@@ -50,7 +50,7 @@ def test_spoiled_sparse_gradient_is_skipped():
 def test_sparse_gradient_of_another_kind_is_refused():
     p = nn.Parameter(torch.zeros(4, 3))
     p.grad = torch.eye(4, 3).to_sparse()
-    optimizer = MFAC([p], num_grads=3)
+    optimizer = MFAC([p], metric="identity", num_grads=3)
     with pytest.raises(ValueError, match="2 sparse dimensions"):
         optimizer.step()
     assert not p.any() and not optimizer.state
@@ -59,7 +59,7 @@ def test_sparse_gradient_of_another_kind_is_refused():
 def step_with_other_gradients(rank, case):
     params = make_params(dtype=torch.float32)
     named = [(f"layer{i}", p) for i, p in enumerate(params)]
-    optimizer = MFAC(named, lr=0.01, num_grads=3, damping=1e-2, process_group=dist.group.WORLD)
+    optimizer = MFAC(named, metric="identity", lr=0.01, num_grads=3, damping=1e-2, process_group=dist.group.WORLD)
     grads = make_grads(params, 4)
     feed(optimizer, params, grads[0])
     before, other = values(params), list(grads[1])
@@ -100,7 +100,7 @@ def test_ranks_with_other_gradients_stop_together(case, tmp_path):
 
 def test_gradients_on_several_devices():
     params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False)]
-    optimizer = MFAC(params, num_grads=2)
+    optimizer = MFAC(params, metric="identity", num_grads=2)
     params[1].requires_grad_(True)
     for p in params:
         p.grad = torch.ones_like(p)

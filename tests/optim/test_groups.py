@@ -17,8 +17,8 @@ from tests.helpers.parameters import make_params
 )
 def test_bad_parameters(build, error, message):
     with pytest.raises(error, match=message):
-        MFAC(build())
-    optimizer = MFAC(make_params())
+        MFAC(build(), metric="identity")
+    optimizer = MFAC(make_params(), metric="identity")
     with pytest.raises(error, match=message):
         optimizer.add_param_group({"params": build()})
     assert len(optimizer.param_groups) == 1
@@ -26,7 +26,7 @@ def test_bad_parameters(build, error, message):
 
 def test_bad_groups_leave_the_optimizer_as_it_was():
     params = make_params()
-    optimizer = MFAC(params[:2], num_grads=4)
+    optimizer = MFAC(params[:2], metric="identity", num_grads=4)
     for group, message in (
         ({"lr": -1.0}, "lr is -1.0"),
         ({"momentum": 1.5}, "momentum is 1.5"),
@@ -39,7 +39,7 @@ def test_bad_groups_leave_the_optimizer_as_it_was():
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": params[2:], **group})
         with pytest.raises(ValueError, match=message):
-            MFAC([{"params": params, **group}], num_grads=4)
+            MFAC([{"params": params, **group}], metric="identity", num_grads=4)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
     optimizer.add_param_group({"params": params[2:], "num_grads": 4})  # the same value is no contradiction
     assert "num_grads" not in optimizer.param_groups[1]
@@ -49,14 +49,14 @@ def test_frameworks_that_partition_gradients_are_refused(monkeypatch):
     params = make_params()
     params[1].ds_id = 3
     with pytest.raises(ValueError, match="DeepSpeed ZeRO.*process_group.*FSDP2"):
-        MFAC(params)
+        MFAC(params, metric="identity")
     params = make_params()
     params[0]._is_flat_param = True
     with pytest.raises(ValueError, match="FSDP1 flattens.*FSDP2"):
-        MFAC(params)
+        MFAC(params, metric="identity")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
-        MFAC(make_params())
+        MFAC(make_params(), metric="identity")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_frameworks_that_partition_gradients_are_refused(monkeypatch):
 )
 def test_options_of_another_type_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} (is|maps) .*expected"):
-        MFAC(make_params(), **{name: value})
+        MFAC(make_params(), metric="identity", **{name: value})
 
 
 @pytest.mark.parametrize("names", [("a", "b"), None])
@@ -90,8 +90,8 @@ def test_a_tied_weight_is_listed_once(names):
         ValueError,
         match="parameter 0 of .* listed twice.*parameter 2 .*tied" if names is None else "parameter a .* parameter b",
     ):
-        MFAC(listed)
-    optimizer = MFAC([other])
+        MFAC(listed, metric="identity")
+    optimizer = MFAC([other], metric="identity")
     with pytest.raises(ValueError, match="listed twice"):
         optimizer.add_param_group({"params": [p, p]})
     assert len(optimizer.param_groups) == 1
@@ -104,7 +104,7 @@ def test_a_tied_weight_is_listed_once(names):
 def test_frozen_parameters_may_lie_elsewhere():
     frozen = nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False)
     p = nn.Parameter(torch.zeros(3))
-    optimizer = MFAC([p, frozen], num_grads=2)
+    optimizer = MFAC([p, frozen], metric="identity", num_grads=2)
     p.grad = torch.ones(3)
     optimizer.step()
     assert bool((p != 0).all())

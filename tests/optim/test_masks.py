@@ -47,7 +47,7 @@ def test_the_window_of_the_kept_coordinates(tables_of_any_size, row_sparse, when
     common = {"num_grads": 5, "damping": 1e-2, "grad_decay": options.get("grad_decay", 0.0)}
     common["normalize"] = options.get("normalize", "num_grads")
     naive = NaiveMFAC([group], **common)
-    optimizer = MFAC([group], window_dtype=torch.float64, row_sparse=row_sparse, **common)
+    optimizer = MFAC([group], metric="identity", window_dtype=torch.float64, row_sparse=row_sparse, **common)
 
     first = random_masks([model.words.weight, model.hidden.weight], 0.7)
     second = {p: mask & random_masks([p], 0.6, seed=1)[p] for p, mask in first.items()}
@@ -84,7 +84,7 @@ def test_the_window_of_the_kept_coordinates(tables_of_any_size, row_sparse, when
 def test_stored_gradients_are_those_that_came(tables_of_any_size):
     """Oldest first; zeros where a mask came later; of tables by rows too."""
     model = Net()
-    optimizer = MFAC(model.parameters(), num_grads=4, window_dtype=torch.float64)
+    optimizer = MFAC(model.parameters(), metric="identity", num_grads=4, window_dtype=torch.float64)
     with pytest.raises(ValueError, match="holds no gradient of a parameter of shape"):
         optimizer.stored_gradients(model.head.weight)
     history = []
@@ -106,7 +106,7 @@ def test_gram_matrix_after_shrinking(monkeypatch, dtype):
     """Against the stored, rounded rows in float64, by chunks of 683 columns."""
     monkeypatch.setattr("mfac_hf.fisher.columns.GRAM_ELEMENTS", 4100)
     p = nn.Parameter(torch.zeros(5000))
-    optimizer = MFAC([p], num_grads=6, window_dtype=dtype)
+    optimizer = MFAC([p], metric="identity", num_grads=6, window_dtype=dtype)
     for step in range(8):
         p.grad = torch.randn(5000, generator=torch.Generator().manual_seed(step))
         optimizer.step()
@@ -120,7 +120,7 @@ def test_gram_matrix_after_shrinking(monkeypatch, dtype):
 def test_a_checkpoint_brings_its_masks_along():
     """Into an optimizer built without masks, as when Trainer resumes a run that prunes; to the bit."""
     model, twin = Net(), Net()
-    optimizer = MFAC(model.parameters(), lr=0.05, num_grads=4, momentum=0.9)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=0.05, num_grads=4, momentum=0.9)
     for step in range(6):
         model.backward(step)
         optimizer.step()
@@ -129,7 +129,7 @@ def test_a_checkpoint_brings_its_masks_along():
     model.backward(6)
     optimizer.step()
     twin.load_state_dict(model.state_dict())
-    loaded = MFAC(twin.parameters(), lr=0.05, num_grads=4, momentum=0.9)
+    loaded = MFAC(twin.parameters(), metric="identity", lr=0.05, num_grads=4, momentum=0.9)
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert torch.equal(loaded.state[twin.hidden.weight]["mask"], masks[model.hidden.weight])
     for step in range(7, 12):
@@ -141,7 +141,7 @@ def test_a_checkpoint_brings_its_masks_along():
 
 def test_bad_masks_change_nothing(monkeypatch):
     model = Net()
-    optimizer = MFAC(model.parameters(), num_grads=3, momentum=0.9)
+    optimizer = MFAC(model.parameters(), metric="identity", num_grads=3, momentum=0.9)
     weight = model.hidden.weight
     for step in range(4):
         model.backward(step)
@@ -194,6 +194,7 @@ def test_masks_equal_an_optimizer_of_the_kept_coordinates(options):
     naive = NaiveMFAC([{"params": params, "lr": 0.1, **options}], num_grads=4, damping=1e-2, masks=masks)
     optimizer = MFAC(
         params,
+        metric="identity",
         lr=0.1,
         num_grads=4,
         damping=1e-2,
@@ -228,7 +229,14 @@ def test_masked_weights_keep_every_bit(momentum, dtype):
         p[:8] = -0.0
     mask = torch.arange(64) % 2 == 0
     optimizer = MFAC(
-        [p], lr=0.1, num_grads=3, momentum=momentum, weight_decay=0.5, decoupled_weight_decay=True, masks={p: mask}
+        [p],
+        metric="identity",
+        lr=0.1,
+        num_grads=3,
+        momentum=momentum,
+        weight_decay=0.5,
+        decoupled_weight_decay=True,
+        masks={p: mask},
     )
     bits = p.detach().view(torch.int32 if dtype == torch.float32 else torch.int16).clone()
     for step in range(6):
@@ -244,7 +252,9 @@ def test_mask_on_an_embedding_stored_by_rows(tables_of_any_size):
     keep = torch.rand(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(1)) < 0.5
     group = {"params": params, "lr": 0.1, "momentum": 0.9}
     naive = NaiveMFAC([group], num_grads=4, damping=1e-2, masks={0: keep})
-    optimizer = MFAC([group], num_grads=4, damping=1e-2, window_dtype=torch.float64, masks={params[0]: keep})
+    optimizer = MFAC(
+        [group], metric="identity", num_grads=4, damping=1e-2, window_dtype=torch.float64, masks={params[0]: keep}
+    )
     before = model.words.weight.detach().clone()
     for step in range(9):
         grads = model.backward(step)
@@ -259,13 +269,17 @@ def test_everything_masked():
     """A layer that was pruned away entirely, alone and beside others."""
     for others in ([], make_params(SHAPES)):
         gone = nn.Parameter(torch.ones(4, dtype=torch.float64))
-        optimizer = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
+        optimizer = MFAC(
+            [gone, *others], metric="identity", lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)}
+        )
         for _ in range(5):
             for p in (gone, *others):
                 p.grad = torch.ones_like(p)
             optimizer.step()
         assert torch.equal(gone, torch.ones(4)) and optimizer._window.gram.pushed == 5
-        twin = MFAC([gone, *others], lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)})
+        twin = MFAC(
+            [gone, *others], metric="identity", lr=0.1, num_grads=3, masks={gone: torch.zeros(4, dtype=torch.bool)}
+        )
         twin.load_state_dict(optimizer.state_dict())
         twin.step()
         assert twin._window.gram.pushed == 6
@@ -275,7 +289,7 @@ def test_a_mask_is_the_optimizers_own():
     """Changing the tensor that was passed must not shift columns under the window."""
     p = nn.Parameter(torch.zeros(4))
     mask = torch.tensor([True, False, True, True])
-    optimizer = MFAC([p], lr=0.1, num_grads=3, masks={p: mask})
+    optimizer = MFAC([p], metric="identity", lr=0.1, num_grads=3, masks={p: mask})
     p.grad = torch.ones(4)
     optimizer.step()
     mask.fill_(True)
@@ -295,10 +309,10 @@ def test_a_mask_is_the_optimizers_own():
 def test_bad_masks(mask, message):
     p = nn.Parameter(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=message):
-        MFAC([p], masks={p: mask})
+        MFAC([p], metric="identity", masks={p: mask})
 
 
 def test_mask_of_an_unknown_parameter():
     p, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"mask for a parameter of shape \(2, 2\) that this optimizer does not have"):
-        MFAC([p], masks={other: torch.ones(2, 2, dtype=torch.bool)})
+        MFAC([p], metric="identity", masks={other: torch.ones(2, 2, dtype=torch.bool)})

@@ -3,12 +3,14 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from mfac_hf import MFAC
+from mfac_hf.defaults import MFAC_DEFAULTS, MFAC_METRIC
 from tests.helpers.oracles import NaiveAdamMetric
 from tests.helpers.ranks import run_on_ranks
 
@@ -252,10 +254,30 @@ def test_groups_that_disagree_on_beta1_are_refused():
         MFAC(groups, metric="adam")
 
 
-@pytest.mark.parametrize(("options", "words"), [({"damping": 1e-6}, "damping"), ({"lr": 3e-2}, "lr")])
+@pytest.mark.parametrize(("options", "words"), [({"damping": 1e-6}, "damping"), ({"lr": 1e-2}, "lr")])
 def test_settings_by_old_habit_are_said(options, words):
     with pytest.warns(UserWarning, match=words):
-        MFAC([nn.Parameter(torch.zeros(2))], metric="adam", **options)
+        MFAC([nn.Parameter(torch.zeros(2))], **options)
+
+
+def test_adams_metric_is_the_default():
+    """With the defaults of `mfac_hf.defaults`; AdamW's wherever AdamW has them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = MFAC([nn.Parameter(torch.zeros(2))])
+    assert optimizer.defaults["metric"] == MFAC_METRIC == "adam"
+    assert {name: optimizer.defaults[name] for name in MFAC_DEFAULTS["adam"]} == MFAC_DEFAULTS["adam"]
+    adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(2))]).defaults
+    shared = ("lr", "betas", "eps", "weight_decay")
+    assert {name: optimizer.defaults[name] for name in shared} == {name: adamw[name] for name in shared}
+
+
+def test_the_identity_metric_has_the_published_defaults():
+    defaults = MFAC([nn.Parameter(torch.zeros(2))], metric="identity").defaults
+    published = {"lr": 1e-4, "num_grads": 1024, "damping": 1e-6, "momentum": 0.0, "weight_decay": 0.0}
+    assert {name: defaults[name] for name in published} == published
+    assert defaults["normalize"] == "num_grads" and defaults["grad_decay"] == 0.0
+    assert defaults["decoupled_weight_decay"] is False and "betas" not in defaults
 
 
 @pytest.mark.parametrize("betas", [(0.9, 1.0), (1.0, 0.9), 0.9])

@@ -29,7 +29,7 @@ def test_matches_naive_mfac(dtype, normalize, grad_decay, options):
     params = make_params(dtype=dtype)
     common = {"num_grads": 7, "damping": 1e-2, "normalize": normalize, "grad_decay": grad_decay}
     naive = NaiveMFAC([{"params": params, "lr": 0.05, **options}], **common)
-    optimizer = MFAC(params, lr=0.05, window_dtype=dtype, **common, **options)
+    optimizer = MFAC(params, metric="identity", lr=0.05, window_dtype=dtype, **common, **options)
     for grads in make_grads(params, 17):
         feed(optimizer, params, grads)
         naive.step(grads)
@@ -45,7 +45,9 @@ def test_groups_have_their_own_options(normalize):
         {"params": params[3:], "lr": 0.02},
     ]
     naive = NaiveMFAC(groups, num_grads=5, damping=1e-2, normalize=normalize)
-    optimizer = MFAC(groups, lr=123.0, num_grads=5, damping=1e-2, normalize=normalize, window_dtype=torch.float64)
+    optimizer = MFAC(
+        groups, metric="identity", lr=123.0, num_grads=5, damping=1e-2, normalize=normalize, window_dtype=torch.float64
+    )
     for grads in make_grads(params, 12):
         feed(optimizer, params, grads)
         naive.step(grads)
@@ -62,7 +64,9 @@ def test_missing_gradients_are_zero_columns_and_leave_their_parameter(options, s
     generator = torch.Generator().manual_seed(seed)
     params = make_params(seed=seed)
     naive = NaiveMFAC([{"params": params, "lr": 0.1, **options}], num_grads=4, damping=1e-2)
-    optimizer = MFAC(params, lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64, **options)
+    optimizer = MFAC(
+        params, metric="identity", lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64, **options
+    )
     for step, full in enumerate(make_grads(params, 14, seed)):
         absent = torch.rand(len(params), generator=generator) < 0.4
         grads = [None if absent[i] or (i == 0 and step < 6) else grad for i, grad in enumerate(full)]
@@ -78,7 +82,7 @@ def test_missing_gradients_are_zero_columns_and_leave_their_parameter(options, s
 
 def test_step_without_any_gradient_changes_nothing():
     params = make_params()
-    optimizer = MFAC(params, num_grads=3)
+    optimizer = MFAC(params, metric="identity", num_grads=3)
     assert optimizer.step() is None and optimizer.step(lambda: 1.5) == 1.5
     assert not optimizer.state and optimizer.window_stats()["window_fill"] == 0.0
 
@@ -90,7 +94,7 @@ def test_frozen_then_unfrozen_then_added():
     options = {"num_grads": 5, "damping": 1e-2}
     group, further = {"params": params, "lr": 0.1, "momentum": 0.5}, {"params": added, "lr": 0.03}
     naive = NaiveMFAC([group], **options)
-    optimizer = MFAC([group], window_dtype=torch.float64, **options)
+    optimizer = MFAC([group], metric="identity", window_dtype=torch.float64, **options)
     for step, grads in enumerate(make_grads([*params, *added], 18)):
         if step == 3:
             params[1].requires_grad_(True)
@@ -108,7 +112,7 @@ def test_frozen_then_unfrozen_then_added():
 def test_nothing_is_allocated_before_the_first_step():
     """Trainer builds the optimizer early, and accelerate moves and reloads whatever state there is."""
     params = make_params()
-    optimizer = MFAC(params, num_grads=1 << 40)  # would be hundreds of terabytes
+    optimizer = MFAC(params, metric="identity", num_grads=1 << 40)  # would be hundreds of terabytes
     assert not optimizer.state and optimizer.state_dict()["state"] == {}
 
 
@@ -116,7 +120,7 @@ def test_nothing_is_allocated_before_the_first_step():
 def test_shortest_windows(num_grads):
     params = make_params()
     naive = NaiveMFAC([{"params": params, "lr": 0.1}], num_grads=num_grads, damping=0.1)
-    optimizer = MFAC(params, lr=0.1, num_grads=num_grads, damping=0.1, window_dtype=torch.float64)
+    optimizer = MFAC(params, metric="identity", lr=0.1, num_grads=num_grads, damping=0.1, window_dtype=torch.float64)
     for grads in make_grads(params, 6):
         feed(optimizer, params, grads)
         naive.step(grads)
@@ -128,7 +132,10 @@ def test_closure():
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     twin.load_state_dict(model.state_dict())
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    first, second = MFAC(model.parameters(), num_grads=4), MFAC(twin.parameters(), num_grads=4)
+    first, second = (
+        MFAC(model.parameters(), metric="identity", num_grads=4),
+        MFAC(twin.parameters(), metric="identity", num_grads=4),
+    )
     calls = []
 
     def closure():
@@ -153,7 +160,7 @@ def test_learning_rate_schedule():
     params = make_params()
     group = {"params": params, "lr": 0.1}
     naive = NaiveMFAC([group], num_grads=4, damping=1e-2)
-    optimizer = MFAC(params, lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64)
+    optimizer = MFAC(params, metric="identity", lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step, 5) / 5)
     before = values(params)
     for step, grads in enumerate(make_grads(params, 9)):
@@ -167,7 +174,10 @@ def test_learning_rate_schedule():
 
 def test_learning_rate_as_a_tensor():
     params, twins = make_params(), make_params()
-    optimizer, plain = MFAC(params, torch.tensor(0.1), num_grads=3), MFAC(twins, 0.1, num_grads=3)
+    optimizer, plain = (
+        MFAC(params, torch.tensor(0.1), metric="identity", num_grads=3),
+        MFAC(twins, 0.1, metric="identity", num_grads=3),
+    )
     for grads in make_grads(params, 4):
         feed(optimizer, params, grads)
         feed(plain, twins, grads)
@@ -177,7 +187,7 @@ def test_learning_rate_as_a_tensor():
 
 def test_gradient_scaler_keeps_overflowed_steps_out_of_the_window():
     model = nn.Linear(3, 1)
-    optimizer = MFAC(model.parameters(), lr=1e-3, num_grads=4)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=4)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(6):
         optimizer.zero_grad()
@@ -201,7 +211,7 @@ def test_bfloat16_parameters(window_dtype):
     options = {"num_grads": 5, "damping": 1e-1}
     group = {"params": params, "lr": 0.1, "momentum": 0.9}
     naive = NaiveMFAC([group], **options)
-    optimizer = MFAC(params, lr=0.1, momentum=0.9, window_dtype=window_dtype, **options)
+    optimizer = MFAC(params, metric="identity", lr=0.1, momentum=0.9, window_dtype=window_dtype, **options)
     for grads in make_grads(params, 10):
         feed(optimizer, params, grads)
         naive.step(grads)
@@ -219,7 +229,7 @@ def test_mixed_parameter_types():
         *make_params(((2,),), torch.bfloat16),
     ]
     naive = NaiveMFAC([{"params": params, "lr": 0.01}], num_grads=4, damping=1e-1)
-    optimizer = MFAC(params, lr=0.01, num_grads=4, damping=1e-1)
+    optimizer = MFAC(params, metric="identity", lr=0.01, num_grads=4, damping=1e-1)
     for grads in make_grads(params, 6):
         feed(optimizer, params, grads)
         naive.step(grads)
@@ -239,7 +249,7 @@ def test_parameters_that_are_not_contiguous():
         odd[2].copy_(plain[2])
     assert not any(p.is_contiguous() for p in odd)
     options = {"lr": 0.1, "num_grads": 4, "momentum": 0.9, "weight_decay": 0.1}
-    first, second = MFAC(plain, **options), MFAC(odd, **options)
+    first, second = MFAC(plain, metric="identity", **options), MFAC(odd, metric="identity", **options)
     for grads in make_grads(plain, 7):
         feed(first, plain, grads)
         feed(second, odd, [grad.t().contiguous().t() if grad.ndim == 2 else grad for grad in grads])
@@ -252,7 +262,7 @@ def test_repeated_gradients_move_parameters_sanely():
     grad = torch.randn(400, generator=torch.Generator().manual_seed(0))
     if not load_native("cpu"):
         pytest.skip("needs the native kernels, which treat every row alike")
-    optimizer = MFAC([p], lr=1.0, num_grads=32, damping=1e-8)
+    optimizer = MFAC([p], metric="identity", lr=1.0, num_grads=32, damping=1e-8)
     for copies in range(1, 40):
         before = p.detach().clone()
         feed(optimizer, [p], [grad])
@@ -282,21 +292,23 @@ def test_repeated_gradients_move_parameters_sanely():
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        MFAC(make_params(), **options)
+        MFAC(make_params(), metric="identity", **options)
 
 
 @pytest.mark.parametrize("params", [[], [{"params": []}], iter(())])
 def test_empty_parameter_list(params):
     if isinstance(params, list) and params:
-        assert MFAC(params).param_groups[0]["params"] == []  # torch allows an empty group, and so an empty decay group
+        assert (
+            MFAC(params, metric="identity").param_groups[0]["params"] == []
+        )  # torch allows an empty group, and so an empty decay group
     else:
         with pytest.raises(ValueError, match="empty parameter list"):
-            MFAC(params)
+            MFAC(params, metric="identity")
 
 
 def test_window_stats():
     params = make_params(((40,), (24,)), dtype=torch.float32)
-    optimizer = MFAC(params, num_grads=4, damping=1e-2)
+    optimizer = MFAC(params, metric="identity", num_grads=4, damping=1e-2)
     keys = ["window_fill", "gram_condition", "skipped_steps", "jitter_escalations", "window_gib"]
     assert list(optimizer.window_stats()) == keys and optimizer.window_stats()["window_gib"] == 0.0
     for step, grads in enumerate(make_grads(params, 6)):

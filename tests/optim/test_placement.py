@@ -53,7 +53,13 @@ def test_embedding_gradients_by_rows(tables_of_any_size, momentum, sparse, row_s
     options = {"num_grads": 6, "damping": 1e-2}
     naive = NaiveMFAC([{"params": list(model.parameters()), "lr": 0.1, "momentum": momentum}], **options)
     optimizer = MFAC(
-        model.parameters(), lr=0.1, momentum=momentum, row_sparse=row_sparse, window_dtype=dtype, **options
+        model.parameters(),
+        metric="identity",
+        lr=0.1,
+        momentum=momentum,
+        row_sparse=row_sparse,
+        window_dtype=dtype,
+        **options,
     )
     for step in range(16):
         grads = model.backward(step, count=3 + step % 6)  # slots grow now and then
@@ -65,7 +71,7 @@ def test_embedding_gradients_by_rows(tables_of_any_size, momentum, sparse, row_s
 
 def test_half_window_keeps_embedding_rows_in_float32(tables_of_any_size):
     model = Bag(dtype=torch.float32)
-    optimizer = MFAC(model.parameters(), num_grads=4, window_dtype=torch.bfloat16)
+    optimizer = MFAC(model.parameters(), metric="identity", num_grads=4, window_dtype=torch.bfloat16)
     model.backward(0)
     optimizer.step()
     state = optimizer.state[model.words.weight]
@@ -86,7 +92,7 @@ def test_coupled_weight_decay_makes_embeddings_dense_and_decoupled_does_not(tabl
                 "decoupled_weight_decay": decoupled,
             }
             naive = NaiveMFAC([group], num_grads=4, damping=1e-2)
-            optimizer = MFAC([group], num_grads=4, damping=1e-2, window_dtype=torch.float64)
+            optimizer = MFAC([group], metric="identity", num_grads=4, damping=1e-2, window_dtype=torch.float64)
             for step in range(9):
                 grads = model.backward(step)
                 optimizer.step()
@@ -106,7 +112,12 @@ def test_an_embedding_that_turns_dense_midway(tables_of_any_size, when, masked):
     group = {"params": params, "lr": 0.1, "momentum": 0.5}
     naive = NaiveMFAC([group], num_grads=5, damping=1e-2, masks=masks)
     optimizer = MFAC(
-        [group], num_grads=5, damping=1e-2, window_dtype=torch.float64, masks={params[i]: m for i, m in masks.items()}
+        [group],
+        metric="identity",
+        num_grads=5,
+        damping=1e-2,
+        window_dtype=torch.float64,
+        masks={params[i]: m for i, m in masks.items()},
     )
     before = model.words.weight.detach().clone()
     for step in range(15):
@@ -125,6 +136,7 @@ def test_an_embedding_that_turns_dense_midway(tables_of_any_size, when, masked):
     twin.load_state_dict(model.state_dict())
     loaded = MFAC(
         [{"params": list(twin.parameters())}],
+        metric="identity",
         num_grads=5,
         damping=1e-2,
         window_dtype=torch.float64,
@@ -140,7 +152,7 @@ def test_an_embedding_that_turns_dense_midway(tables_of_any_size, when, masked):
 
 def test_turning_dense_without_memory_for_it_changes_nothing(tables_of_any_size, monkeypatch):
     model = Bag()
-    optimizer = MFAC(model.parameters(), lr=0.1, num_grads=5)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=0.1, num_grads=5)
     model.backward(0)
     optimizer.step()
     model.tied = True
@@ -194,7 +206,9 @@ def test_window_over_several_devices(tables_of_any_size, devices):
     extra = make_params(EXTRA_SHAPES)
     params = [*model.parameters(), *extra]
     naive = NaiveMFAC([{"params": params, "lr": 0.1}], num_grads=4, damping=1e-2)
-    optimizer = MFAC(params, lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64, window_device=devices)
+    optimizer = MFAC(
+        params, metric="identity", lr=0.1, num_grads=4, damping=1e-2, window_dtype=torch.float64, window_device=devices
+    )
     for step in range(9):
         grads = model.backward(step)
         for p in extra:
@@ -214,7 +228,9 @@ def test_late_parameters_add_columns_without_touching_the_others(tables_of_any_s
     extra = make_params(EXTRA_SHAPES)
     params = [*model.parameters(), *extra]
     naive = NaiveMFAC([{"params": params, "lr": 0.1, "momentum": 0.9}], num_grads=5, damping=1e-2)
-    optimizer = MFAC(params, lr=0.1, momentum=0.9, num_grads=5, damping=1e-2, window_dtype=torch.float64)
+    optimizer = MFAC(
+        params, metric="identity", lr=0.1, momentum=0.9, num_grads=5, damping=1e-2, window_dtype=torch.float64
+    )
     for step in range(14):
         model.backward(step)
         for i, p in enumerate(extra):
@@ -231,7 +247,7 @@ def test_late_parameters_add_columns_without_touching_the_others(tables_of_any_s
 def test_a_first_gradient_of_zeros_is_taken_for_a_dense_one(tables_of_any_size):
     """As that of a LoRA adapter's A, whose B begins at zero: the memory is asked for at the first step."""
     adapter, table = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(40, 2))
-    optimizer = MFAC([adapter, table], num_grads=3, damping=1e-2)
+    optimizer = MFAC([adapter, table], metric="identity", num_grads=3, damping=1e-2)
     adapter.grad, table.grad = torch.zeros(6, 4), torch.zeros(40, 2)
     table.grad[1] = 1.0
     optimizer.step()

@@ -19,7 +19,9 @@ DAMAGES = 120  # random ones: some seconds
 def make(**options):
     params = make_params(SHAPES, dtype=torch.float32)
     masks = {params[0]: torch.arange(12).view(4, 3) % 3 > 0}
-    return params, MFAC(params, lr=0.01, num_grads=4, damping=1e-2, momentum=0.5, masks=masks, **options)
+    return params, MFAC(
+        params, metric="identity", lr=0.01, num_grads=4, damping=1e-2, momentum=0.5, masks=masks, **options
+    )
 
 
 def gradients(params, steps, seed=1):

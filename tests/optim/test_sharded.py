@@ -35,7 +35,14 @@ def train(model, optimizer, steps=range(STEPS), poison=None):
 
 def make_optimizer(model):
     return MFAC(
-        model.parameters(), lr=0.01, num_grads=4, damping=1e-3, momentum=0.5, weight_decay=0.1, normalize="count"
+        model.parameters(),
+        metric="identity",
+        lr=0.01,
+        num_grads=4,
+        damping=1e-3,
+        momentum=0.5,
+        weight_decay=0.1,
+        normalize="count",
     )
 
 
@@ -107,7 +114,7 @@ def refuse(params, message, **options):
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
     before = [p.detach().clone() for p in params]
-    optimizer = MFAC(params, num_grads=2, **options)
+    optimizer = MFAC(params, metric="identity", num_grads=2, **options)
     with pytest.raises(ValueError, match=f"{message}.*shard every parameter"):
         optimizer.step()
     assert optimizer._window is None and not optimizer.state
@@ -134,7 +141,7 @@ def test_other_placements_are_refused_by_name(one_rank):
     for good in ([sharded(), sharded(1)], [plain, sharded()]):  # frozen ones take no part
         for p in good:
             p.grad = None if p is plain else torch.ones_like(p)
-        MFAC(good, num_grads=2).step()
+        MFAC(good, metric="identity", num_grads=2).step()
 
 
 def test_masks_of_sharded_parameters_are_refused(one_rank):
@@ -143,9 +150,9 @@ def test_masks_of_sharded_parameters_are_refused(one_rank):
     p = placed((4, 3), (1,), Shard(0))
     mask = torch.ones(4, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="masks of whole parameters"):
-        MFAC([p], masks={p: mask})
-    optimizer, whole = MFAC([p], num_grads=2), torch.nn.Parameter(torch.zeros(4, 3))
+        MFAC([p], metric="identity", masks={p: mask})
+    optimizer, whole = MFAC([p], metric="identity", num_grads=2), torch.nn.Parameter(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="masks of whole parameters"):
         optimizer.set_masks({p: mask})
     with pytest.raises(ValueError, match="mask of parameter 0 .*sharded"):
-        optimizer.load_state_dict(MFAC([whole], num_grads=2, masks={whole: mask}).state_dict())
+        optimizer.load_state_dict(MFAC([whole], metric="identity", num_grads=2, masks={whole: mask}).state_dict())

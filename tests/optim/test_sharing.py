@@ -70,9 +70,13 @@ def check_shared_window(rank):
         twin = copy.deepcopy(model)
         common = {"lr": 0.05, "num_grads": 6, "damping": 1e-2, **options}
         shared = MFAC(
-            model.parameters(), process_group=dist.group.WORLD, masks=mask_of(model) if masked else None, **common
+            model.parameters(),
+            metric="identity",
+            process_group=dist.group.WORLD,
+            masks=mask_of(model) if masked else None,
+            **common,
         )
-        alone = MFAC(twin.parameters(), masks=mask_of(twin) if masked else None, **common)
+        alone = MFAC(twin.parameters(), metric="identity", masks=mask_of(twin) if masked else None, **common)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "a gradient is not finite")
             train(model, shared, range(15), spoil=(2, 9))
@@ -89,7 +93,9 @@ def check_shared_window(rank):
 def check_checkpoints(rank):
     placement.ROW_SPARSE_MIN_NUMEL = 1
     model = Net(torch.float32)
-    optimizer = MFAC(model.parameters(), lr=0.05, num_grads=4, momentum=0.9, process_group=dist.group.WORLD)
+    optimizer = MFAC(
+        model.parameters(), metric="identity", lr=0.05, num_grads=4, momentum=0.9, process_group=dist.group.WORLD
+    )
     train(model, optimizer, range(7))
     if rank == 0:  # as Trainer does under DistributedDataParallel: no collective may hide in it
         saved = [optimizer.state_dict()]
@@ -102,7 +108,7 @@ def check_checkpoints(rank):
         saved = [None]
     dist.broadcast_object_list(saved, src=0)
     twin = copy.deepcopy(model)
-    loaded = MFAC(twin.parameters(), lr=1.0, num_grads=4, process_group=dist.group.WORLD)
+    loaded = MFAC(twin.parameters(), metric="identity", lr=1.0, num_grads=4, process_group=dist.group.WORLD)
     loaded.load_state_dict(saved[0])
     assert loaded.param_groups[0]["lr"] == 0.05 and loaded.window_stats()["window_fill"] == 0.0
     train(twin, loaded, range(7, 12))
@@ -111,9 +117,9 @@ def check_checkpoints(rank):
 
     # A window saved by one process cannot be shared out; it refills, and says so.
     single_model = Net(torch.float32)
-    single = MFAC(single_model.parameters(), num_grads=4)
+    single = MFAC(single_model.parameters(), metric="identity", num_grads=4)
     train(single_model, single, range(3))
-    again = MFAC(twin.parameters(), num_grads=4, process_group=dist.group.WORLD)
+    again = MFAC(twin.parameters(), metric="identity", num_grads=4, process_group=dist.group.WORLD)
     with pytest.warns(UserWarning, match="refills"):
         again.load_state_dict(copy.deepcopy(single.state_dict()))
     assert again.window_stats()["window_fill"] == 0.0
@@ -126,8 +132,10 @@ def check_accelerate(rank):
     model = Net(torch.float32)
     twin = copy.deepcopy(model)
     accelerator = Accelerator(cpu=True)
-    wrapped = accelerator.prepare(MFAC(model.parameters(), lr=0.05, num_grads=4, process_group=dist.group.WORLD))
-    alone = MFAC(twin.parameters(), lr=0.05, num_grads=4)
+    wrapped = accelerator.prepare(
+        MFAC(model.parameters(), metric="identity", lr=0.05, num_grads=4, process_group=dist.group.WORLD)
+    )
+    alone = MFAC(twin.parameters(), metric="identity", lr=0.05, num_grads=4)
     train(model, wrapped, range(8))
     train(twin, alone, range(8))
     assert wrapped.optimizer._window.gram.process_group is dist.group.WORLD

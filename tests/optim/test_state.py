@@ -56,7 +56,7 @@ def make(seed=0, masked=False, **options):
         {"params": [p for p in model.parameters() if p.ndim <= 1], "lr": 0.02},
     ]
     settings = {"lr": 0.05, "num_grads": 5, "damping": 1e-2, **options}
-    return model, MFAC(groups, masks=masks_of(model) if masked else None, **settings)
+    return model, MFAC(groups, metric="identity", masks=masks_of(model) if masked else None, **settings)
 
 
 def train(model, optimizer, start, stop):
@@ -424,8 +424,8 @@ def test_other_options(saved_with, loaded_with, message):
 
 def test_other_masks():
     params = [nn.Parameter(torch.zeros(4))]
-    first = MFAC(params, num_grads=2, masks={params[0]: torch.tensor([True, True, False, False])})
-    second = MFAC(params, num_grads=2, masks={params[0]: torch.tensor([True, False, True, False])})
+    first = MFAC(params, metric="identity", num_grads=2, masks={params[0]: torch.tensor([True, True, False, False])})
+    second = MFAC(params, metric="identity", num_grads=2, masks={params[0]: torch.tensor([True, False, True, False])})
     with pytest.raises(ValueError, match=r"trained weights that the mask of parameter 0 of shape \(4,\) excl"):
         second.load_state_dict(first.state_dict())
 
@@ -433,7 +433,7 @@ def test_other_masks():
 def named(order):
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in order})
-    optimizer = MFAC(model.named_parameters(), num_grads=2)
+    optimizer = MFAC(model.named_parameters(), metric="identity", num_grads=2)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -453,11 +453,11 @@ def test_parameters_in_another_order():
 
 
 def test_another_model():
-    saved_by = MFAC([nn.Parameter(torch.zeros(3, 4))], num_grads=2)
+    saved_by = MFAC([nn.Parameter(torch.zeros(3, 4))], metric="identity", num_grads=2)
     saved_by.param_groups[0]["params"][0].grad = torch.ones(3, 4)
     saved_by.step()
     for shape in ((4, 3), (3, 5), (12,), ()):
-        optimizer = MFAC([nn.Parameter(torch.zeros(shape))], num_grads=2)
+        optimizer = MFAC([nn.Parameter(torch.zeros(shape))], metric="identity", num_grads=2)
         with pytest.raises(ValueError, match=r"has shape \(2, 3, 4\); expected \(2.*another model or order"):
             optimizer.load_state_dict(saved_by.state_dict())
         assert not optimizer.state
@@ -466,7 +466,7 @@ def test_another_model():
 def test_a_state_of_another_optimizer():
     model = Net()
     adam = torch.optim.AdamW([{"params": list(model.parameters())}])
-    optimizer = MFAC(model.parameters())
+    optimizer = MFAC(model.parameters(), metric="identity")
     with pytest.raises(ValueError, match="lack momentum: the state of another optimizer"):
         optimizer.load_state_dict(adam.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-4
@@ -485,7 +485,7 @@ def test_a_file_cut_short():
 def test_rows_without_a_gradient_are_saved_as_zeros():
     """No raw memory in a checkpoint: the same training gives the same file."""
     parameter = torch.nn.Parameter(torch.zeros(5))
-    optimizer = MFAC([parameter], num_grads=4, damping=1e-3)
+    optimizer = MFAC([parameter], metric="identity", num_grads=4, damping=1e-3)
     parameter.grad = torch.ones(5)
     optimizer.step()
     optimizer._window.columns[0].buffer_MD[1:] = float("nan")  # what uninitialised memory may hold

@@ -97,7 +97,7 @@ def make_trainer(directory, variant, callbacks=()):
     torch.set_num_threads(1)
     chosen = VARIANTS[variant]
     model = make_model(chosen["frozen"])
-    optimizer = MFAC(model.parameters(), lr=2e-3, num_grads=6, damping=1e-3, **chosen["optimizer"])
+    optimizer = MFAC(model.parameters(), metric="identity", lr=2e-3, num_grads=6, damping=1e-3, **chosen["optimizer"])
     return Trainer(
         model,
         make_arguments(directory),
@@ -154,14 +154,14 @@ def test_checkpoints_without_the_window_are_small_and_resume(tmp_path, one_threa
     sizes = {}
     for save_window in (True, False):
         model = make_model(frozen=True)
-        optimizer = MFAC(model.parameters(), lr=2e-3, num_grads=6, save_window=save_window)
+        optimizer = MFAC(model.parameters(), metric="identity", lr=2e-3, num_grads=6, save_window=save_window)
         arguments = make_arguments(tmp_path / str(save_window), max_steps=4)
         Trainer(model, arguments, train_dataset=make_data(), optimizers=(optimizer, None)).train()
         sizes[save_window] = (tmp_path / str(save_window) / "checkpoint-4" / "optimizer.pt").stat().st_size
     window = 6 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sizes[True] > window and sizes[False] < 0.1 * window
     model = make_model(frozen=True)
-    optimizer = MFAC(model.parameters(), lr=2e-3, num_grads=6, save_window=False)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=2e-3, num_grads=6, save_window=False)
     arguments = make_arguments(tmp_path / "False", max_steps=7)
     trainer = Trainer(model, arguments, train_dataset=make_data(), optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=True)

@@ -8,7 +8,7 @@ from mfac_hf.optim.unwrap import unwrap_model, unwrap_optimizer
 
 
 def test_optimizer():
-    optimizer = MFAC([torch.nn.Parameter(torch.ones(2))], num_grads=2)
+    optimizer = MFAC([torch.nn.Parameter(torch.ones(2))], metric="identity", num_grads=2)
     wrapped = Accelerator(cpu=True).prepare(optimizer)
     assert wrapped is not optimizer
     assert unwrap_optimizer(wrapped) is unwrap_optimizer(optimizer) is optimizer

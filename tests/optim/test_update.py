@@ -28,7 +28,7 @@ def test_16_bits_round_the_result_alone(dtype, by_rows):
 
 def test_float16_parameters_do_not_overflow():
     p = nn.Parameter(torch.ones(3, dtype=torch.float16))
-    optimizer = MFAC([p], lr=1e-6, num_grads=4, damping=1e-12)
+    optimizer = MFAC([p], metric="identity", lr=1e-6, num_grads=4, damping=1e-12)
     for _ in range(3):
         p.grad = torch.full((3,), 1e-5, dtype=torch.float16)
         optimizer.step()

@@ -19,7 +19,7 @@ TABLE = (40, 3)
 def make(shapes=((4, 3), (5,), TABLE), groups=False, **options):
     params = make_params(shapes, dtype=torch.float32)
     listed = [{"params": [p]} for p in params] if groups else params
-    return params, MFAC(listed, **{**OPTIONS, **options})
+    return params, MFAC(listed, metric="identity", **{**OPTIONS, **options})
 
 
 def gradients(params, steps, seed=1):
@@ -53,7 +53,7 @@ def test_a_group_that_is_removed_leaves_the_window(removed, cleared):
     others = [nn.Parameter(params[i].detach().clone()) for i in rest]
     for step in grads[:6]:
         feed(optimizer, params, step)
-    expected = MFAC(others, **OPTIONS)
+    expected = MFAC(others, metric="identity", **OPTIONS)
     for step in grads[:6]:
         feed(expected, others, [step[i] for i in rest])
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_a_group_that_is_removed_leaves_the_window(removed, cleared):
     for i, p in zip(rest, others, strict=True):
         torch.testing.assert_close(params[i], p, rtol=1e-5, atol=1e-6)
     assert_gram_fits(optimizer, [params[i] for i in rest])
-    fresh = MFAC([{"params": [params[i]]} for i in rest], **OPTIONS)
+    fresh = MFAC([{"params": [params[i]]} for i in rest], metric="identity", **OPTIONS)
     fresh.load_state_dict(saved)
     assert fresh.window_stats()["window_fill"] == 1.0
 

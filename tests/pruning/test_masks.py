@@ -177,7 +177,9 @@ def test_optimizers_forget_pruned_weights(optimizer_class):
 
 def test_mfac_gets_the_masks_as_its_own():
     model = small_model()
-    optimizer = MFAC(model.parameters(), lr=0.01, num_grads=4, damping=1e-3, momentum=0.9, weight_decay=0.1)
+    optimizer = MFAC(
+        model.parameters(), metric="identity", lr=0.01, num_grads=4, damping=1e-3, momentum=0.9, weight_decay=0.1
+    )
     for _ in range(3):
         train_step(model, optimizer)
     masks = random_masks(model)
@@ -202,7 +204,9 @@ def test_training_keeps_the_zeros_and_moves_zero_biases():
     model = sparse_model()
     nn.init.normal_(model[2].weight)  # a zero output layer would give the layers below no gradient
     zeros = model[0].weight == 0
-    optimizer = MFAC(model.parameters(), lr=0.01, num_grads=4, damping=1e-3, masks=masks_from_sparse_model(model))
+    optimizer = MFAC(
+        model.parameters(), metric="identity", lr=0.01, num_grads=4, damping=1e-3, masks=masks_from_sparse_model(model)
+    )
     for _ in range(6):
         train_step(model, optimizer)
     assert torch.equal(model[0].weight == 0, zeros)

@@ -30,7 +30,7 @@ def collect(source, model, num_grads):
 def test_the_newest_gradients_of_the_window(wrapped):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-    optimizer = MFAC(model.parameters(), lr=1e-3, num_grads=4)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=4)
     source = WindowGradients(Accelerator(cpu=True).prepare(optimizer) if wrapped else optimizer, None)
     grads_MD = train(model, optimizer, 6)
     assert torch.equal(collect(source, model, 4), grads_MD[2:])
@@ -40,7 +40,7 @@ def test_the_newest_gradients_of_the_window(wrapped):
 
 def test_a_window_that_holds_too_few_is_refused():
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-    optimizer = MFAC(model.parameters(), lr=1e-3, num_grads=4)
+    optimizer = MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=4)
     source = WindowGradients(optimizer, None)
     with pytest.raises(ValueError, match="1 gradients were asked for, .* holds 0 of at most 4"):
         source.check(1)
@@ -61,4 +61,4 @@ def test_other_optimizers_are_refused(monkeypatch):
         WindowGradients(torch.optim.AdamW(model.parameters()), None)
     monkeypatch.setattr(MFAC, "shares_window", True)
     with pytest.raises(ValueError, match="ranks share it"):
-        WindowGradients(MFAC(model.parameters()), None)
+        WindowGradients(MFAC(model.parameters(), metric="identity"), None)

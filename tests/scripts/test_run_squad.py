@@ -112,7 +112,10 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
-@pytest.mark.parametrize(("optim", "flags"), [("adamw", ()), ("mfac", ("--normalize", "count", "--damping", "1e-3"))])
+@pytest.mark.parametrize(
+    ("optim", "flags"),
+    [("adamw", ()), ("mfac", ("--metric", "identity", "--normalize", "count", "--damping", "1e-3"))],
+)
 def test_training_learns_and_shows_it_at_each_epoch(optim, flags, run, tmp_path):
     """The named word is found in contexts never seen; Trainer's own evaluation log has EM and F1."""
     untrained = run("--do_eval")

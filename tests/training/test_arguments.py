@@ -9,7 +9,6 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from mfac_hf import MFAC
-from mfac_hf.training import arguments
 from mfac_hf.training.arguments import ModelArguments, OptimizerArguments, build_optimizer, parse_args
 
 KINDS = (ModelArguments, OptimizerArguments, TrainingArguments)
@@ -78,6 +77,9 @@ def test_missing_recipe_and_bad_values(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(*KINDS, argv=[recipe])
     assert "--num_grads" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(*KINDS, argv=["--model_name_or_path", "tiny", "--metric", "adamw"])
+    assert "--metric: invalid choice: 'adamw' (choose from adam, identity)" in capsys.readouterr().err.replace("'adam'", "adam").replace("'identity'", "identity")
     for flag in ("--no_such_flag", "--num_grad"):
         with pytest.raises(ValueError, match=flag):
             parse_args(*KINDS, argv=["--model_name_or_path", "tiny", flag, "3"])
@@ -86,28 +88,28 @@ def test_missing_recipe_and_bad_values(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "learning_rate", "logged"),
     [
-        (["--optim_name", "mfac"], 1e-4, True),
+        ([], 5e-5, False),
         (["--optim_name", "adamw"], 5e-5, False),
-        (["--learning_rate", "5e-5"], 5e-5, False),
+        (["--optim_name", "adamw", "--metric", "identity"], 5e-5, False),
+        (["--metric", "identity"], 1e-4, True),
+        (["--metric", "identity", "--learning_rate", "5e-5"], 5e-5, False),
         (["--learning-rate", "0.002"], 2e-3, False),
     ],
 )
 def test_default_learning_rate_is_that_of_the_optimizer(flags, learning_rate, logged, caplog):
-    """M-FAC's own default where none was given, visibly; a given one always wins, even where it equals Trainer's."""
+    """Trainer's, but for the identity metric, visibly; a given one always wins, even where it equals Trainer's."""
     with caplog.at_level(logging.INFO, logger="mfac_hf"):
         *_, training_args = parse_args(*KINDS, argv=["--model_name_or_path", "tiny", *flags])
     assert training_args.learning_rate == learning_rate
-    assert ("M-FAC's default 0.0001" in caplog.text) == logged
+    assert ("--metric identity has 0.0001" in caplog.text) == logged
 
 
-def test_flags_and_the_optimizer_share_their_defaults():
-    """Every flag for M-FAC has the default of the argument that it sets."""
-    defaults = MFAC([torch.nn.Parameter(torch.zeros(1))], metric="identity").defaults
-    assert arguments.MFAC_LEARNING_RATE == defaults["lr"]
-    flags = vars(OptimizerArguments())
-    assert flags.pop("optim_name") == "mfac"
-    flags["window_dtype"] = getattr(torch, flags["window_dtype"])
-    assert flags == {name: defaults[name] for name in flags}
+@pytest.mark.parametrize("flags", [{}, {"metric": "identity"}])
+def test_flags_that_are_not_given_leave_the_defaults_of_mfac(flags, tmp_path):
+    """Those of the metric; without flags it is the metric of ``MFAC`` itself."""
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.01)
+    built = build_optimizer(nn.Linear(3, 2), OptimizerArguments(**flags), args).defaults
+    assert built == MFAC([nn.Parameter(torch.zeros(1))], lr=1e-3, weight_decay=0.01, **flags).defaults
 
 
 @pytest.mark.parametrize("optim", ["mfac", "adamw"])
@@ -133,29 +135,72 @@ def test_without_weight_decay_the_order_is_that_of_the_model(tmp_path):
     assert [id(p) for p in group["params"]] == [id(p) for p in layer.parameters()]
 
 
-def test_optimizer_options_reach_mfac_and_adamw(tmp_path):
-    """Every flag arrives under its own name."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"metric": "adam"},
+        {
+            "metric": "identity",
+            "momentum": 0.25,
+            "grad_decay": 0.125,
+            "normalize": "count",
+            "decoupled_weight_decay": True,
+        },
+    ],
+)
+def test_optimizer_options_reach_mfac(options, tmp_path):
+    """Every flag arrives under its own name, and Adam's betas and eps where they have a meaning."""
     args = TrainingArguments(
         output_dir=str(tmp_path), adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5, weight_decay=0.1
     )
-    chosen = OptimizerArguments(
-        num_grads=3,
-        damping=0.5,
-        momentum=0.25,
-        grad_decay=0.125,
-        normalize="count",
-        window_dtype="bfloat16",
-        window_device=["cpu"],
-        decoupled_weight_decay=True,
-        row_sparse=False,
-        save_window=False,
-    )
-    defaults = build_optimizer(nn.Linear(3, 2), chosen, args).defaults
-    wanted = {**vars(chosen), "window_dtype": torch.bfloat16, "window_device": "cpu"}
-    wanted.pop("optim_name")
-    assert {name: defaults[name] for name in wanted} == wanted
+    common = {"num_grads": 3, "damping": 0.5, "row_sparse": False, "save_window": False}
+    chosen = OptimizerArguments(window_dtype="bfloat16", window_device=["cpu"], **common, **options)
+    optimizer = build_optimizer(nn.Linear(3, 2), chosen, args)
+    wanted = {"window_dtype": torch.bfloat16, "window_device": "cpu", **common, **options}
+    if options["metric"] == "adam":
+        wanted |= {"betas": (0.8, 0.95), "eps": 1e-5}
+    assert {name: optimizer.defaults[name] for name in wanted} == wanted
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_optimizer_options_reach_adamw(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5)
     adamw = build_optimizer(nn.Linear(3, 2), OptimizerArguments(optim_name="adamw"), args)
     assert adamw.defaults["betas"] == (0.8, 0.95) and adamw.defaults["eps"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "adam", "words"),
+    [
+        ({"momentum": 0.9}, {}, "momentum given with metric='adam'.*choose metric='identity'"),
+        ({"normalize": "count", "grad_decay": 0.9}, {}, "grad_decay, normalize given with metric='adam'"),
+        ({"decoupled_weight_decay": False}, {}, "decoupled_weight_decay given"),
+        ({"metric": "adamw"}, {}, "metric is 'adamw'; expected one of 'adam', 'identity'"),
+        ({}, {"adam_beta1": 1.0}, "betas is \\(1.0, 0.999\\); expected two numbers in"),
+        ({}, {"adam_epsilon": 0.0}, "eps is 0.0; expected a finite number above 0"),
+        ({"damping": 0.0}, {}, "damping"),
+        ({"num_grads": 0}, {}, "num_grads"),
+    ],
+)
+def test_options_that_do_not_fit_the_metric(flags, adam, words, tmp_path):
+    """MFAC's own errors."""
+    args = TrainingArguments(output_dir=str(tmp_path), **adam)
+    with pytest.raises(ValueError, match=words):
+        build_optimizer(nn.Linear(3, 2), OptimizerArguments(**flags), args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--damping", "1e-6"], "damping=1e-06 with metric='adam'.*nearly none"),
+        (["--learning_rate", "1e-2"], "lr=0.01 with metric='adam'.*AdamW's learning rate"),
+    ],
+)
+def test_values_by_old_habit_warn_on_the_way_from_the_flags(flags, words, tmp_path):
+    argv = ["--model_name_or_path", "tiny", "--output_dir", str(tmp_path), *flags]
+    _, optimizer_args, training_args = parse_args(*KINDS, argv=argv)
+    with pytest.warns(UserWarning, match=words):
+        build_optimizer(nn.Linear(3, 2), optimizer_args, training_args)
 
 
 def test_model_without_trainable_parameters(tmp_path):

@@ -21,6 +21,16 @@ def test_a_log_goes_on_where_it_stopped(tmp_path):
     assert again.find(seed=2) is None  # a key is the whole of it
 
 
+def test_a_log_finds_runs_from_before_there_was_another_metric(tmp_path):
+    log = StudyLog(tmp_path / "study.jsonl")
+    earlier = log.add({"phase": "final", "flags": {"num_grads": 8}}, {"accuracy": 0.5})
+    assert log.find(phase="final", flags={"metric": "identity", "num_grads": 8}) == earlier
+    assert log.find(phase="final", flags={"metric": "adam", "num_grads": 8}) is None
+    named = log.add({"phase": "final", "flags": {"metric": "identity"}}, {"accuracy": 0.75})
+    assert log.find(phase="final", flags={"metric": "identity"}) == named
+    assert log.find(phase="final", flags={}) is None
+
+
 def test_a_study_says_what_it_lacks(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text("name: x\nseeds: [1, 2]\n")
