@@ -209,7 +209,12 @@ def test_limits(run):
         (("--do_eval", "--max_seq_length", "128"), "sst2", ValueError, "--max_seq_length 128: expected 1 to 64"),
         (("--do_eval",), "sst", ValueError, "unknown GLUE task 'sst'"),
         (("--do_train", "--optim", "adafactor"), "sst2", ValueError, "use --optim_name"),
-        (("--do_train", "--optim_name", "mfac", "--momentum", "0.9"), "sst2", ValueError, "momentum .*metric='identity'"),
+        (
+            ("--do_train", "--optim_name", "mfac", "--momentum", "0.9"),
+            "sst2",
+            ValueError,
+            "momentum .*metric='identity'",
+        ),
         (("--do_train", "--resume_from_checkpoint", "last"), "sst2", FileNotFoundError, "no such checkpoint"),
         (("--do_train", "--lora_rank", "0"), "sst2", ValueError, "--lora_rank 0: expected at least 1"),
         (("--do_train", "--lora_rank", "2", "--lora_targets", "x"), "sst2", ValueError, "--lora_targets x: the model"),

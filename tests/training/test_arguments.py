@@ -79,7 +79,8 @@ def test_missing_recipe_and_bad_values(tmp_path, capsys):
     assert "--num_grads" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_args(*KINDS, argv=["--model_name_or_path", "tiny", "--metric", "adamw"])
-    assert "--metric: invalid choice: 'adamw' (choose from adam, identity)" in capsys.readouterr().err.replace("'adam'", "adam").replace("'identity'", "identity")
+    said = capsys.readouterr().err
+    assert "--metric: invalid choice: 'adamw'" in said and "adam" in said and "identity" in said
     for flag in ("--no_such_flag", "--num_grad"):
         with pytest.raises(ValueError, match=flag):
             parse_args(*KINDS, argv=["--model_name_or_path", "tiny", flag, "3"])
