@@ -3,23 +3,17 @@
 from typing import Any
 
 __all__ = [
-    "MFAC_DAMPING",
     "MFAC_DEFAULTS",
-    "MFAC_LEARNING_RATE",
     "MFAC_METRIC",
-    "MFAC_NUM_GRADS",
     "TOUCHED_EMBEDDING_ROWS",
+    "defaults_of",
 ]
 
 # Of `mfac_hf.MFAC`.
 MFAC_METRIC = "adam"
 
-# Of the identity metric: those of the published runs.
-MFAC_LEARNING_RATE = 1e-4
-MFAC_NUM_GRADS = 1024
-MFAC_DAMPING = 1e-6
-
-# By metric, with the options that belong to that metric alone. Adam's are AdamW's, beside a small window.
+# By metric, with the options that belong to that metric alone. Adam's are AdamW's, beside a small window; the
+# identity's are those of the published runs.
 MFAC_DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {
         "lr": 1e-3,
@@ -30,9 +24,9 @@ MFAC_DEFAULTS: dict[str, dict[str, Any]] = {
         "eps": 1e-8,
     },
     "identity": {
-        "lr": MFAC_LEARNING_RATE,
-        "num_grads": MFAC_NUM_GRADS,
-        "damping": MFAC_DAMPING,
+        "lr": 1e-4,
+        "num_grads": 1024,
+        "damping": 1e-6,
         "weight_decay": 0.0,
         "momentum": 0.0,
         "decoupled_weight_decay": False,
@@ -40,6 +34,18 @@ MFAC_DEFAULTS: dict[str, dict[str, Any]] = {
         "grad_decay": 0.0,
     },
 }
+
+
+def defaults_of(metric: str) -> dict[str, Any]:
+    """The defaults of a metric.
+
+    Raises:
+        ValueError: the metric is unknown.
+    """
+    if not isinstance(metric, str) or metric not in MFAC_DEFAULTS:
+        raise ValueError(f"metric is {metric!r}; expected one of {', '.join(map(repr, MFAC_DEFAULTS))}")
+    return MFAC_DEFAULTS[metric]
+
 
 # Of `mfac_hf.memory_estimate`: rows of an embedding table that one batch looks up.
 TOUCHED_EMBEDDING_ROWS = 512

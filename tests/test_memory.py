@@ -11,9 +11,10 @@ from torch import nn
 
 from mfac_hf import MFAC, memory, memory_estimate
 from mfac_hf.fisher.columns import DenseColumns
-from mfac_hf.memory import GRAM_MATRICES, require_memory
+from mfac_hf.memory import GRAM_MATRICES, adamw_bytes, require_memory
 
 GIB = 1 << 30
+MOMENTS = ("second_moment", "moment_steps")  # names in the state
 
 
 class Tiny(nn.Module):
@@ -31,12 +32,25 @@ class Tiny(nn.Module):
 
 
 def test_a_number_of_parameters():
-    estimate = memory_estimate(4_400_000, 1024)
+    """By default 16 gradients in float32 and a second moment, beside AdamW's two."""
+    estimate = memory_estimate(4_400_000)
+    assert estimate.bytes == 4_400_000 * (16 * 4 + 4) + matrices(16)
+    assert "16 x 4,400,000 x 4 bytes" in estimate.breakdown and "second moment: 4,400,000 x 4" in estimate.breakdown
+    last = "total: 0.28 GiB, 68.0 bytes a parameter (AdamW: 0.03 GiB, 8 bytes)"
+    assert estimate.breakdown.splitlines()[-1] == last
+    assert adamw_bytes(4_400_000) == 8 * 4_400_000
+    assert memory_estimate(4_400_000, 4, torch.bfloat16).bytes == 4_400_000 * (4 * 2 + 4) + matrices(4)
+    assert memory_estimate(10, 1, torch.float64).bytes == 160 + matrices(1)
+
+
+def test_a_number_of_parameters_in_the_identity_metric():
+    estimate = memory_estimate(4_400_000, metric="identity")
     assert estimate.bytes == 1024 * 4_400_000 * 4 + matrices(1024)
     assert "1024 x 4,400,000 x 4 bytes" in estimate.breakdown and "total: 16.82 GiB" in estimate.breakdown
     assert "4 x 1024 x 1024 x 8 bytes = 0.03 GiB" in estimate.breakdown
-    assert memory_estimate(4_400_000, 1024, torch.bfloat16).bytes == 1024 * 4_400_000 * 2 + matrices(1024)
-    assert memory_estimate(10, 1, torch.float64).bytes == 80 + matrices(1)
+    half = memory_estimate(4_400_000, 1024, torch.bfloat16, metric="identity")
+    assert half.bytes == 1024 * 4_400_000 * 2 + matrices(1024)
+    assert memory_estimate(10, 1, torch.float64, metric="identity").bytes == 80 + matrices(1)
 
 
 def matrices(m):
@@ -69,32 +83,53 @@ def test_the_matrices_of_a_step_are_what_it_holds_at_once():
     assert 3.5 < float(result.stdout) < GRAM_MATRICES + 0.5
 
 
-def test_a_model_is_what_the_optimizer_allocates():
-    """Frozen parameters cost nothing, the large table its rows, the rest is dense."""
+@pytest.mark.parametrize("metric", ["adam", "identity"])
+def test_a_model_is_what_the_optimizer_allocates(metric):
+    """Frozen parameters cost nothing, the large table its rows, the rest is dense; a second moment of everything."""
     model = Tiny()
     dense = 2 * 16 + 16 * 8 + 8
     table = 64 * 512 * (16 * 4 + 8)
-    estimate = memory_estimate(model, 64)
-    assert estimate.bytes == 64 * dense * 4 + table + matrices(64)
+    moment = (dense + 4096 * 16) * 4 if metric == "adam" else 0
+    steps = 4096 * 8 if metric == "adam" else 0
+    estimate = memory_estimate(model, 64, metric=metric)
+    assert estimate.bytes == 64 * dense * 4 + table + moment + steps + matrices(64)
     assert "words: 64 x 512 of 4,096 rows x 16" in estimate.breakdown
-    assert memory_estimate(model, 64, embedding_rows=None).bytes == 64 * (dense + 4096 * 16) * 4 + matrices(64)
-    whole = memory_estimate(model, 64, embedding_rows=10**9).bytes
-    assert whole == 64 * dense * 4 + 64 * 4096 * (16 * 4 + 8) + matrices(64)
+    in_full = memory_estimate(model, 64, metric=metric, embedding_rows=None).bytes
+    assert in_full == 64 * (dense + 4096 * 16) * 4 + moment + matrices(64)
+    whole = memory_estimate(model, 64, metric=metric, embedding_rows=10**9).bytes
+    assert whole == 64 * dense * 4 + 64 * 4096 * (16 * 4 + 8) + moment + steps + matrices(64)
+    assert adamw_bytes(model) == 8 * (dense + 4096 * 16)
 
-    optimizer = MFAC(model.parameters(), metric="identity", num_grads=64)
+    optimizer = MFAC(model.parameters(), metric=metric, num_grads=64)
     model.hidden(model.words(torch.arange(512)) + model.types(torch.zeros(512, dtype=torch.int64))).sum().backward()
     optimizer.step()
     held = optimizer._window.nbytes
     # Room for a quarter more rows than the first batch has.
-    assert estimate.bytes - matrices(64) <= held <= 64 * dense * 4 + table * 5 // 4
+    assert estimate.bytes - matrices(64) - moment - steps <= held <= 64 * dense * 4 + table * 5 // 4
     assert optimizer.window_stats()["window_gib"] == held / GIB
+    tensors = [t for state in optimizer.state.values() for name, t in state.items() if name.startswith(MOMENTS)]
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+    assert sum(t.nbytes for t in tensors) == moment + steps
+
+
+def test_a_table_that_two_modules_share_counts_once():
+    model = Tiny()
+    once = memory_estimate(model, 8).bytes
+    model.again = nn.Embedding(4096, 16)
+    model.again.weight = model.words.weight
+    assert memory_estimate(model, 8).bytes == once
 
 
 def test_a_table_shared_with_an_output_layer_is_dense():
     model = Tiny(tied=True)
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert memory_estimate(model, 8).bytes == 8 * numel * 4 + matrices(8)
+    assert memory_estimate(model, 8).bytes == 8 * numel * 4 + 4 * numel + matrices(8)
     assert "of 4,096 rows" not in memory_estimate(model, 8).breakdown
+
+
+def test_an_unknown_metric():
+    with pytest.raises(ValueError, match="metric is 'adamw'; expected one of 'adam', 'identity'"):
+        memory_estimate(10, 4, metric="adamw")
 
 
 @pytest.mark.parametrize("call", [lambda: memory_estimate(10, 0), lambda: memory_estimate(0, 10)])
@@ -144,13 +179,17 @@ def test_a_step_that_does_not_fit_changes_nothing_and_a_later_one_works(monkeypa
     assert optimizer._window.count == 1
 
 
-def test_the_first_step_needs_room_for_the_gram_matrix_too(monkeypatch):
+@pytest.mark.parametrize("metric", ["adam", "identity"])
+def test_the_first_step_needs_room_for_all_of_it(monkeypatch, metric):
+    """The Gram matrix and, in Adam's metric, the second moment too."""
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = MFAC([parameter], metric="identity", lr=0.1, num_grads=1000)
+    optimizer = MFAC([parameter], metric=metric, lr=1e-3, num_grads=1000)
     parameter.grad = torch.ones(3)
-    needed = memory_estimate(3, 1000).bytes
+    needed = memory_estimate(3, 1000, metric=metric).bytes
+    assert needed == 3 * 1000 * 4 + matrices(1000) + (12 if metric == "adam" else 0)
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
-    with pytest.raises(MemoryError, match="1000 gradients x 3 parameters .*and 30 MiB for the Gram matrix"):
+    words = "30 MiB for the Gram matrix" + (".* and their second moment" if metric == "adam" else "")
+    with pytest.raises(MemoryError, match=f"1000 gradients x 3 parameters .*and {words}"):
         optimizer.step()
     assert not parameter.any() and not optimizer.state
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
@@ -158,18 +197,32 @@ def test_the_first_step_needs_room_for_the_gram_matrix_too(monkeypatch):
     assert parameter.all()
 
 
-def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch):
+def test_the_first_step_needs_room_for_the_second_moment_of_a_table(monkeypatch):
+    """Of all its rows, however few a batch touches."""
+    table = nn.Embedding(4096, 16)
+    optimizer = MFAC(table.parameters(), lr=1e-3, num_grads=4)
+    table(torch.arange(8)).sum().backward()
+    needed = 4 * 10 * (16 * 4 + 8) + 4096 * (16 * 4 + 8) + matrices(4)  # room for a quarter more rows
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(MemoryError, match="embedding rows"):
+        optimizer.step()
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("metric", ["adam", "identity"])
+def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch, metric):
     first, late = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))
-    optimizer = MFAC([first, late], metric="identity", lr=0.1, num_grads=5)
+    optimizer = MFAC([first, late], metric=metric, lr=1e-3, num_grads=5)
     first.grad = torch.ones(4)
     optimizer.step()
     late.grad = torch.ones(6)
-    before = first.detach().clone()
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * 6 * 4 - 1)
+    before, needed = first.detach().clone(), 6 * 4 * (6 if metric == "adam" else 5)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
     with pytest.raises(MemoryError, match="5 gradients x 6 parameters"):
         optimizer.step()
     assert torch.equal(before, first) and not late.any() and optimizer._window.gram.pushed == 1
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * 6 * 4)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
     optimizer.step()
     assert late.any() and optimizer._window.gram.pushed == 2
 

@@ -1,7 +1,8 @@
-"""`mfac estimate` prints the memory that the gradient window of a model takes, and its time in each step.
+"""`mfac estimate` prints the memory that `MFAC` takes for a model, beside AdamW's, and its time in each step.
 
-    mfac estimate google/bert_uncased_L-2_H-128_A-2 --num_grads 1024 --dtype bfloat16
-    mfac estimate 4400000 --num_grads 512
+    mfac estimate google-bert/bert-base-uncased --dtype bfloat16
+    mfac estimate google/bert_uncased_L-2_H-128_A-2 --metric identity --num_grads 1024
+    mfac estimate 4400000
 
 It reads the configuration of the model and downloads no weights. A checkpoint with a head for pretraining is counted
 with the head of a classifier, with which it is fine-tuned; ``--head`` chooses another. The time is that of the two
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mfac_hf.cli.errors import as_command_error
-from mfac_hf.defaults import MFAC_NUM_GRADS, TOUCHED_EMBEDDING_ROWS
+from mfac_hf.defaults import MFAC_DEFAULTS, MFAC_METRIC, TOUCHED_EMBEDDING_ROWS
 
 # Names of --head, and the classes of transformers that build a model with such a head.
 HEADS = {
@@ -48,7 +49,8 @@ def add_parser(commands: Any) -> None:
     estimate = commands.add_parser(
         "estimate",
         help="print memory and time of the optimizer for a model",
-        description="Print the memory of a model's gradient window, and its time in each step on this machine.",
+        description="Print the memory that MFAC takes for a model, beside AdamW's, and its time in each step on this "
+        "machine.",
     )
     estimate.add_argument(
         "model", help="directory or Hub name of a model (config.json is read), or a number of parameters"
@@ -60,11 +62,10 @@ def add_parser(commands: Any) -> None:
         "pretraining)",
     )
     estimate.add_argument(
-        "--num_grads",
-        type=int,
-        default=MFAC_NUM_GRADS,
-        help=f"number of gradients in the window, m (default: {MFAC_NUM_GRADS})",
+        "--metric", choices=tuple(MFAC_DEFAULTS), default=MFAC_METRIC, help="metric of MFAC (default: %(default)s)"
     )
+    defaults = ", ".join(f"{options['num_grads']} for {metric}" for metric, options in MFAC_DEFAULTS.items())
+    estimate.add_argument("--num_grads", type=int, help=f"number of gradients in the window, m (default: {defaults})")
     estimate.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float64"),
@@ -86,7 +87,7 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
     import torch
 
     from mfac_hf.machine import GIB, available_bytes
-    from mfac_hf.memory import gram_matrix_bytes, memory_estimate
+    from mfac_hf.memory import adamw_bytes, gram_matrix_bytes, memory_estimate
 
     with as_command_error():
         model: Any = int(arguments.model) if arguments.model.isdecimal() else None
@@ -96,20 +97,26 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
         elif arguments.head is not None:
             raise ValueError(f"--head {arguments.head} needs a model; {model} is a number of parameters")
         dtype = getattr(torch, arguments.dtype)
-        memory = memory_estimate(model, arguments.num_grads, dtype, embedding_rows=arguments.embedding_rows)
+        num_grads, metric = arguments.num_grads, arguments.metric
+        if num_grads is None:
+            num_grads = MFAC_DEFAULTS[metric]["num_grads"]
+        memory = memory_estimate(model, num_grads, dtype, metric=metric, embedding_rows=arguments.embedding_rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = available_bytes(device)
     report: dict[str, Any] = {
         "model_class": None if isinstance(model, int) else type(model).__name__,
         "checkpoint_class": named or None,
+        "metric": metric,
+        "num_grads": num_grads,
         "bytes": memory.bytes,
+        "adamw_bytes": adamw_bytes(model),
         "device": str(device),
         "free_bytes": free,
         "step_seconds": None,
     }
     if not arguments.no_time:
-        window_bytes = memory.bytes - gram_matrix_bytes(arguments.num_grads)
-        report["step_seconds"] = _step_seconds(window_bytes, arguments.num_grads, dtype, device)
+        window_bytes = memory.bytes - gram_matrix_bytes(num_grads)
+        report["step_seconds"] = _step_seconds(window_bytes, num_grads, dtype, device, metric)
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
@@ -197,30 +204,37 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any) -> float:
+def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any, metric: str) -> float:
     """Seconds of two passes over the window at the pace of this machine, and of the factorization."""
     import torch
     from torch.utils.benchmark import Timer
 
+    from mfac_hf.ops.metric import metric_combine, metric_push
     from mfac_hf.ops.window import combine, row_dots
 
     rows = min(num_grads, 64)
     columns = SAMPLE_BYTES // (rows * dtype.itemsize)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     window_MD = torch.ones(rows, columns, dtype=dtype, device=device)
-    x_D = torch.ones(columns, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    x_D = torch.ones(columns, dtype=wide, device=device)
+    moment_D = torch.ones(columns if metric == "adam" else 0, dtype=wide, device=device)
     weights_M = torch.ones(rows, dtype=torch.float64, device=device)
     size = min(num_grads, FACTOR_SAMPLE)
     gram_MM = torch.eye(size, dtype=torch.float64, device=device)
-    scope = {
-        "dots": row_dots,
-        "combine": combine,
-        "torch": torch,
-        "g": window_MD,
-        "x": x_D,
-        "w": weights_M,
-        "k": gram_MM,
-    }
-    threads = torch.get_num_threads()
-    passes = Timer("dots(g, x); combine(g, w)", globals=scope, num_threads=threads).timeit(ROUNDS).median
-    factor = Timer("torch.linalg.cholesky_ex(k)", globals=scope, num_threads=threads).timeit(ROUNDS).median
-    return passes * window_bytes / (window_MD.numel() * dtype.itemsize) + factor * (num_grads / size) ** 3
+
+    def passes() -> None:
+        if metric == "adam":
+            metric_push(window_MD, x_D, moment_D, 0, rows, rate=0.001, eps=1e-8)
+            metric_combine(window_MD, weights_M, moment_D, eps=1e-8)
+        else:
+            row_dots(window_MD, x_D)
+            combine(window_MD, weights_M)
+
+    def seconds(call: Any) -> float:
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        median: float = timer.timeit(ROUNDS).median
+        return median
+
+    factor = seconds(lambda: torch.linalg.cholesky_ex(gram_MM))
+    sample_bytes = window_MD.nbytes + moment_D.nbytes
+    return seconds(passes) * window_bytes / sample_bytes + factor * (num_grads / size) ** 3

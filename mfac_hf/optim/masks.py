@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mfac_hf.fisher.columns import DenseColumns
 from mfac_hf.memory import require_memory
+from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import DensePlacement, Placement, kept_positions
 from mfac_hf.optim.sharded import is_sharded
 
@@ -69,7 +70,10 @@ def check_only_shrink(masks: Mapping[Tensor, Tensor], old: Mapping[Tensor, Tenso
 
 
 def without_masked(
-    members: Mapping[Tensor, DensePlacement], masks: Mapping[Tensor, Tensor], count: int
+    members: Mapping[Tensor, DensePlacement],
+    masks: Mapping[Tensor, Tensor],
+    count: int,
+    options: ParameterWindowOptions,
 ) -> tuple[DenseColumns, dict[Tensor, Placement], Tensor]:
     """The columns that masks keep, in a new store: the store, the placements in it, and the positions in the old one.
 
@@ -77,6 +81,7 @@ def without_masked(
         members: placements of all parameters that share one dense store, in the order of their columns.
         masks: {parameter: bool tensor of its shape, True = keep}; other parameters keep all their columns.
         count: gradients held.
+        options: num_grads, window_dtype and metric.
 
     Raises:
         MemoryError: if the new store does not fit beside the old one.
@@ -84,9 +89,8 @@ def without_masked(
     columns = next(iter(members.values())).columns
     kept = {p: _kept_columns(placement, masks.get(p)) for p, placement in members.items()}
     dim = sum(len(positions) for positions in kept.values())
-    num_grads = len(columns.buffer_MD)
-    words = f"{num_grads} gradients x {dim:,} parameters that are kept"
-    require_memory(num_grads * dim * columns.buffer_MD.dtype.itemsize, columns.device, words)
+    words = f"{options.num_grads} gradients x {dim:,} parameters that are kept"
+    require_memory(dim * options.column_bytes, columns.device, words)
     positions = torch.cat([members[p].start + kept[p].to(columns.device) for p in members])
     smaller = columns.select(positions, count)
     placements: dict[Tensor, Placement] = {}

@@ -73,6 +73,16 @@ class ParameterWindowOptions(WindowOptions):
         return list(dict.fromkeys(map(torch.device, named)))
 
     @property
+    def moment_itemsize(self) -> int:
+        """Bytes of the second moment of one parameter; none in the identity metric."""
+        return self.result_dtype.itemsize if self.metric == "adam" else 0
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one parameter's column in a dense store, with its second moment."""
+        return self.num_grads * self.window_dtype.itemsize + self.moment_itemsize
+
+    @property
     def result_dtype(self) -> torch.dtype:
         """The type of directions, and of table values: float64 in a float64 window, else float32."""
         return torch.float64 if self.window_dtype == torch.float64 else torch.float32

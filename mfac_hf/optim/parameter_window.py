@@ -177,7 +177,7 @@ class ParameterWindow:
 
     def _densify(self, p: Tensor, table: TablePlacement, mask: Tensor | None) -> DensePlacement:
         """Move a parameter's columns from a table into a dense store."""
-        dense = to_dense(table, self.count, self.options.window_dtype, kept_positions(mask))
+        dense = to_dense(table, self.count, self.options, kept_positions(mask))
         self.metric.replace(table.columns, dense.columns, dense.keep)
         self.columns[self.columns.index(table.columns)] = dense.columns
         self.placements[p] = dense
@@ -215,7 +215,7 @@ class ParameterWindow:
             if masks.keys().isdisjoint(dense):
                 placements |= members
             else:
-                smaller, fewer, positions = without_masked(dense, masks, self.count)
+                smaller, fewer, positions = without_masked(dense, masks, self.count, self.options)
                 placements |= fewer
                 replaced.append((columns, smaller, positions))
         # Last, because nothing fails from here on. Tables stay and lose numbers in place.

@@ -154,7 +154,7 @@ def place(
     keeps = {p: kept_positions(masks.get(p)) for p in gradients if p not in tables}
     sizes = {p: gradients[p].numel() if keep is None else len(keep) for p, keep in keeps.items()}
     slots = {p: max(1, min(g.shape[0], len(nonzero_rows(g).rows) * 5 // 4)) for p, g in tables.items()}
-    table_bytes = sum(_slot_bytes(tables[p], options) * n * options.num_grads for p, n in slots.items())
+    table_bytes = sum(_table_bytes(tables[p], n, options) for p, n in slots.items())
     dealt = _deal_out(sizes, devices)
     for device, members in dealt.items():
         beside = (table_bytes, gram_bytes) if device == devices[0] else (0, 0)
@@ -189,9 +189,11 @@ def _deal_out(sizes: dict[Tensor, int], devices: list[torch.device]) -> dict[tor
     return {device: [p for p in sizes if chosen[p] == device] for device in devices}
 
 
-def _slot_bytes(grad: Tensor, options: ParameterWindowOptions) -> int:
-    """Bytes that a table takes for one row of one gradient, with the row's number."""
-    return grad.shape[1] * options.result_dtype.itemsize + 8
+def _table_bytes(grad: Tensor, slots: int, options: ParameterWindowOptions) -> int:
+    """Bytes of a table: ``slots`` rows of each gradient and their numbers, the second moment and its rows' steps."""
+    height, width = grad.shape
+    rows = options.num_grads * slots * (width * options.result_dtype.itemsize + 8)
+    return rows + (height * (width * options.moment_itemsize + 8) if options.moment_itemsize else 0)
 
 
 def _require_room(
@@ -200,8 +202,8 @@ def _require_room(
     words = f"{options.num_grads} gradients x {dim:,} parameters in {options.window_dtype}"
     words += f" and {table_bytes >> 20} MiB of embedding rows" if table_bytes else ""
     words += f" and {gram_bytes >> 20} MiB for the Gram matrix and its factor" if gram_bytes >> 20 else ""
-    dense_bytes = options.num_grads * dim * options.window_dtype.itemsize
-    require_memory(dense_bytes + table_bytes + gram_bytes, device, words)
+    words += " and their second moment" if options.moment_itemsize else ""
+    require_memory(dim * options.column_bytes + table_bytes + gram_bytes, device, words)
 
 
 def _is_row_sparse(grad: Tensor) -> bool:
@@ -225,24 +227,25 @@ def kept_positions(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
 
 
-def to_dense(placement: TablePlacement, count: int, dtype: torch.dtype, keep: Tensor | None = None) -> DensePlacement:
+def to_dense(
+    placement: TablePlacement, count: int, options: ParameterWindowOptions, keep: Tensor | None = None
+) -> DensePlacement:
     """The same columns (those in ``keep``) in a dense store, for gradients that turned out not to be row-sparse.
 
     Args:
         placement: of the table.
         count: gradients held.
-        dtype: of the dense store.
+        options: num_grads, window_dtype and metric.
         keep: flat positions to keep; None keeps all.
 
     Raises:
         MemoryError: if the store does not fit; nothing changes then.
     """
     table = placement.columns
-    num_grads = len(table.rows_MN)
     what = f"an embedding of {table.shape[0]:,} x {table.shape[1]} whose gradients are no longer row-sparse"
     dim = table.dim if keep is None else len(keep)
-    require_memory(num_grads * dim * dtype.itemsize, table.device, what)
-    dense = DenseColumns(num_grads, dim, dtype=dtype, device=table.device)
+    require_memory(dim * options.column_bytes, table.device, what)
+    dense = DenseColumns(options.num_grads, dim, dtype=options.window_dtype, device=table.device)
     for row in range(count):
         flat_D = table.row(row)
         dense.write(row, flat_D if keep is None else flat_D[keep.to(flat_D.device)])

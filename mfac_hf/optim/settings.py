@@ -3,7 +3,7 @@
 import warnings
 from typing import Any
 
-from mfac_hf.defaults import MFAC_DEFAULTS
+from mfac_hf.defaults import MFAC_DEFAULTS, defaults_of
 from mfac_hf.fisher.definite import is_number
 
 __all__ = ["BY_METRIC", "check_adam", "settings_of", "warn_of_old_habits"]
@@ -33,9 +33,7 @@ def settings_of(metric: str, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the metric is unknown, or settings were given that belong to the other one.
     """
-    if not isinstance(metric, str) or metric not in MFAC_DEFAULTS:
-        raise ValueError(f"metric is {metric!r}; expected one of {', '.join(map(repr, MFAC_DEFAULTS))}")
-    defaults = MFAC_DEFAULTS[metric]
+    defaults = defaults_of(metric)
     given = {name: value for name, value in given.items() if value is not BY_METRIC}
     if foreign := [name for name in given if name not in defaults]:
         other = next(name for name in MFAC_DEFAULTS if name != metric)

@@ -18,9 +18,20 @@ def test_estimate_of_a_configuration_and_of_a_number(outputs, bert, capsys):
     assert cli.main(["estimate", str(outputs / "sst2-90"), *flags]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bytes"] == memory_estimate(bert, 16, torch.bfloat16).bytes and report["step_seconds"] is None
+    assert report["adamw_bytes"] == 8 * sum(p.numel() for p in bert.parameters())
     assert cli.main(["estimate", "1000000", "--num_grads", "8"]) == 0
     shown = capsys.readouterr().out
     assert "dense: 8 x 1,000,000 x 4 bytes" in shown and "fits" in shown and "ms in each step" in shown
+    assert "36.0 bytes a parameter (AdamW: 0.01 GiB, 8 bytes)" in shown
+
+
+@pytest.mark.parametrize(("metric", "num_grads"), [("adam", 16), ("identity", 1024)])
+def test_the_metric_decides_the_length_of_the_window(metric, num_grads, capsys):
+    flags = [] if metric == "adam" else ["--metric", metric]  # Adam's is the default
+    assert cli.main(["estimate", "1000", "--json", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["metric"], report["num_grads"]) == (metric, num_grads) and report["step_seconds"] > 0
+    assert report["bytes"] == memory_estimate(1000, num_grads, metric=metric).bytes
 
 
 def test_bad_input_is_one_line(refused):
