@@ -3,6 +3,7 @@
     python scripts/benchmark.py --accuracy                       # error of the direction against float64, in seconds
     python scripts/benchmark.py --optimizer [--threads N]        # step time over the floor, beside AdamW and the paper
     python scripts/benchmark.py --optimizer --device cuda        # the same on a GPU
+    python scripts/benchmark.py --cost [--models 4.4M]           # a step in Adam's metric, beside AdamW's two forms
     python scripts/benchmark.py --kernels [--device cuda]        # checks and times of the two passes; minutes
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
     python scripts/benchmark.py --pruning --threads 1            # static inverse, blocked and full, beside the paper's
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import accuracy, kernels, optimizer, pruning, sparse
+from bench import accuracy, cost, kernels, optimizer, pruning, sparse
 from bench.common import describe_machine
 
 from mfac_hf.storage import write_json
@@ -32,7 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, text in {
         "accuracy": "error of the direction against a dense float64 oracle",
-        "optimizer": "time of an optimizer step",
+        "optimizer": "time of an optimizer step in the identity metric, with a long window",
+        "cost": "time of an optimizer step in Adam's metric, with a short window",
         "kernels": "checks and times of the native kernels (16 GiB of memory on a CPU)",
         "pruning": "static inverse of ResNet-20, blocked and full, beside the paper's recursions (some 20 minutes)",
         "sparse": "sparse files and inference of a random BERT-base, beside the alternatives",
@@ -44,7 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("MODEL", "DATA"),
         help="an epoch of SST-2 at m = 1024 beside AdamW, through run_glue.py",
     )
-    parser.add_argument("--num_grads", type=int, nargs="+", default=[128, 512], help="window lengths m to time")
+    parser.add_argument(
+        "--num_grads", type=int, nargs="+", help="window lengths m to time (default: 128 512; of --cost 8 16 32)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=cost.MODELS, default=["0.4M", "4.4M", "23M"], help="parameters of --cost"
+    )
     parser.add_argument(
         "--dims", type=int, nargs="+", default=[300_000, 4_400_000], help="numbers of parameters d to time"
     )
@@ -59,8 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmarks that the flags name, print their tables, and return what is written as JSON."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if not (args.accuracy or args.optimizer or args.kernels or args.epoch or args.pruning or args.sparse):
-        parser.error("nothing to do: pass --accuracy, --optimizer, --kernels, --epoch, --pruning or --sparse")
+    if not any((args.accuracy, args.optimizer, args.cost, args.kernels, args.epoch, args.pruning, args.sparse)):
+        parser.error("nothing to do: pass --accuracy, --optimizer, --cost, --kernels, --epoch, --pruning or --sparse")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -71,10 +78,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["optimizer"] = [
             row
             for dim in args.dims
-            for num_grads in args.num_grads
+            for num_grads in args.num_grads or (128, 512)
             for row in optimizer.benchmark_step(num_grads, dim, args.rounds, device)
         ]
         optimizer.print_steps(results["optimizer"])
+    if args.cost:
+        results["cost"] = [
+            row
+            for name in args.models
+            for num_grads in args.num_grads or (8, 16, 32)
+            for row in cost.benchmark_cost(name, num_grads, args.rounds, device)
+        ]
+        cost.print_cost(results["cost"])
     if args.kernels:
         results["kernels"] = kernels.benchmark_kernels(device, kernels.TIMED[device.type], args.rounds)
         kernels.print_kernels(results["kernels"])
