@@ -1,4 +1,4 @@
-"""The cost of a step in Adam's metric: the bytes of the floor, the shapes, and rows from end to end on a small model."""
+"""The cost of a step in Adam's metric: bytes of the floor, shapes, and rows from end to end on a small model."""
 
 import importlib
 from pathlib import Path
