@@ -22,6 +22,7 @@ MFAC_DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.01,
         "betas": (0.9, 0.999),
         "eps": 1e-8,
+        "nesterov": True,
     },
     "identity": {
         "lr": 1e-4,

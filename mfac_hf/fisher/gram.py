@@ -151,12 +151,14 @@ class GramMatrix:
                 )
             jitter = 10 * jitter if jitter else smallest
 
-    def direction_weights(self, grad_decay: float = 0.0) -> Tensor:
+    def direction_weights(self, grad_decay: float = 0.0, *, nesterov: bool = False) -> Tensor:
         r"""Weights c of the direction :math:`F^{-1} \bar g = G^\top c` for the newest gradient; (count,), float64.
 
         Args:
             grad_decay: :math:`\beta_1` in [0, 1): precondition the average :math:`\bar g = \sum_i \beta_1^{age(i)}
                 g_i / \sum_i \beta_1^{age(i)}` of the stored gradients; 0 takes the newest alone.
+            nesterov: precondition :math:`\beta_1 \bar g + (1 - \beta_1) g` instead, g the newest: the average as it
+                would be after one more step with the same gradient (Dozat 2016).
 
         Raises:
             RuntimeError: if no gradient was pushed.
@@ -167,6 +169,9 @@ class GramMatrix:
         ages_M = (self.newest - torch.arange(self.count, device=self.gram_MM.device)) % self.options.num_grads
         target_M = torch.pow(float(grad_decay), ages_M.double())  # 0 ** 0 is 1: without decay the newest alone
         target_M /= target_M.sum()
+        if nesterov:
+            target_M *= grad_decay
+            target_M[self.newest] += 1.0 - grad_decay
         if not self.relative:
             return self._divisor * self.factor().solve(target_M)
         if not bool(self._held.diagonal().any()):

@@ -14,10 +14,12 @@ In Adam's metric, the default, the window holds :math:`\tilde g = D^{-1/2} g` wi
 :math:`D = \mathrm{diag}(\sqrt{\hat v} + \epsilon)` (`mfac_hf.optim.metric`), and a step is
 
 .. math:: \theta \leftarrow (1 - \eta\delta)\theta - \eta D^{-1/2} \tilde G^\top c, \qquad
-          c \propto (s I + \tilde G \tilde G^\top)^{-1} w, \qquad w_i \propto \beta_1^{age(i)},
+          c \propto (s I + \tilde G \tilde G^\top)^{-1} w, \qquad
+          w_i = \frac{\beta_1^{age(i) + 1}}{\sum_j \beta_1^{age(j)}} + (1 - \beta_1) [age(i) = 0],
 
 with s = :math:`\rho` times the mean squared length of the stored gradients, as long as :math:`\tilde G^\top w`
-(`mfac_hf.fisher.gram`): a large :math:`\rho` gives about AdamW, a small one takes curvature out of the window.
+(`mfac_hf.fisher.gram`). A large :math:`\rho` gives about NAdam with decoupled weight decay, or AdamW where
+``nesterov=False`` leaves the weights at :math:`\beta_1^{age}`; a small one takes curvature out of the window.
 """
 
 import warnings
@@ -64,13 +66,14 @@ class MFAC(WindowedOptimizer):
             groups alike, damping and grad_decay may be changed in ``param_groups``; the others are fixed.
         lr: learning rate, >= 0: AdamW's, in Adam's metric.
         metric: ``"adam"``, or ``"identity"``, the paper's. Each has its own defaults (`mfac_hf.defaults`), and options
-            that the other does not have: betas and eps belong to Adam's; momentum, decoupled_weight_decay, normalize
-            and grad_decay to the identity.
+            that the other does not have: betas, eps and nesterov belong to Adam's; momentum, decoupled_weight_decay,
+            normalize and grad_decay to the identity.
         num_grads: gradients in the window, m >= 1; by default 16, in the identity metric 1024.
         damping: :math:`\rho > 0`, which has no unit; in the identity metric :math:`\lambda > 0`.
         betas: :math:`\beta_1`, the decay of the stored gradients' weights, and :math:`\beta_2`, that of the second
             moment, which groups may have of their own.
         eps: :math:`\epsilon > 0`.
+        nesterov: let the average of the stored gradients look one step ahead, as NAdam does: the second term of w.
         momentum: :math:`\mu` in [0, 1), decay of the exponential average v of the *directions*.
         weight_decay: coefficient >= 0, in Adam's metric decoupled, as in AdamW. In the identity metric that of the L2
             penalty, added to the gradient before it enters the window, as in the paper's code, which makes the
@@ -110,6 +113,7 @@ class MFAC(WindowedOptimizer):
         damping: float = BY_METRIC,
         betas: tuple[float, float] = BY_METRIC,
         eps: float = BY_METRIC,
+        nesterov: bool = BY_METRIC,
         momentum: float = BY_METRIC,
         weight_decay: float = BY_METRIC,
         decoupled_weight_decay: bool = BY_METRIC,
@@ -130,6 +134,7 @@ class MFAC(WindowedOptimizer):
                 "damping": damping,
                 "betas": betas,
                 "eps": eps,
+                "nesterov": nesterov,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "decoupled_weight_decay": decoupled_weight_decay,

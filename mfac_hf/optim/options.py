@@ -24,6 +24,7 @@ class ParameterWindowOptions(WindowOptions):
         window_device: kept as a string or a list of strings, which can be compared and saved; None for the
             parameters' device.
         grad_decay: in [0, 1).
+        nesterov: whether the average of the stored gradients looks one step ahead.
         row_sparse: whether gradients with few non-zero rows are stored by these rows.
         save_window: whether the window is part of a saved state.
 
@@ -34,6 +35,7 @@ class ParameterWindowOptions(WindowOptions):
     metric: str = "identity"
     window_device: torch.device | str | list[torch.device | str] | None = None
     grad_decay: float = 0.0
+    nesterov: bool = False
     row_sparse: bool = True
     save_window: bool = True
 
@@ -41,7 +43,7 @@ class ParameterWindowOptions(WindowOptions):
         super().__post_init__()
         if not is_number(self.grad_decay) or not 0.0 <= self.grad_decay < 1.0:
             raise ValueError(f"grad_decay is {self.grad_decay!r}; expected a number in [0, 1)")
-        for name in ("row_sparse", "save_window"):
+        for name in ("nesterov", "row_sparse", "save_window"):
             check_bool(name, getattr(self, name))
         device: Any = self.window_device
         if isinstance(device, (list, tuple)):

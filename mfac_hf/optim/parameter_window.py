@@ -185,7 +185,7 @@ class ParameterWindow:
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Part]:
         """The direction of each parameter with a gradient: a tensor of its shape, or the rows of a table."""
-        weights_M = self.gram.direction_weights(self.options.grad_decay)
+        weights_M = self.gram.direction_weights(self.options.grad_decay, nesterov=self.options.nesterov)
         dtype = self.gram.combine_dtype(weights_M)
         combined = {columns: self.metric.combine(columns, weights_M, dtype=dtype) for columns in self.columns}
         directions: dict[Tensor, Part] = {

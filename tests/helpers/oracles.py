@@ -74,11 +74,12 @@ class NaiveAdamMetric:
         groups: dictionaries as for the optimizer: "params", "lr", "betas", "eps" and "weight_decay".
         num_grads: length of the window.
         damping: relative.
+        nesterov: whether the average looks one step ahead.
         masks: {position of a parameter: bool tensor, True = keep}.
     """
 
-    def __init__(self, groups, *, num_grads, damping, masks=None):
-        self.num_grads, self.damping, self.masks = num_grads, damping, masks or {}
+    def __init__(self, groups, *, num_grads, damping, nesterov=True, masks=None):
+        self.num_grads, self.damping, self.nesterov, self.masks = num_grads, damping, nesterov, masks or {}
         self.entries = [(p.detach().double().clone(), group) for group in groups for p in group["params"]]
         self.moments = [torch.zeros_like(p) for p, _ in self.entries]
         self.steps = [0] * len(self.entries)
@@ -113,12 +114,17 @@ class NaiveAdamMetric:
                 p.sub_(group["lr"] * part.view_as(p) * keep)
 
     def _direction(self, rows):
-        weights = self.entries[0][1]["betas"][0] ** torch.arange(len(rows) - 1, -1, -1, dtype=torch.float64)
-        average = weights / weights.sum() @ rows
+        beta1 = self.entries[0][1]["betas"][0]
+        weights = beta1 ** torch.arange(len(rows) - 1, -1, -1, dtype=torch.float64)
+        weights = weights / weights.sum()
+        if self.nesterov:
+            weights = beta1 * weights
+            weights[-1] += 1 - beta1
+        average = weights @ rows
         shift = self.damping * rows.square().sum(dim=1).mean()
         if rows.shape[1] <= 500:
             found = torch.linalg.solve(shift * torch.eye(rows.shape[1], dtype=torch.float64) + rows.T @ rows, average)
         else:
             gram = shift * torch.eye(len(rows), dtype=torch.float64) + rows @ rows.T
-            found = torch.linalg.solve(gram, weights / weights.sum()) @ rows
+            found = torch.linalg.solve(gram, weights) @ rows
         return found * average.norm() / found.norm()

@@ -61,13 +61,15 @@ def assert_same_bits(first, second):
         ({"window_dtype": torch.float64}, 2e-6),
         ({"window_device": ["cpu", "cpu"]}, 1e-5),
         ({"window_dtype": torch.bfloat16}, 2e-2),
+        ({"nesterov": False}, 1e-5),
     ],
 )
 def test_steps_are_those_of_the_dense_formula(options, tolerance, damping):
     """Late parameters, parameters without a gradient now and then, and tables included."""
     model = Net()
     optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, damping=damping, **GROUP, **options)
-    naive = NaiveAdamMetric([{"params": list(model.parameters()), **GROUP}], num_grads=6, damping=damping)
+    groups = [{"params": list(model.parameters()), **GROUP}]
+    naive = NaiveAdamMetric(groups, num_grads=6, damping=damping, nesterov=options.get("nesterov", True))
     train(model, optimizer, range(25), naive)
     assert_close(model, naive, tolerance)
 
@@ -105,7 +107,7 @@ def test_a_large_damping_gives_the_steps_of_adamw():
     sizes = torch.rand(40) * 10.0 ** torch.randint(-3, 3, (40,))
     ours, theirs = (nn.Parameter(torch.ones(40)) for _ in range(2))
     optimizers = (
-        MFAC([ours], metric="adam", num_grads=30, damping=1e9, **GROUP),
+        MFAC([ours], metric="adam", num_grads=30, damping=1e9, nesterov=False, **GROUP),
         torch.optim.AdamW([theirs], **GROUP),
     )
     for _ in range(30):
