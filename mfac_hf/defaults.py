@@ -12,12 +12,14 @@ __all__ = [
 # Of `mfac_hf.MFAC`.
 MFAC_METRIC = "adam"
 
-# By metric, with the options that belong to that metric alone. Adam's are AdamW's, beside a small window; the
-# identity's are those of the published runs.
+# By metric, with the options that belong to that metric alone. Adam's are AdamW's, beside a small window (on the demo's
+# task 4 to 32 gradients and damping from 0.1 to 1 differed by less than seeds do); the identity's are those of the
+# published runs.
 MFAC_DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {
         "lr": 1e-3,
-        "num_grads": 16,
+        "num_grads": 8,
+        "window_dtype": "bfloat16",
         "damping": 0.3,
         "weight_decay": 0.01,
         "betas": (0.9, 0.999),
@@ -27,6 +29,7 @@ MFAC_DEFAULTS: dict[str, dict[str, Any]] = {
     "identity": {
         "lr": 1e-4,
         "num_grads": 1024,
+        "window_dtype": "float32",
         "damping": 1e-6,
         "weight_decay": 0.0,
         "momentum": 0.0,

@@ -30,7 +30,7 @@ class MemoryEstimate(NamedTuple):
 def memory_estimate(
     model_or_numel: nn.Module | int,
     num_grads: int | None = None,
-    window_dtype: torch.dtype = torch.float32,
+    window_dtype: torch.dtype | None = None,
     *,
     metric: str = MFAC_METRIC,
     embedding_rows: int | None = TOUCHED_EMBEDDING_ROWS,
@@ -43,7 +43,7 @@ def memory_estimate(
     Args:
         model_or_numel: a model, whose trainable parameters are counted, or the number of (dense) parameters.
         num_grads: length of the window, m; None for the metric's default.
-        window_dtype: storage type of the dense part.
+        window_dtype: storage type of the dense part; None for the metric's default.
         metric: of `MFAC`; ``"adam"`` has a second moment of every parameter.
         embedding_rows: rows of each embedding table that one batch touches; None counts embeddings as dense.
 
@@ -54,8 +54,9 @@ def memory_estimate(
         ValueError: if ``num_grads`` or the number of parameters is below 1, ``embedding_rows`` below 0, or the metric
             unknown.
     """
-    default = defaults_of(metric)["num_grads"]
-    num_grads = default if num_grads is None else num_grads
+    defaults = defaults_of(metric)
+    num_grads = defaults["num_grads"] if num_grads is None else num_grads
+    window_dtype = getattr(torch, defaults["window_dtype"]) if window_dtype is None else window_dtype
     if num_grads < 1:
         raise ValueError(f"num_grads is {num_grads}; expected at least 1")
     if embedding_rows is not None and embedding_rows < 0:

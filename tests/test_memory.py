@@ -32,11 +32,11 @@ class Tiny(nn.Module):
 
 
 def test_a_number_of_parameters():
-    """By default 16 gradients in float32 and a second moment, beside AdamW's two."""
+    """By default 8 gradients in bfloat16 and a second moment, beside AdamW's two."""
     estimate = memory_estimate(4_400_000)
-    assert estimate.bytes == 4_400_000 * (16 * 4 + 4) + matrices(16)
-    assert "16 x 4,400,000 x 4 bytes" in estimate.breakdown and "second moment: 4,400,000 x 4" in estimate.breakdown
-    last = "total: 0.28 GiB, 68.0 bytes a parameter (AdamW: 0.03 GiB, 8 bytes)"
+    assert estimate.bytes == 4_400_000 * (8 * 2 + 4) + matrices(8)
+    assert "8 x 4,400,000 x 2 bytes" in estimate.breakdown and "second moment: 4,400,000 x 4" in estimate.breakdown
+    last = "total: 0.08 GiB, 20.0 bytes a parameter (AdamW: 0.03 GiB, 8 bytes)"
     assert estimate.breakdown.splitlines()[-1] == last
     assert adamw_bytes(4_400_000) == 8 * 4_400_000
     assert memory_estimate(4_400_000, 4, torch.bfloat16).bytes == 4_400_000 * (4 * 2 + 4) + matrices(4)
@@ -91,16 +91,16 @@ def test_a_model_is_what_the_optimizer_allocates(metric):
     table = 64 * 512 * (16 * 4 + 8)
     moment = (dense + 4096 * 16) * 4 if metric == "adam" else 0
     steps = 4096 * 8 if metric == "adam" else 0
-    estimate = memory_estimate(model, 64, metric=metric)
+    estimate = memory_estimate(model, 64, torch.float32, metric=metric)
     assert estimate.bytes == 64 * dense * 4 + table + moment + steps + matrices(64)
     assert "words: 64 x 512 of 4,096 rows x 16" in estimate.breakdown
-    in_full = memory_estimate(model, 64, metric=metric, embedding_rows=None).bytes
+    in_full = memory_estimate(model, 64, torch.float32, metric=metric, embedding_rows=None).bytes
     assert in_full == 64 * (dense + 4096 * 16) * 4 + moment + matrices(64)
-    whole = memory_estimate(model, 64, metric=metric, embedding_rows=10**9).bytes
+    whole = memory_estimate(model, 64, torch.float32, metric=metric, embedding_rows=10**9).bytes
     assert whole == 64 * dense * 4 + 64 * 4096 * (16 * 4 + 8) + moment + steps + matrices(64)
     assert adamw_bytes(model) == 8 * (dense + 4096 * 16)
 
-    optimizer = MFAC(model.parameters(), metric=metric, num_grads=64)
+    optimizer = MFAC(model.parameters(), metric=metric, num_grads=64, window_dtype=torch.float32)
     model.hidden(model.words(torch.arange(512)) + model.types(torch.zeros(512, dtype=torch.int64))).sum().backward()
     optimizer.step()
     held = optimizer._window.nbytes
@@ -123,7 +123,7 @@ def test_a_table_that_two_modules_share_counts_once():
 def test_a_table_shared_with_an_output_layer_is_dense():
     model = Tiny(tied=True)
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert memory_estimate(model, 8).bytes == 8 * numel * 4 + 4 * numel + matrices(8)
+    assert memory_estimate(model, 8).bytes == 8 * numel * 2 + 4 * numel + matrices(8)
     assert "of 4,096 rows" not in memory_estimate(model, 8).breakdown
 
 
@@ -183,9 +183,9 @@ def test_a_step_that_does_not_fit_changes_nothing_and_a_later_one_works(monkeypa
 def test_the_first_step_needs_room_for_all_of_it(monkeypatch, metric):
     """The Gram matrix and, in Adam's metric, the second moment too."""
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = MFAC([parameter], metric=metric, lr=1e-3, num_grads=1000)
+    optimizer = MFAC([parameter], metric=metric, lr=1e-3, num_grads=1000, window_dtype=torch.float32)
     parameter.grad = torch.ones(3)
-    needed = memory_estimate(3, 1000, metric=metric).bytes
+    needed = memory_estimate(3, 1000, torch.float32, metric=metric).bytes
     assert needed == 3 * 1000 * 4 + matrices(1000) + (12 if metric == "adam" else 0)
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
     words = "30 MiB for the Gram matrix" + (".* and their second moment" if metric == "adam" else "")

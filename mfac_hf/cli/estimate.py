@@ -66,11 +66,9 @@ def add_parser(commands: Any) -> None:
     )
     defaults = ", ".join(f"{options['num_grads']} for {metric}" for metric, options in MFAC_DEFAULTS.items())
     estimate.add_argument("--num_grads", type=int, help=f"number of gradients in the window, m (default: {defaults})")
+    defaults = ", ".join(f"{options['window_dtype']} for {metric}" for metric, options in MFAC_DEFAULTS.items())
     estimate.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float64"),
-        default="float32",
-        help="dtype of the window (default: float32)",
+        "--dtype", choices=("float32", "bfloat16", "float64"), help=f"dtype of the window (default: {defaults})"
     )
     estimate.add_argument(
         "--embedding_rows",
@@ -96,10 +94,10 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
             model, named = _skeleton(arguments.model, arguments.head)
         elif arguments.head is not None:
             raise ValueError(f"--head {arguments.head} needs a model; {model} is a number of parameters")
-        dtype = getattr(torch, arguments.dtype)
-        num_grads, metric = arguments.num_grads, arguments.metric
+        metric, num_grads = arguments.metric, arguments.num_grads
         if num_grads is None:
             num_grads = MFAC_DEFAULTS[metric]["num_grads"]
+        dtype = getattr(torch, arguments.dtype or MFAC_DEFAULTS[metric]["window_dtype"])
         memory = memory_estimate(model, num_grads, dtype, metric=metric, embedding_rows=arguments.embedding_rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = available_bytes(device)

@@ -256,7 +256,8 @@ def _optimizer(flags: Mapping[str, Any]) -> dict[str, Any] | None:
     if flags["optim_name"] == "adamw":
         return {"name": "AdamW", **{key: flags.get(key) for key in ("adam_beta1", "adam_beta2", "adam_epsilon")}}
     metric = flags.get("metric") or "identity"  # runs from before there was another one do not name theirs
-    shown = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "window_dtype", "decoupled_weight_decay")
+    shown = ["num_grads", "damping", "nesterov", "momentum", "grad_decay", "normalize", "window_dtype"]
+    shown += ["decoupled_weight_decay"]
     defaults = MFAC_DEFAULTS[metric]
     options = {key: defaults.get(key) if flags[key] is None else flags[key] for key in shown if key in flags}
     if metric == "adam":

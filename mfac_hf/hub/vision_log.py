@@ -78,7 +78,7 @@ def _vision_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     settings = ["lr", "momentum", "weightdecay"]
     if arguments["optim"] == "mfac":
-        settings += ["metric", "ngrads", "damping", "grad_decay", "normalize", "window_dtype"]
+        settings += ["metric", "ngrads", "damping", "nesterov", "grad_decay", "normalize", "window_dtype"]
         arguments = {"metric": "identity", **arguments}  # runs from before there was another one do not name it
     chosen = {key: arguments[key] for key in settings if arguments.get(key) is not None}
     return {"name": names[arguments["optim"]], **chosen}

@@ -68,7 +68,7 @@ class MFAC(WindowedOptimizer):
         metric: ``"adam"``, or ``"identity"``, the paper's. Each has its own defaults (`mfac_hf.defaults`), and options
             that the other does not have: betas, eps and nesterov belong to Adam's; momentum, decoupled_weight_decay,
             normalize and grad_decay to the identity.
-        num_grads: gradients in the window, m >= 1; by default 16, in the identity metric 1024.
+        num_grads: gradients in the window, m >= 1; by default 8, in the identity metric 1024.
         damping: :math:`\rho > 0`, which has no unit; in the identity metric :math:`\lambda > 0`.
         betas: :math:`\beta_1`, the decay of the stored gradients' weights, and :math:`\beta_2`, that of the second
             moment, which groups may have of their own.
@@ -84,7 +84,8 @@ class MFAC(WindowedOptimizer):
             full.
         grad_decay: :math:`\beta_1` in [0, 1), decay of an average of the stored *gradients*, with weights
             :math:`\beta_1^{age}`, which is preconditioned in place of the newest alone. Costs no memory and no pass.
-        window_dtype: torch.float32, torch.bfloat16 (half the memory; embeddings stay float32) or torch.float64.
+        window_dtype: torch.bfloat16 (embeddings stay float32), the default; torch.float32, the default of the identity
+            metric, or torch.float64.
         window_device: None for the parameters' device, another such as ``"cpu"``, or a list to split the window over.
         masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in
             the window.
@@ -119,7 +120,7 @@ class MFAC(WindowedOptimizer):
         decoupled_weight_decay: bool = BY_METRIC,
         normalize: str = BY_METRIC,
         grad_decay: float = BY_METRIC,
-        window_dtype: torch.dtype = torch.float32,
+        window_dtype: torch.dtype = BY_METRIC,
         window_device: torch.device | str | list[torch.device | str] | None = None,
         masks: Mapping[Tensor, Tensor] | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -131,6 +132,7 @@ class MFAC(WindowedOptimizer):
             {
                 "lr": lr,
                 "num_grads": num_grads,
+                "window_dtype": window_dtype,
                 "damping": damping,
                 "betas": betas,
                 "eps": eps,
@@ -145,7 +147,6 @@ class MFAC(WindowedOptimizer):
         shared = {name: settings[name] for name in ParameterWindowOptions.names() if name in settings}
         self._options = ParameterWindowOptions(
             metric=metric,
-            window_dtype=window_dtype,
             window_device=window_device,
             row_sparse=row_sparse,
             save_window=save_window,

@@ -3,6 +3,8 @@
 import warnings
 from typing import Any
 
+import torch
+
 from mfac_hf.defaults import MFAC_DEFAULTS, defaults_of
 from mfac_hf.fisher.definite import is_number
 
@@ -33,7 +35,7 @@ def settings_of(metric: str, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the metric is unknown, or settings were given that belong to the other one.
     """
-    defaults = defaults_of(metric)
+    defaults = {**defaults_of(metric), "window_dtype": getattr(torch, defaults_of(metric)["window_dtype"])}
     given = {name: value for name, value in given.items() if value is not BY_METRIC}
     if foreign := [name for name in given if name not in defaults]:
         other = next(name for name in MFAC_DEFAULTS if name != metric)

@@ -105,7 +105,15 @@ class OptimizerArguments:
         "mfac, --metric identity: apply --weight_decay to the weights, as AdamW does; else (default) it is added to "
         "the gradient, which then is dense.",
     )
-    window_dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "mfac: storage of the window.")
+    nesterov: bool | None = flag(
+        None,
+        "mfac, --metric adam: let the average of the gradients look one step ahead, as NAdam does; default: True.",
+    )
+    window_dtype: Literal["float32", "bfloat16", "float64"] | None = flag(
+        None,
+        f"mfac: storage of the window; default: {_ADAM['window_dtype']}, with --metric identity "
+        f"{_IDENTITY['window_dtype']}.",
+    )
     window_device: list[str] | None = flag(
         None, "mfac: device or devices that hold the window; default: the parameters' own."
     )
@@ -118,8 +126,10 @@ class OptimizerArguments:
         Raises:
             ValueError: one of them belongs to the other metric.
         """
-        names = ("num_grads", "damping", "momentum", "grad_decay", "normalize", "decoupled_weight_decay")
+        names = [field.name for field in dataclasses.fields(self) if field.name in {**_ADAM, **_IDENTITY}]
         options = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if "window_dtype" in options:
+            options["window_dtype"] = getattr(torch, options["window_dtype"])
         settings_of(self.metric, options)
         return options
 
@@ -285,7 +295,6 @@ def build_optimizer(
         metric=optimizer_args.metric,
         **options,
         weight_decay=training_args.weight_decay,
-        window_dtype=getattr(torch, optimizer_args.window_dtype),
         window_device=devices[0] if devices is not None and len(devices) == 1 else devices,
         row_sparse=optimizer_args.row_sparse,
         save_window=optimizer_args.save_window,

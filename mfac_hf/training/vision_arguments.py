@@ -95,7 +95,15 @@ class VisionArguments:
         "mfac, --metric identity: divide the Fisher by ngrads (the paper, default), or by the gradients that the "
         "window holds so far.",
     )
-    window_dtype: Literal["float32", "bfloat16"] = flag("float32", "mfac: storage of the window.")
+    nesterov: bool | None = flag(
+        None,
+        "mfac, --metric adam: let the average of the gradients look one step ahead, as NAdam does; default: True.",
+    )
+    window_dtype: Literal["float32", "bfloat16"] | None = flag(
+        None,
+        f"mfac: storage of the window; default: {_IDENTITY['window_dtype']}, with --metric adam "
+        f"{_ADAM['window_dtype']}.",
+    )
     seed: int = flag(0, "Seed of weights, order, augmentation and the choice of gradients.")
     resume: bool = flag(False, "Continue the run of the same flags that was cut off; start if there is none.")
     progress: bool = flag(True, "Show progress bars.")
@@ -105,7 +113,7 @@ class VisionArguments:
         defaults = _MFAC_DEFAULTS[self.metric]
         for name, option in (
             ("ngrads", "num_grads"),
-            *((name, name) for name in ("damping", "grad_decay", "normalize")),
+            *((name, name) for name in ("damping", "grad_decay", "normalize", "nesterov", "window_dtype")),
         ):
             if getattr(self, name) is None:
                 setattr(self, name, defaults.get(option))
@@ -278,14 +286,14 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=args.weightdecay)
     else:
         options: dict[str, Any] = {"momentum": momentum, "grad_decay": args.grad_decay, "normalize": args.normalize}
-        options |= {"num_grads": args.ngrads, "damping": args.damping}
+        options |= {"num_grads": args.ngrads, "damping": args.damping, "nesterov": args.nesterov}
+        options["window_dtype"] = getattr(torch, str(args.window_dtype))
         optimizer = MFAC(
             parameters,
             lr=lr,
             metric=args.metric,
             **{name: value for name, value in options.items() if value is not None},
             weight_decay=args.weightdecay,
-            window_dtype=getattr(torch, args.window_dtype),
             masks=None if masks is None else masks.parameter_masks(run.bare_model),
             process_group=run.process_group,
         )

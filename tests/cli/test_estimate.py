@@ -21,11 +21,11 @@ def test_estimate_of_a_configuration_and_of_a_number(outputs, bert, capsys):
     assert report["adamw_bytes"] == 8 * sum(p.numel() for p in bert.parameters())
     assert cli.main(["estimate", "1000000", "--num_grads", "8"]) == 0
     shown = capsys.readouterr().out
-    assert "dense: 8 x 1,000,000 x 4 bytes" in shown and "fits" in shown and "ms in each step" in shown
-    assert "36.0 bytes a parameter (AdamW: 0.01 GiB, 8 bytes)" in shown
+    assert "dense: 8 x 1,000,000 x 2 bytes" in shown and "fits" in shown and "ms in each step" in shown
+    assert "20.0 bytes a parameter (AdamW: 0.01 GiB, 8 bytes)" in shown
 
 
-@pytest.mark.parametrize(("metric", "num_grads"), [("adam", 16), ("identity", 1024)])
+@pytest.mark.parametrize(("metric", "num_grads"), [("adam", 8), ("identity", 1024)])
 def test_the_metric_decides_the_length_of_the_window(metric, num_grads, capsys):
     flags = [] if metric == "adam" else ["--metric", metric]  # Adam's is the default
     assert cli.main(["estimate", "1000", "--json", *flags]) == 0

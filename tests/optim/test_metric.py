@@ -15,6 +15,7 @@ from tests.helpers.oracles import NaiveAdamMetric
 from tests.helpers.ranks import run_on_ranks
 
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+EXACT = {"window_dtype": torch.float32}  # not the default, whose rounding an oracle would not see past
 
 
 class Net(nn.Module):
@@ -67,7 +68,7 @@ def assert_same_bits(first, second):
 def test_steps_are_those_of_the_dense_formula(options, tolerance, damping):
     """Late parameters, parameters without a gradient now and then, and tables included."""
     model = Net()
-    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, damping=damping, **GROUP, **options)
+    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, damping=damping, **GROUP, **{**EXACT, **options})
     groups = [{"params": list(model.parameters()), **GROUP}]
     naive = NaiveAdamMetric(groups, num_grads=6, damping=damping, nesterov=options.get("nesterov", True))
     train(model, optimizer, range(25), naive)
@@ -95,7 +96,7 @@ def test_groups_have_their_own_rates_and_decays():
         {"params": list(model.table.parameters()), **GROUP, "lr": 3e-3, "weight_decay": 0.0},
         {"params": [*model.hidden.parameters(), *model.head.parameters()], **GROUP, "betas": (0.9, 0.9), "eps": 1e-3},
     ]
-    optimizer = MFAC([dict(group) for group in groups], metric="adam", num_grads=6)
+    optimizer = MFAC([dict(group) for group in groups], metric="adam", num_grads=6, **EXACT)
     naive = NaiveAdamMetric(groups, num_grads=6, damping=0.3)
     train(model, optimizer, range(15), naive)
     assert_close(model, naive, 1e-5)
@@ -107,7 +108,7 @@ def test_a_large_damping_gives_the_steps_of_adamw():
     sizes = torch.rand(40) * 10.0 ** torch.randint(-3, 3, (40,))
     ours, theirs = (nn.Parameter(torch.ones(40)) for _ in range(2))
     optimizers = (
-        MFAC([ours], metric="adam", num_grads=30, damping=1e9, nesterov=False, **GROUP),
+        MFAC([ours], metric="adam", num_grads=30, damping=1e9, nesterov=False, **EXACT, **GROUP),
         torch.optim.AdamW([theirs], **GROUP),
     )
     for _ in range(30):
@@ -124,7 +125,7 @@ def test_masked_coordinates_stay_and_count_for_nothing():
         model.table.weight: torch.rand(600, 64, generator=torch.Generator().manual_seed(4)) > 0.5,
     }
     by_position = {0: masks[model.table.weight], 1: masks[model.hidden.weight]}
-    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, masks=masks, **GROUP)
+    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, masks=masks, **EXACT, **GROUP)
     groups = [{"params": list(model.parameters()), **GROUP}]
     naive = NaiveAdamMetric(groups, num_grads=6, damping=0.3, masks=by_position)
     train(model, optimizer, range(12), naive)
@@ -134,7 +135,7 @@ def test_masked_coordinates_stay_and_count_for_nothing():
 def test_a_mask_that_comes_later_leaves_the_rest_as_if_it_had_been_there():
     models = [Net(), Net()]
     keep = torch.rand(5, 64, generator=torch.Generator().manual_seed(3)) > 0.5
-    optimizers = [MFAC(model.parameters(), metric="adam", num_grads=6, **GROUP) for model in models]
+    optimizers = [MFAC(model.parameters(), metric="adam", num_grads=6, **EXACT, **GROUP) for model in models]
     optimizers[1].set_masks({models[1].hidden.weight: keep})
     for step in range(10):
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -295,7 +296,7 @@ def test_betas_that_were_changed_for_the_worse_are_refused_at_the_step(betas):
 
 def test_a_step_that_finds_no_memory_is_not_counted(monkeypatch):
     model = Net()
-    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, **GROUP)
+    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, **EXACT, **GROUP)
     train(model, optimizer, range(3))
     moment = optimizer.state[model.table.weight]["second_moment"].clone()
     model.table.weight.grad = torch.ones_like(model.table.weight)  # no longer row-sparse
@@ -310,7 +311,7 @@ def test_a_step_that_finds_no_memory_is_not_counted(monkeypatch):
 def share_a_window(rank, expected):
     model = Net()
     group = torch.distributed.group.WORLD
-    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, process_group=group, **GROUP)
+    optimizer = MFAC(model.parameters(), metric="adam", num_grads=6, process_group=group, **EXACT, **GROUP)
     train(model, optimizer, range(12))
     for p, q in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-6)
@@ -318,7 +319,7 @@ def share_a_window(rank, expected):
 
 def test_ranks_that_share_a_window_step_as_one_process(tmp_path):
     model = Net()
-    train(model, MFAC(model.parameters(), metric="adam", num_grads=6, **GROUP), range(12))
+    train(model, MFAC(model.parameters(), metric="adam", num_grads=6, **EXACT, **GROUP), range(12))
     run_on_ranks(share_a_window, tmp_path, [p.detach().clone() for p in model.parameters()])
 
 
