@@ -269,7 +269,8 @@ def test_adams_metric_is_the_default():
         warnings.simplefilter("error")
         optimizer = MFAC([nn.Parameter(torch.zeros(2))])
     assert optimizer.defaults["metric"] == MFAC_METRIC == "adam"
-    assert {name: optimizer.defaults[name] for name in MFAC_DEFAULTS["adam"]} == MFAC_DEFAULTS["adam"]
+    expected = {**MFAC_DEFAULTS["adam"], "window_dtype": torch.bfloat16}
+    assert {name: optimizer.defaults[name] for name in expected} == expected
     adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(2))]).defaults
     shared = ("lr", "betas", "eps", "weight_decay")
     assert {name: optimizer.defaults[name] for name in shared} == {name: adamw[name] for name in shared}
@@ -279,6 +280,7 @@ def test_the_identity_metric_has_the_published_defaults():
     defaults = MFAC([nn.Parameter(torch.zeros(2))], metric="identity").defaults
     published = {"lr": 1e-4, "num_grads": 1024, "damping": 1e-6, "momentum": 0.0, "weight_decay": 0.0}
     assert {name: defaults[name] for name in published} == published
+    assert defaults["window_dtype"] == torch.float32
     assert defaults["normalize"] == "num_grads" and defaults["grad_decay"] == 0.0
     assert defaults["decoupled_weight_decay"] is False and "betas" not in defaults
 
