@@ -12,9 +12,9 @@ __all__ = [
 # Of `mfac_hf.MFAC`.
 MFAC_METRIC = "adam"
 
-# By metric, with the options that belong to that metric alone. Adam's are AdamW's, beside a small window (on the demo's
-# task 4 to 32 gradients and damping from 0.1 to 1 differed by less than seeds do); the identity's are those of the
-# published runs.
+# By metric, with the options that belong to that metric alone. Adam's are AdamW's, beside a small window: on the
+# demo's task 4 to 32 gradients and damping from 0.1 to 1 differed by less than seeds do. The identity's are those of
+# the published runs.
 MFAC_DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {
         "lr": 1e-3,

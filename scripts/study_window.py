@@ -6,7 +6,8 @@ Each is written out plainly on one vector of all parameters, without kernels, an
     python scripts/study_window.py --variants adamw nesterov spring --seeds 1 2 3 --steps 250 --batch_size 128
 
 Every variant and seed is a line of ``OUTPUT/window-variants.jsonl`` and is not run again;
-``OUTPUT/window-variants.md`` has the table. ``nesterov`` is the step that MFAC takes, ``average`` the one without the look ahead.
+``OUTPUT/window-variants.md`` has the table. ``nesterov`` is the step that MFAC takes, ``average`` the
+one without the look ahead.
 """
 
 from __future__ import annotations

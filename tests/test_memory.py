@@ -213,7 +213,7 @@ def test_the_first_step_needs_room_for_the_second_moment_of_a_table(monkeypatch)
 @pytest.mark.parametrize("metric", ["adam", "identity"])
 def test_a_late_parameter_that_does_not_fit_changes_nothing(monkeypatch, metric):
     first, late = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))
-    optimizer = MFAC([first, late], metric=metric, lr=1e-3, num_grads=5)
+    optimizer = MFAC([first, late], metric=metric, lr=1e-3, num_grads=5, window_dtype=torch.float32)
     first.grad = torch.ones(4)
     optimizer.step()
     late.grad = torch.ones(6)
