@@ -83,7 +83,7 @@ def build_card(facts: Mapping[str, Any], repo_id: str | None = None, *, sparse_o
         "commands": fenced("\n\n".join(_command(r) for r in facts["runs"])),
         "several": len(facts["runs"]) > 1,
         "dense_commands": fenced("\n\n".join(_command(r) for r in facts["dense_runs"])) if facts["dense_runs"] else "",
-        "dense_optimizer": plain(facts["dense_runs"][0]["optimizer"]["name"]) if facts["dense_runs"] else None,
+        "dense_optimizer": _optimizer_name(facts["dense_runs"][0]) if facts["dense_runs"] else None,
         "environment": _environment(run),
         "caveats": "\n".join(f"- {sentence(text)}" for text in _caveats(facts)),
         "uses_mfac": uses_mfac,
@@ -178,12 +178,17 @@ def _summary(facts: Mapping[str, Any]) -> str:
     if adapter := facts["model"].get("adapter"):
         kind = f"{plain(adapter['type'])} adapter ({weights['numel']:,} weights)"
     how = {UNTRAINED: "pruned without training", NOT_TRAINED: "not trained in this run"}
-    words = f"{plain(kind)}, {how.get(run['optimizer']['name'], 'trained with ' + plain(run['optimizer']['name']))}"
+    words = f"{plain(kind)}, {how.get(run['optimizer']['name'], 'trained with ' + _optimizer_name(run))}"
     if run["base_model"]:
         words += f" from {code(run['base_model'])}" if not adapter else f" on top of {code(run['base_model'])}"
     if facts["sparse"]:
         words += f"; {_share(weights['targets'])} of the pruned layers' weights are zero"
     return f"{words}."
+
+
+def _optimizer_name(run: Mapping[str, Any]) -> str:
+    name = plain(run["optimizer"]["name"])
+    return f"{name} in Adam's metric" if run["optimizer"].get("metric") == "adam" else name
 
 
 def _results(facts: Mapping[str, Any]) -> str:
@@ -270,7 +275,10 @@ def _latency(facts: Mapping[str, Any]) -> str:
 
 def _training(facts: Mapping[str, Any]) -> str:
     run = facts["runs"][0]
-    optimizer = {"optimizer": run["optimizer"]["name"], **run["optimizer"], **run["training"]}
+    optimizer = {"optimizer": run["optimizer"]["name"]}
+    if optimizer["optimizer"] == "M-FAC":
+        optimizer["metric"] = "identity"  # of runs from before there was another one, which do not name theirs
+    optimizer |= {**run["optimizer"], **run["training"]}
     settings = [[plain(key), _setting(value)] for key, value in optimizer.items() if key != "name"]
     if adapter := facts["model"].get("adapter"):
         settings += [[plain(name), _setting(value)] for name, value in adapter["settings"].items()]

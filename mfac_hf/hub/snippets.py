@@ -14,8 +14,7 @@ FINETUNE_SNIPPET = """\
 from mfac_hf import MFAC
 from mfac_hf.pruning import masks_from_sparse_model
 
-optimizer = MFAC(model.parameters(), lr=1e-3, num_grads=256, damping=1e-3, grad_decay=0.9,
-                 normalize="count", masks=masks_from_sparse_model(model))"""
+optimizer = MFAC(model.parameters(), lr=5e-5, masks=masks_from_sparse_model(model))"""
 
 
 def load_snippet(facts: Mapping[str, Any], where: str, sparse_only: bool) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mfac_hf.defaults import MFAC_DEFAULTS
 from mfac_hf.hub.adapter import base_of
 from mfac_hf.hub.architecture import describe_architecture
 from mfac_hf.hub.card import build_card
@@ -218,10 +219,16 @@ def _optimizer(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     if optimizer is None:
         return {"name": NOT_TRAINED}
     name = type(optimizer).__name__
-    plain = {
+    plain: dict[str, Any] = {
         k: v for k, v in optimizer.defaults.items() if isinstance(v, int | float | str | tuple) and v is not False
     }
     plain.pop("lr", None)
+    if name == "MFAC":
+        foreign = set().union(*MFAC_DEFAULTS.values()) - MFAC_DEFAULTS[plain["metric"]].keys()
+        plain = {k: v for k, v in plain.items() if k not in foreign}
+    decays = list(dict.fromkeys(group.get("weight_decay") for group in optimizer.param_groups))
+    if decays != [None]:
+        plain["weight_decay"] = decays[0] if len(decays) == 1 else decays  # what groups have, and not their default
     # the learning rate that a schedule starts from
     first = {"lr": optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])}
     return {"name": "M-FAC" if name == "MFAC" else name, **first, **plain}

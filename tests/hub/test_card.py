@@ -60,6 +60,7 @@ def test_text_holds_all_facts(facts, bert):
         "`sparse.safetensors` |",
         "| block_size | 128 |",
         "| optimizer | M-FAC |",
+        "| metric | identity |",
         "A forward pass of 1 x 16 tokens takes",
         'AutoModelForSequenceClassification.from_pretrained("user/sparse-90")',
         'load_sparse("user/sparse-90", AutoModelForSequenceClassification)',

@@ -59,6 +59,28 @@ def test_what_is_written_is_read(tmp_path):
     assert run["training"]["learning_rate"] == 0.25 and run["training"]["max_seq_length"] == 64
 
 
+def test_what_was_not_given_is_told_as_the_default_of_the_metric():
+    record = results()
+    given = dataclasses.asdict(OptimizerArguments(damping=0.5))
+    record["arguments"]["OptimizerArguments"] = given
+    record["arguments"]["TrainingArguments"] |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8}
+    expected = {"name": "M-FAC", "metric": "adam", "num_grads": 16, "damping": 0.5, "window_dtype": "float32"}
+    expected |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8}
+    assert read_run(record)["optimizer"] == expected
+    record["arguments"]["OptimizerArguments"] = given | {"metric": "identity", "momentum": 0.9}
+    optimizer = read_run(record)["optimizer"]
+    assert optimizer["metric"] == "identity" and optimizer["num_grads"] == 1024 and optimizer["momentum"] == 0.9
+    assert optimizer["normalize"] == "num_grads" and "adam_beta1" not in optimizer
+
+
+def test_a_vision_log_tells_the_metric():
+    record = log()
+    record["arguments"] |= {"optim": "mfac", "lr": 1e-3}
+    assert read_run(record)["optimizer"]["metric"] == "identity"
+    record["arguments"] |= {"metric": "adam", "grad_decay": None}
+    assert read_run(record)["optimizer"]["metric"] == "adam" and "grad_decay" not in read_run(record)["optimizer"]
+
+
 def test_a_card_tells_every_flag_of_gradual_pruning():
     assert list(SCHEDULE_SETTINGS) == [field.name for field in dataclasses.fields(GradualArguments)]
 

@@ -93,6 +93,24 @@ def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):
     assert "model.safetensors" in hub.repositories["user/run"].branches["main"]
 
 
+@pytest.mark.parametrize("given", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_the_card_tells_the_metric_and_its_settings_alone(given, bert, tmp_path):
+    """Weight decay is the groups' own: Trainer makes them, of ``TrainingArguments.weight_decay`` and zero."""
+    trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), lr=1e-3), push_to_hub=False, weight_decay=0.25)
+    if given == "optimizer_cls_and_kwargs":
+        options = {"train_dataset": trainer.train_dataset, "optimizer_cls_and_kwargs": (MFAC, {"lr": 1e-3})}
+        trainer = Trainer(bert, trainer.args, **options)
+    attach_card(trainer)
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "trained with M-FAC in Adam's metric" in text
+    decay = "0.25" if given == "optimizer_cls_and_kwargs" else "0.01"
+    for row in ("metric | adam", "num_grads | 16", "damping | 0.3", "lr | 0.001", f"weight_decay | {decay}"):
+        assert f"| {row} |" in text, row
+    assert "| betas | (0.9, 0.999) |" in text and "momentum" not in text and "grad_decay" not in text
+
+
 @pytest.mark.parametrize("callback", [None, MFACLoggingCallback])
 def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path):
     """Neither the optimizer nor a callback that was merely added changes what a trainer writes."""
