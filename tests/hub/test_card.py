@@ -86,7 +86,7 @@ def test_snippets_run(facts, bert, tmp_path, monkeypatch):
         exec(load + finetune, scope)
         model, optimizer = scope["model"], scope["optimizer"]
         assert torch.equal(model.state_dict()["classifier.weight"], bert.state_dict()["classifier.weight"])
-        assert optimizer.param_groups[0]["lr"] == 1e-3
+        assert optimizer.param_groups[0]["lr"] == 5e-5
 
 
 def test_the_same_facts_give_the_same_card(facts):
