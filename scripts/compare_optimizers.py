@@ -61,7 +61,10 @@ SHARED_FLAGS = {
     "logging_steps": 0.01,  # of the run: the resolution of its curve
     "logging_nan_inf_filter": False,  # a diverging run must look like one
     "disable_tqdm": True,
+    "output_dir": "{output}",
 }
+# The script for vision models has flags of its own.
+VISION_FLAGS = {"progress": False, "save": "{output}/model.pth", "results": "{output}/results.json"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -133,12 +136,13 @@ def run_once(
         command = [str(SCRIPTS / study["script"])]
         if "contender" in flags:
             command = [str(SCRIPTS / "run_contender.py"), study["script"]]
-        for name, value in {**SHARED_FLAGS, **flags}.items():
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
+        shared = VISION_FLAGS if study["script"] == "train_vision.py" else SHARED_FLAGS
+        for name, value in {**shared, **flags}.items():
+            text = json.dumps(value) if isinstance(value, dict) else str(value).replace("{output}", directory)
             command += [f"--{name}", os.path.expandvars(text)]
         print(f"{study['name']} {contender} {phase} {point} seed {flags['seed']}", flush=True)
         result = subprocess.run(
-            [sys.executable, *command, "--output_dir", directory],
+            [sys.executable, *command],
             capture_output=True,
             text=True,
             check=False,

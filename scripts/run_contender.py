@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if not (Path(__file__).parent / args.script).is_file():
         parser.error(f"{args.script} is no script of {Path(__file__).parent}")
     script = importlib.import_module(Path(args.script).stem)
+    if "make_optimizer" not in inspect.signature(script.main).parameters:
+        parser.error(f"{args.script} makes its optimizer itself: its main function takes no make_optimizer")
     # Without a learning rate, AdamW's default rather than M-FAC's.
     return script.main(
         [*flags, "--optim_name", "adamw"], make_optimizer=contender_maker(args.contender, args.contender_options)

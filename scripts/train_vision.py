@@ -20,13 +20,15 @@ with the same weights to the bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mfac_hf.machine import describe_run
+from mfac_hf.storage import write_json
 from mfac_hf.training.arguments import flag, parse_args
+from mfac_hf.training.curve import LossCurve
 from mfac_hf.training.vision_arguments import (
     VisionArguments,
     build_optimizer,
@@ -35,10 +37,11 @@ from mfac_hf.training.vision_arguments import (
     set_learning_rate,
     sparse_masks,
 )
-from mfac_hf.training.vision_run import RunLog, learning_rate_plan, load_state
+from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state
 
 # Epochs and drops of the M-FAC paper's script, by the first letters of the model.
 _PLANS = {"resnet": (164, [82, 123]), "wideresnet": (200, [100, 150]), "mobilenet": (100, [50, 75])}
+CURVE_ENTRIES = 100  # of the whole run
 _LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "mfac": 1e-3}
 
 
@@ -60,6 +63,9 @@ class TrainArguments(VisionArguments):
         False, "Train only the weights that the checkpoint's masks keep or, without masks, those that are not zero."
     )
     save: str = flag("trained.pth", "File of the model after the latest epoch.")
+    results: str | None = flag(
+        None, "File of results as run_glue.py writes them, with the test loss and the curve of the training loss."
+    )
 
     def plan(self) -> list[float]:
         """Learning rate of each epoch.
@@ -105,10 +111,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         optimizer.load_state_dict(state["optimizer"])
     header = {"arguments": args.to_dict(), **describe_run(argv, run.accelerator.device)}
     log = RunLog(target.with_suffix(""), header, state["rows"] if state is not None else ())
+    curve, steps = LossCurve(), len(plan) * len(run.train_loader)
     for epoch in range(first, len(plan)):
         set_learning_rate(optimizer, plan[epoch])
         row: dict[str, Any] = {"epoch": epoch, "lr": plan[epoch]}
-        row |= run.train_epoch(optimizer, epoch, None if masks is None else lambda: masks.apply(run.bare_model))
+        after_step = None if masks is None else lambda: masks.apply(run.bare_model)
+        row |= run.train_epoch(optimizer, epoch, after_step, curve, max(1, steps // CURVE_ENTRIES))
         row["accuracy"] = run.evaluate()
         if run.accelerator.is_main_process:
             print(
@@ -120,7 +128,26 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         run.save(target, model_state(run, masks, epoch=epoch))
         now = {"arguments": args.to_dict(), "epoch": epoch, "rows": log.rows, "model": run.bare_model.state_dict()}
         run.save(state_path, now | {"optimizer": optimizer.state_dict()})
+    if args.results is not None:
+        write_results(args.results, run, log.rows, curve, argv)
     return log.rows
+
+
+def write_results(
+    path: str, run: VisionRun, rows: Sequence[Mapping[str, Any]], curve: LossCurve, argv: Sequence[str] | None
+) -> None:
+    """Write what `compare_optimizers.py` reads of a run; a run that was resumed has the curve of its last part."""
+    accuracy, loss = run.accuracy_and_loss()
+    results = {
+        "train_runtime": sum(row["seconds"] for row in rows),
+        "curve": curve.curve,
+        "eval_accuracy": accuracy,
+        "eval_loss": loss,
+        "selection_metric": "eval_accuracy",
+        "selection_value": accuracy,
+    }
+    if run.accelerator.is_main_process:
+        write_json(path, {"results": results, **describe_run(argv, run.accelerator.device)})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class LossCurve:
     def __init__(self) -> None:
         self.curve = Curve(step=[], loss=[], seconds=[], cpu_seconds=[])
         self._spent = self._begun = (0.0, 0.0)
+        self._step, self._losses = 0, list[float]()
 
     def begin_step(self) -> None:
         """Start the clocks."""
@@ -51,6 +52,14 @@ class LossCurve:
             torch.cuda.synchronize(device)
         now, begun, spent = _clocks(), self._begun, self._spent
         self._spent = (spent[0] + now[0] - begun[0], spent[1] + now[1] - begun[1])
+
+    def add_step(self, loss: float, every: int = 1) -> None:
+        """Add the loss of a step, for an entry after each ``every`` steps: for a loop that keeps no log itself."""
+        self._step += 1
+        self._losses.append(loss)
+        if self._step % every == 0:
+            self.add(self._step, statistics.mean(self._losses))
+            self._losses.clear()
 
     def add(self, step: int, loss: float) -> None:
         """Add the mean loss of the steps since the last call."""

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from mfac_hf.storage import load_tensors, save_tensors, write_json, write_text
 from mfac_hf.tasks.vision import FolderImages, VisionData, whole_batch
 from mfac_hf.tasks.vision_preprocess import AugmentedImages, Preprocess
+from mfac_hf.training.curve import LossCurve
 
 __all__ = ["RunLog", "VisionRun", "learning_rate_plan", "load_state"]
 
@@ -113,7 +114,12 @@ class VisionRun:
         return DataLoader(images, collate_fn=whole_batch)
 
     def train_epoch(
-        self, optimizer: Any, epoch: int, after_step: Callable[[], None] | None = None
+        self,
+        optimizer: Any,
+        epoch: int,
+        after_step: Callable[[], None] | None = None,
+        curve: LossCurve | None = None,
+        curve_every: int = 1,
     ) -> dict[str, float]:
         """Train for one epoch.
 
@@ -121,6 +127,8 @@ class VisionRun:
             optimizer: prepared by the accelerator.
             epoch: decides order and augmentation of the images.
             after_step: called after each step.
+            curve: gets the losses of this process and the time of its steps, augmentation included.
+            curve_every: steps between entries of the curve.
 
         Returns:
             Mean training loss and seconds.
@@ -135,6 +143,8 @@ class VisionRun:
         generator = self.generator(1, epoch) if self.augment else None
         started, total, count = time.perf_counter(), 0.0, 0
         for batch in self._bar(self.train_loader, f"epoch {epoch}"):
+            if curve is not None:
+                curve.begin_step()
             optimizer.zero_grad()
             loss = F.cross_entropy(self.logits(self.model, batch, generator), batch[1])
             if not torch.isfinite(loss):
@@ -145,20 +155,28 @@ class VisionRun:
             optimizer.step()
             if after_step is not None:
                 after_step()
+            if curve is not None:
+                curve.end_step(self.accelerator.device)
+                curve.add_step(loss.item(), curve_every)
             total, count = total + loss.item() * len(batch[1]), count + len(batch[1])
         sums = self.accelerator.reduce(torch.tensor([total, count], device=self.accelerator.device))
         return {"loss": (sums[0] / sums[1]).item(), "seconds": time.perf_counter() - started}
 
-    @torch.no_grad()
     def evaluate(self, loader: Any = None) -> float:
         """Share of the images of a prepared loader (the test images if None) that are classified correctly."""
+        return self.accuracy_and_loss(loader)[0]
+
+    @torch.no_grad()
+    def accuracy_and_loss(self, loader: Any = None) -> tuple[float, float]:
+        """Share of images that are classified correctly, and mean cross-entropy; see `evaluate`."""
         self.model.eval()
-        right = total = 0
+        right, total, loss = 0, 0, 0.0
         for batch in self._bar(self.test_loader if loader is None else loader, "evaluation"):
-            correct = self.logits(self.model, batch).argmax(1) == batch[1]
-            gathered = self.accelerator.gather_for_metrics(correct)
-            right, total = right + int(gathered.sum()), total + len(gathered)
-        return right / total
+            logits = self.logits(self.model, batch)
+            losses = F.cross_entropy(logits, batch[1], reduction="none")
+            correct, losses = self.accelerator.gather_for_metrics((logits.argmax(1) == batch[1], losses))
+            right, total, loss = right + int(correct.sum()), total + len(correct), loss + float(losses.double().sum())
+        return right / total, loss / total
 
     @torch.no_grad()
     def reestimate_batch_norm(self, num_images: int, salt: int = 0) -> None:

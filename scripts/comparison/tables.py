@@ -26,7 +26,7 @@ def summarize(runs: StudyRuns) -> dict[str, Any]:
         curves = [run["results"].get("curve") for run in final]
         reached = [_reached(run, targets) for run in final]
         values = [run["value"] for run in final]
-        epochs = study["flags"].get("num_train_epochs", 3)
+        epochs = study["flags"].get("num_train_epochs", study["flags"].get("nepochs", 3))
         summary[contender] = {
             "point": {**runs.taken(contender), **final[0]["point"]},
             "metric": final[0]["metric"],

@@ -227,3 +227,17 @@ def test_a_contender_of_another_package_runs_through_its_own_script(tmp_path, mo
     assert argv[0] == "run_glue.py" and argv[argv.index("--contender") + 1] == "soap"
     assert json.loads(argv[argv.index("--contender_options") + 1]) == {"precondition_frequency": 5}
     assert "pytorch_optimizer" in log.rows[0]["versions"]
+
+
+def test_the_script_for_vision_models_gets_its_own_flags(tmp_path, monkeypatch):
+    (tmp_path / "train_vision.py").write_text(
+        "import json, sys\n"
+        "flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "results = {'selection_value': 0.5, 'selection_metric': 'eval_accuracy', 'flags': sorted(flags)}\n"
+        "record = {'results': results, 'versions': {}, 'device': 'cpu', 'threads': 1, 'peak_memory_gib': 1}\n"
+        "open(flags['--results'], 'w').write(json.dumps(record))\n"
+    )
+    monkeypatch.setattr(compare, "SCRIPTS", tmp_path)
+    log = compare.StudyLog(tmp_path / "log.jsonl")
+    compare.run_once({**STUDY, "script": "train_vision.py"}, "sgd", "final", {}, {"lr": 1, "seed": 1}, log)
+    assert log.rows[0]["results"]["flags"] == ["--lr", "--progress", "--results", "--save", "--seed"]

@@ -78,6 +78,7 @@ def test_a_schedule_reaches_both_parts_after_a_load():
     [
         (["train_toy.py", "--contender", "sgd"], "invalid choice: 'sgd'"),
         (["none.py", "--contender", "muon"], "none.py is no script of"),
+        (["train_vision.py", "--contender", "muon"], "train_vision.py makes its optimizer itself"),
         (["train_toy.py", "--contender", "muon", "--contender_options", "[1]"], "expected an object"),
     ],
 )

@@ -55,8 +55,8 @@ def test_a_run_that_is_killed_and_resumed_ends_the_same(tmp_path, monkeypatch, o
     whole = train_vision.main([*flags, "--save", "whole.pth"])
     epoch = VisionRun.train_epoch
 
-    def dies(self, optimizer, number, after_step=None):
-        row = epoch(self, optimizer, number, after_step)
+    def dies(self, optimizer, number, *options):
+        row = epoch(self, optimizer, number, *options)
         if number == 1:
             raise Killed
         return row
@@ -126,3 +126,18 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_written(tmp_path,
     with pytest.raises(ValueError, match=message):
         train_vision.main(["--model", "resnet20", *flags])
     assert not list(tmp_path.iterdir())
+
+
+def test_results_are_those_that_studies_read(tmp_path):
+    target = tmp_path / "results.json"
+    flags = ["--model", "resnet20", "--optim", "adamw", "--nepochs", "2", *FEW, "--holdout", "100"]
+    rows = train_vision.main([*flags, "--save", str(tmp_path / "m.pth"), "--results", str(target)])
+    written = json.loads(target.read_text())
+    results = written["results"]
+    assert results["selection_value"] == results[results["selection_metric"]] == rows[-1]["accuracy"]
+    assert results["eval_loss"] > 0 and results["train_runtime"] == sum(row["seconds"] for row in rows)
+    curve = results["curve"]
+    assert curve["step"] == [1, 2, 3, 4, 5, 6] and curve["cpu_seconds"] == sorted(curve["cpu_seconds"])
+    # Three batches of 64 in an epoch, whose mean the row has.
+    assert sum(curve["loss"][3:]) / 3 == pytest.approx(rows[-1]["loss"])
+    assert written["threads"] == torch.get_num_threads() and written["peak_memory_gib"] > 0

@@ -49,6 +49,13 @@ def test_time_between_steps_does_not_count():
     assert recorder.curve["cpu_seconds"][-1] < 0.05 and second < 0.3
 
 
+def test_a_loop_without_logs_has_means_of_several_steps():
+    recorder = LossCurve()
+    for loss in (1.0, 2.0, 3.0, 5.0, 9.0):
+        recorder.add_step(loss, every=2)
+    assert (recorder.curve["step"], recorder.curve["loss"]) == ([2, 4], [1.5, 4.0])
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()

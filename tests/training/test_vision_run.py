@@ -17,7 +17,10 @@ def test_evaluation_counts_every_test_image_once():
     run.model.eval()
     with torch.no_grad():
         logits = run.model(run.preprocess(run.data.test.images_NCHW))
-    assert run.evaluate() == (logits.argmax(1) == run.data.test.labels_N).sum().item() / 360
+    labels = run.data.test.labels_N
+    accuracy, loss = run.accuracy_and_loss()
+    assert run.evaluate() == accuracy == (logits.argmax(1) == labels).sum().item() / 360
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
 
 
 def test_epochs_are_repeatable_and_differ():
