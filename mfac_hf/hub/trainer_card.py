@@ -224,8 +224,13 @@ def _optimizer(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     }
     plain.pop("lr", None)
     if name == "MFAC":
-        foreign = set().union(*MFAC_DEFAULTS.values()) - MFAC_DEFAULTS[plain["metric"]].keys()
+        own = MFAC_DEFAULTS[plain["metric"]]
+        foreign = set().union(*MFAC_DEFAULTS.values()) - own.keys()
         plain = {k: v for k, v in plain.items() if k not in foreign}
+        plain |= {
+            k: v for k, v in optimizer.defaults.items() if own.get(k) is True
+        }  # told where it was turned off too
+        plain["window_dtype"] = str(optimizer.defaults["window_dtype"]).removeprefix("torch.")
     decays = list(dict.fromkeys(group.get("weight_decay") for group in optimizer.param_groups))
     if decays != [None]:
         plain["weight_decay"] = decays[0] if len(decays) == 1 else decays  # what groups have, and not their default

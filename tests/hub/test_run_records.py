@@ -7,6 +7,7 @@ import time
 import pytest
 from transformers import TrainingArguments
 
+from mfac_hf.defaults import MFAC_DEFAULTS
 from mfac_hf.hub.run_records import (
     SCHEDULE_SETTINGS,
     MissingResultsError,
@@ -64,8 +65,9 @@ def test_what_was_not_given_is_told_as_the_default_of_the_metric():
     given = dataclasses.asdict(OptimizerArguments(damping=0.5))
     record["arguments"]["OptimizerArguments"] = given
     record["arguments"]["TrainingArguments"] |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8}
-    expected = {"name": "M-FAC", "metric": "adam", "num_grads": 16, "damping": 0.5, "window_dtype": "float32"}
-    expected |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8}
+    shown = ("num_grads", "nesterov", "window_dtype")
+    expected = {name: MFAC_DEFAULTS["adam"][name] for name in shown} | {"damping": 0.5}
+    expected |= {"name": "M-FAC", "metric": "adam", "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8}
     assert read_run(record)["optimizer"] == expected
     record["arguments"]["OptimizerArguments"] = given | {"metric": "identity", "momentum": 0.9}
     optimizer = read_run(record)["optimizer"]

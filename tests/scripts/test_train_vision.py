@@ -41,6 +41,7 @@ def test_the_references_own_call_is_understood():
     args = arguments(*call.split())
     assert (args.dataset, args.ngrads, args.weightdecay, args.batchsize) == ("D", 512, 0.003, 128)
     assert (args.damping, args.momentum, args.save) == (1e-5, None, "rn20-mfac.pth")
+    assert (args.metric, args.grad_decay, args.normalize) == ("identity", 0.0, "num_grads")
     assert arguments("--dataset_path", "D").dataset == "D"
 
 
@@ -48,10 +49,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["mfac", "adam"])
+@pytest.mark.parametrize("optimizer", [["mfac"], ["mfac", "--metric", "adam"]], ids=" ".join)
 def test_a_run_that_is_killed_and_resumed_ends_the_same(tmp_path, monkeypatch, optimizer):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", "resnet20", "--optim", optimizer, "--nepochs", "3", "--weightdecay", ".001", *FEW]
+    flags = ["--model", "resnet20", "--optim", *optimizer, "--nepochs", "3", "--weightdecay", ".001", *FEW]
     whole = train_vision.main([*flags, "--save", "whole.pth"])
     epoch = VisionRun.train_epoch
 

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
+from mfac_hf import MFAC
 from mfac_hf.models import Checkpoint, MobileNetV1, ResNetCifar, read_checkpoint
-from mfac_hf.training.vision_arguments import VisionArguments, build_run, masks_of, sparse_masks, vision_targets
+from mfac_hf.training.vision_arguments import (
+    VisionArguments,
+    build_optimizer,
+    build_run,
+    masks_of,
+    sparse_masks,
+    vision_targets,
+)
 
 
 def test_a_flat_mask_goes_over_convolutions_and_fc_in_the_models_order():
@@ -72,3 +80,37 @@ def test_a_seed_decides_fresh_weights_and_the_images_chosen():
     (first, image), (again, image_again), (other, other_image) = weights(1), weights(1), weights(2)
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(image, image_again) and not torch.equal(image, other_image)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return build_run(VisionArguments("resnet20", train_images=128, progress=False))[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("identity", {"num_grads": 1024, "damping": 1e-5, "momentum": 0.5, "window_dtype": torch.float32}),
+        ("adam", MFAC([torch.nn.Parameter(torch.zeros(1))]).defaults),
+    ],
+)
+def test_mfac_has_the_defaults_of_its_metric(metric, expected, run):
+    """The identity's are those of the reference's script."""
+    args = VisionArguments("resnet20", metric=metric, weightdecay=0.25)
+    momentum = expected.get("momentum")
+    optimizer = build_optimizer(run, "mfac", args, lr=1e-3, momentum=momentum).optimizer
+    expected = expected | {"metric": metric, "lr": 1e-3, "weight_decay": 0.25}
+    assert {name: optimizer.defaults[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("option", [{"momentum": 0.9}, {"grad_decay": 0.9}, {"normalize": "count"}])
+def test_options_of_the_identity_metric_are_refused_in_adams(option, run):
+    args = VisionArguments("resnet20", metric="adam", **{k: v for k, v in option.items() if k != "momentum"})
+    with pytest.raises(ValueError, match=f"{next(iter(option))} given with metric='adam'"):
+        build_optimizer(run, "mfac", args, lr=1e-3, momentum=option.get("momentum"))
+
+
+def test_adamw_is_torchs(run):
+    args = VisionArguments("resnet20", weightdecay=0.25)
+    optimizer = build_optimizer(run, "adamw", args, lr=1e-3, momentum=None).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["weight_decay"] == 0.25

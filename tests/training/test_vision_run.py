@@ -94,6 +94,9 @@ def test_a_state_continues_only_the_run_it_is_from(tmp_path):
     assert load_state(path, {}) is None
     save_tensors(path, {"arguments": {"lr": 0.1, "seed": 1}, "epoch": 4})
     assert load_state(path, {"lr": 0.1, "seed": 1})["epoch"] == 4
+    assert load_state(path, {"lr": 0.1, "seed": 1, "metric": "identity"})["epoch"] == 4  # the only one that there was
+    with pytest.raises(ValueError, match="started with --metric identity, not adam"):
+        load_state(path, {"lr": 0.1, "seed": 1, "metric": "adam"})
     with pytest.raises(ValueError, match="started with --seed 1, not 2"):
         load_state(path, {"lr": 0.1, "seed": 2})
     assert [file.name for file in path.parent.iterdir()] == ["run.state"]
