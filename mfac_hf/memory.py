@@ -135,7 +135,7 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
     if needed > free:
         raise MemoryError(
             f"the gradient window needs {needed / GIB:.2f} GiB on {device} ({what}), and {free / GIB:.2f} GiB are "
-            "free. Ways out: a smaller num_grads (and lr raised by the same factor), window_dtype=torch.bfloat16, "
-            "freezing the embeddings, window_device='cpu' for host memory or a list of devices, more ranks with "
-            "process_group"
+            "free. Ways out: a smaller num_grads (with metric='identity' lr raised by the same factor), "
+            "window_dtype=torch.bfloat16, freezing the embeddings, window_device='cpu' for host memory or a list of "
+            "devices, more ranks with process_group"
         )

@@ -14,7 +14,7 @@ from mfac_hf.defaults import MFAC_DEFAULTS, MFAC_METRIC
 from tests.helpers.oracles import NaiveAdamMetric
 from tests.helpers.ranks import run_on_ranks
 
-GROUP = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+GROUP = {"lr": 5e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 EXACT = {"window_dtype": torch.float32}  # not the default, whose rounding an oracle would not see past
 
 
@@ -328,8 +328,8 @@ def test_ranks_that_share_a_window_step_as_one_process(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_have_a_float32_moment(dtype):
     p = nn.Parameter(torch.ones(8, dtype=dtype))
-    optimizer = MFAC([p], metric="adam", lr=1e-2, weight_decay=0.0)
+    optimizer = MFAC([p], lr=5e-3, weight_decay=0.0)
     p.grad = torch.linspace(1e-4, 1.0, 8).to(dtype)
     optimizer.step()
     assert optimizer.state[p]["second_moment"].dtype == torch.float32
-    torch.testing.assert_close(p.detach().float(), torch.full((8,), 0.99), rtol=0, atol=4e-3)
+    torch.testing.assert_close(p.detach().float(), torch.full((8,), 0.995), rtol=0, atol=4e-3)

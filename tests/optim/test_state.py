@@ -463,13 +463,14 @@ def test_another_model():
         assert not optimizer.state
 
 
-def test_a_state_of_another_optimizer():
+@pytest.mark.parametrize(("metric", "lacking"), [("adam", "damping"), ("identity", "momentum")])
+def test_a_state_of_another_optimizer(metric, lacking):
     model = Net()
-    adam = torch.optim.AdamW([{"params": list(model.parameters())}])
-    optimizer = MFAC(model.parameters(), metric="identity")
-    with pytest.raises(ValueError, match="lack momentum: the state of another optimizer"):
+    adam = torch.optim.AdamW([{"params": list(model.parameters())}], lr=0.5)
+    optimizer = MFAC(model.parameters(), metric=metric)
+    with pytest.raises(ValueError, match=f"lack {lacking}.*: the state of another optimizer"):
         optimizer.load_state_dict(adam.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 1e-4
+    assert optimizer.param_groups[0]["lr"] < 0.5
 
 
 def test_a_file_cut_short():

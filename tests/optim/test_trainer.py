@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -33,6 +35,7 @@ VARIANTS = {
         "frozen": False,
         "optimizer": {"momentum": 0.9, "weight_decay": 0.01, "decoupled_weight_decay": True},
     },
+    "Adam's metric": {"frozen": False, "optimizer": {"metric": "adam", "damping": 0.3}},
 }
 
 
@@ -97,7 +100,8 @@ def make_trainer(directory, variant, callbacks=()):
     torch.set_num_threads(1)
     chosen = VARIANTS[variant]
     model = make_model(chosen["frozen"])
-    optimizer = MFAC(model.parameters(), metric="identity", lr=2e-3, num_grads=6, damping=1e-3, **chosen["optimizer"])
+    options = {"metric": "identity", "lr": 2e-3, "num_grads": 6, "damping": 1e-3, **chosen["optimizer"]}
+    optimizer = MFAC(model.parameters(), **options)
     return Trainer(
         model,
         make_arguments(directory),
@@ -169,13 +173,43 @@ def test_checkpoints_without_the_window_are_small_and_resume(tmp_path, one_threa
 
 
 def test_a_class_and_options_in_place_of_an_optimizer(tmp_path):
-    """The way that FSDP needs: Trainer builds the optimizer, with its groups for decayed and other parameters."""
-    model = make_model(frozen=False)
+    """Trainer builds the optimizer, with its groups for decayed and other parameters; FSDP needs it this way."""
+    model, twin = make_model(frozen=False), make_model(frozen=False)
     arguments = make_arguments(tmp_path, max_steps=3, weight_decay=0.1, save_strategy="no")
-    trainer = Trainer(
-        model, arguments, train_dataset=make_data(), optimizer_cls_and_kwargs=(MFAC, {"lr": 1e-3, "num_grads": 4})
-    )
+    trainer = Trainer(model, arguments, train_dataset=make_data(), optimizer_cls_and_kwargs=(MFAC, {"lr": 1e-3}))
     trainer.train()
     optimizer = trainer.optimizer.optimizer
-    assert isinstance(optimizer, MFAC) and [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert isinstance(optimizer, MFAC) and optimizer.defaults["metric"] == "adam"
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert optimizer._window.gram.pushed == 3
+
+    decays = trainer.get_decay_parameter_names(twin)
+    groups = [
+        {"params": [p for name, p in twin.named_parameters() if name in decays], "weight_decay": 0.1},
+        {"params": [p for name, p in twin.named_parameters() if name not in decays], "weight_decay": 0.0},
+    ]
+    Trainer(twin, arguments, train_dataset=make_data(), optimizers=(MFAC(groups, lr=1e-3), None)).train()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_loop_with_accelerate_is_the_plain_loop():
+    """``accelerator.prepare``, with clipping, ends with the bits of torch alone."""
+    accelerator, data = Accelerator(cpu=True), make_data()
+    ends = []
+    for prepare in (lambda *objects: objects, accelerator.prepare):
+        model = make_model(frozen=False).eval()  # without dropout
+        loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=default_data_collator)
+        model, optimizer, loader = prepare(model, MFAC(model.parameters(), lr=1e-3), loader)
+        for batch, _ in zip(loader, range(12), strict=False):
+            loss = model(**batch).loss
+            if prepare == accelerator.prepare:
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            else:
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(ends[0], make_model(frozen=False).parameters(), strict=True))
