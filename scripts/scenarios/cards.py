@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from mfac_hf import MFAC, MFACPruningCallback, SparsitySchedule
 from mfac_hf.cli import main
-from scenarios.common import sentences, tiny_bert, zero_most
+from scenarios.common import identity, sentences, tiny_bert, zero_most
 
 __all__ = ["of_facts", "of_results", "of_trainers"]
 
@@ -111,7 +111,7 @@ def _pruning_trainer(folder: Path) -> Trainer:
         train_dataset=sentences(16),
         eval_dataset=sentences(16),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-        optimizers=(MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=8), None),
+        optimizers=(MFAC(model.parameters(), **identity(MFAC), lr=1e-3, num_grads=8), None),
     )
     options = {"num_grads": 4, "block_size": 16, "recomputations": 1}
     MFACPruningCallback(SparsitySchedule.from_list([0.5, 0.75], unit="step"), **options).attach(trainer)

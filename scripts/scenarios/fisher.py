@@ -11,7 +11,7 @@ import torch
 from mfac_hf import memory_estimate
 from mfac_hf.fisher import BlockedFisher, FullFisher, GradientWindow
 from mfac_hf.fisher.reference import PaperDynamicInverse
-from scenarios.common import tiny_bert
+from scenarios.common import identity, tiny_bert
 
 __all__ = ["blocked", "full", "memory", "operators", "window"]
 
@@ -102,7 +102,7 @@ def operators(root: Path, folder: Path, exchange: Path) -> dict[str, Any]:
 
 def memory(root: Path, folder: Path, exchange: Path) -> dict[str, Any]:
     """What a window is said to take."""
-    options = {"metric": "identity"}
+    options: Any = identity(memory_estimate)
     return {
         "bert": memory_estimate(tiny_bert(), 1024, **options),
         "number": memory_estimate(10**9, 64, torch.bfloat16, **options),

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from mfac_hf import MFAC, MFACPruningCallback, SparsitySchedule
 from mfac_hf.callbacks import MFACLoggingCallback
-from scenarios.common import report_of, sentences, tiny_bert, without_times
+from scenarios.common import identity, report_of, sentences, tiny_bert, without_times
 
 try:
     from mfac_hf.pruning.trainer.distillation import Distillation
@@ -30,9 +30,7 @@ def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _mfac(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return MFAC(
-        model.parameters(), metric="identity", lr=2e-3, num_grads=8, damping=1e-3, momentum=0.9, grad_decay=0.5
-    )
+    return MFAC(model.parameters(), **identity(MFAC), lr=2e-3, num_grads=8, damping=1e-3, momentum=0.9, grad_decay=0.5)
 
 
 def _trainer(folder: Path, optimizer: Any, **options: Any) -> Trainer:

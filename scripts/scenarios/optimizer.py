@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from mfac_hf import MFAC
+from scenarios.common import identity
 
-__all__ = ["copies", "masks_while_training", "options", "ranks", "resume"]
+__all__ = ["adams_metric", "copies", "masks_while_training", "options", "ranks", "resume"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -28,6 +29,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one gradient": {"num_grads": 1},
     "split": {"window_device": ["cpu", "cpu"]},
     "small damping": {"damping": 1e-9},
+}
+
+
+ADAM: dict[str, dict[str, Any]] = {
+    "bfloat16": {"window_dtype": torch.bfloat16},
+    "float32": {"window_dtype": torch.float32},
+    "decay": {"weight_decay": 0.1, "betas": (0.5, 0.9)},
+    "dense embedding": {"row_sparse": False},
+    "split": {"window_device": ["cpu", "cpu"]},
 }
 
 
@@ -58,7 +68,7 @@ def make(seed: int = 0, masked: bool = False, sparse: bool = False, **options: A
     ]
     masks = masks_of(net, 0.6) if masked else None
     return net, MFAC(
-        groups, metric="identity", **{"lr": 1e-3, "num_grads": 6, "damping": 1e-3, "masks": masks, **options}
+        groups, **{**identity(MFAC), "lr": 1e-3, "num_grads": 6, "damping": 1e-3, "masks": masks, **options}
     )
 
 
@@ -107,6 +117,17 @@ def options(root: Path, folder: Path, exchange: Path) -> dict[str, Any]:
             found[f"{name}, masked" if masked else name] = outcome(net, optimizer, losses)
     net, optimizer = make(sparse=True)
     found["sparse gradients"] = outcome(net, optimizer, train(net, optimizer, range(14)))
+    return found
+
+
+def adams_metric(root: Path, folder: Path, exchange: Path) -> dict[str, Any]:
+    """Adam's metric, 14 steps through a window of 6, one of which is skipped."""
+    found = {}
+    for name, given in ADAM.items():
+        for masked in (False, True):
+            net, optimizer = make(masked=masked, **{"metric": "adam", "damping": 0.3, **given})
+            losses = train(net, optimizer, range(14), poison=9)
+            found[f"{name}, masked" if masked else name] = outcome(net, optimizer, losses)
     return found
 
 
@@ -167,7 +188,7 @@ def _rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     net = Net()
     optimizer = MFAC(
-        net.parameters(), metric="identity", num_grads=6, damping=1e-3, momentum=0.5, process_group=dist.group.WORLD
+        net.parameters(), **identity(MFAC), num_grads=6, damping=1e-3, momentum=0.5, process_group=dist.group.WORLD
     )
     found: dict[str, Any] = {
         "process group": {"losses": train(net, optimizer, range(10)), "weights": net.state_dict()}
@@ -175,7 +196,7 @@ def _rank(rank: int, folder: Path) -> None:
     net = Net()
     mesh = dist.init_device_mesh("cpu", (2,))
     fully_shard(net, mesh=mesh)
-    optimizer = MFAC(net.parameters(), metric="identity", num_grads=6, damping=1e-3, momentum=0.5)
+    optimizer = MFAC(net.parameters(), **identity(MFAC), num_grads=6, damping=1e-3, momentum=0.5)
     losses = train(net, optimizer, range(10))
     weights = [p.full_tensor().detach() for p in net.parameters()]
     found["fsdp"] = {"losses": losses, "weights": weights}

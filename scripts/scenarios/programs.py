@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-from scenarios.common import shared_data, without_times
+from mfac_hf.training.arguments import OptimizerArguments
+from scenarios.common import identity, shared_data, without_times
 
 __all__ = ["demo", "glue", "squad", "vision"]
 
@@ -57,7 +58,7 @@ def vision(root: Path, folder: Path, exchange: Path) -> Any:
 def glue(root: Path, folder: Path, exchange: Path) -> Any:
     """SST-2 with gradual pruning."""
     flags = ["--dataset_name", "glue", "--task_name", "sst2", "--max_seq_length", 32, "--optim_name", "mfac"]
-    flags += ["--metric", "identity"]
+    flags += [f"--{name}={value}" for name, value in identity(OptimizerArguments).items()]
     return _fine_tune(root, folder, exchange, "run_glue.py", flags)
 
 
