@@ -58,12 +58,14 @@ class MFAC(WindowedOptimizer):
     published runs.
 
     Memory: m * d numbers of ``window_dtype`` for dense parameters, allocated at the first step; embeddings are stored
-    exactly by the rows that each batch touched. See `mfac_hf.memory_estimate`.
+    exactly by the rows that each batch touched. In Adam's metric a second moment of every parameter, in float32. See
+    `mfac_hf.memory_estimate`.
 
     Args:
-        params: parameters, named parameters or parameter groups. Groups may have their own lr, momentum, weight_decay
-            and decoupled_weight_decay; all groups have the other options in common. Between steps, these and, in all
-            groups alike, damping and grad_decay may be changed in ``param_groups``; the others are fixed.
+        params: parameters, named parameters or parameter groups. Groups may have their own lr and weight_decay, in
+            Adam's metric eps and second beta, in the identity metric momentum and decoupled_weight_decay; all groups
+            have the other options in common. Between steps, these and, in all groups alike, damping and grad_decay may
+            be changed in ``param_groups``; the others are fixed.
         lr: learning rate, >= 0: AdamW's, in Adam's metric.
         metric: ``"adam"``, or ``"identity"``, the paper's. Each has its own defaults (`mfac_hf.defaults`), and options
             that the other does not have: betas, eps and nesterov belong to Adam's; momentum, decoupled_weight_decay,

@@ -228,6 +228,13 @@ def test_bad_input_is_named_before_anything_is_written(flags, task, error, messa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_in_another_metric_is_not_resumed(run):
+    saving = ("--save_strategy", "steps", "--save_steps", "2")
+    run("--do_train", "--max_steps", "2", "--metric", "identity", *saving, optim="mfac")
+    with pytest.raises(ValueError, match="the saved optimizer has metric='identity', this one metric='adam'"):
+        run("--do_train", "--max_steps", "4", "--resume_from_checkpoint", "last", optim="mfac")
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("glue_*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_parse(recipe):
     """Each names a model and the data, and leaves the task to the command line."""
