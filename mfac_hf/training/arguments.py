@@ -27,9 +27,13 @@ from mfac_hf.storage import read_yaml
 logger = logging.getLogger(__name__)
 
 
-def flag(default: Any, text: str, *aliases: str) -> Any:
-    """A field of a dataclass of flags, with its default, its help text and its other names."""
-    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+def flag(default: Any, text: str, *aliases: str, **options: Any) -> Any:
+    """A field of a dataclass of flags: its default, help text and other names, and options of ``add_argument``."""
+    return field(default=default, metadata={"help": text, "aliases": list(aliases), **options})
+
+
+# A flag that is None where it is not given, and True where it has no value.
+SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
 
 
 @dataclass
@@ -104,10 +108,12 @@ class OptimizerArguments:
         None,
         "mfac, --metric identity: apply --weight_decay to the weights, as AdamW does; else (default) it is added to "
         "the gradient, which then is dense.",
+        **SWITCH,
     )
     nesterov: bool | None = flag(
         None,
         "mfac, --metric adam: let the average of the gradients look one step ahead, as NAdam does; default: True.",
+        **SWITCH,
     )
     window_dtype: Literal["float32", "bfloat16", "float64"] | None = flag(
         None,

@@ -18,7 +18,7 @@ from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.targets import find_targets
 from mfac_hf.tasks.vision import load_vision
 from mfac_hf.tasks.vision_preprocess import NORMALIZATIONS, Preprocess
-from mfac_hf.training.arguments import flag
+from mfac_hf.training.arguments import SWITCH, flag
 from mfac_hf.training.vision_run import VisionRun
 
 __all__ = [
@@ -98,6 +98,7 @@ class VisionArguments:
     nesterov: bool | None = flag(
         None,
         "mfac, --metric adam: let the average of the gradients look one step ahead, as NAdam does; default: True.",
+        **SWITCH,
     )
     window_dtype: Literal["float32", "bfloat16"] | None = flag(
         None,

@@ -164,6 +164,15 @@ def test_optimizer_options_reach_mfac(options, tmp_path):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], None), (["--decoupled_weight_decay"], True), (["--decoupled_weight_decay", "false"], False)],
+)
+def test_a_switch_is_told_from_one_that_is_not_given(flags, expected):
+    argv = ["--model_name_or_path", "tiny", "--metric", "identity", *flags]
+    assert parse_args(*KINDS, argv=argv)[1].decoupled_weight_decay is expected
+
+
 def test_optimizer_options_reach_adamw(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5)
     adamw = build_optimizer(nn.Linear(3, 2), OptimizerArguments(optim_name="adamw"), args)
