@@ -26,6 +26,8 @@ from mfac_hf.tasks.toy import toy_tokenizer
 from mfac_hf.training.arguments import OptimizerMaker, build_optimizer, flag
 from mfac_hf.training.scratch_run import ScratchTask, hold_out, run_from_scratch
 
+SHORTEST = 5  # tokens of the shortest generated sentence: "the film was dull ."
+
 
 @dataclass
 class MlmArguments:
@@ -68,7 +70,7 @@ def make_task(args: MlmArguments, training_args: TrainingArguments) -> ScratchTa
 
     def blocks(split: str, count: int) -> Dataset:
         if args.vocab_file is None:
-            texts = mlm.generated_texts(count * args.max_seq_length // _SHORTEST + 1, split)
+            texts = mlm.generated_texts(count * args.max_seq_length // SHORTEST + 1, split)
         else:
             texts = mlm.read_texts(args.glue_name, args.squad_name, split, args.cache_dir)
         return mlm.token_blocks(texts, tokenizer, args.max_seq_length, count)
@@ -84,9 +86,6 @@ def make_task(args: MlmArguments, training_args: TrainingArguments) -> ScratchTa
         collator=mlm.masking_collator(tokenizer),
         selection_metric="eval_loss",
     )
-
-
-_SHORTEST = 5  # tokens of the shortest generated sentence: "the film was dull ."
 
 
 def _model(args: MlmArguments, tokenizer: BertTokenizer, seed: int) -> mlm.BertForMaskedPositions:
