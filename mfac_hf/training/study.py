@@ -104,8 +104,8 @@ class StudyLog:
 
         Runs from before M-FAC had another metric than the identity do not name theirs among the ``flags`` of the key.
         """
-        keys = [key]
-        if (flags := key.get("flags")) and flags.get("metric") == "identity":
+        keys, flags = [key], key.get("flags")
+        if isinstance(flags, Mapping) and flags.get("metric") == "identity":
             keys.append({**key, "flags": {name: value for name, value in flags.items() if name != "metric"}})
         return next((row for row in self.rows if row["key"] in keys), None)
 
