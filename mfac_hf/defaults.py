@@ -5,6 +5,7 @@ from typing import Any
 __all__ = [
     "MFAC_DEFAULTS",
     "MFAC_METRIC",
+    "PRUNING_DAMPING",
     "TOUCHED_EMBEDDING_ROWS",
     "defaults_of",
 ]
@@ -50,6 +51,9 @@ def defaults_of(metric: str) -> dict[str, Any]:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(map(repr, MFAC_DEFAULTS))}")
     return MFAC_DEFAULTS[metric]
 
+
+# Of `mfac_hf.prune_one_shot` and the callback, by Fisher, for gradients of single examples.
+PRUNING_DAMPING = {"scaled": 5e-4, "empirical": 1e-5}
 
 # Of `mfac_hf.memory_estimate`: rows of an embedding table that one batch looks up.
 TOUCHED_EMBEDDING_ROWS = 512

@@ -178,7 +178,7 @@ class Pruner:
 
     def source(self, options: PruningOptions) -> DataLoaderGradients:
         """The gradients that these options ask for."""
-        return DataLoaderGradients(self.task.loader(), batch_size=options.grad_batch_size, seed=options.seed)
+        return DataLoaderGradients.of_options(self.task.loader(), options)
 
     def measure(self) -> dict[str, float]:
         """Metric and loss of the model as it is now."""

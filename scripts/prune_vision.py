@@ -14,8 +14,9 @@ without it, scikit-learn's digits.
 
 The first pruning step comes before the first epoch, and the others follow ``--prun_every`` epochs apart. Until the
 last one, the learning rate cycles through ``--prun_lrs``; from then on it is ``--lr``, which drops at the epochs
-``--drop_at``, counted over all epochs. The defaults are our procedure; ``--selection diagonal --update sum`` is the
-paper's, ``--pruner mag`` is magnitude pruning, and ``--blocksize -1`` takes the inverse of the whole Fisher.
+``--drop_at``, counted over all epochs. The defaults are our procedure; ``--fisher empirical --selection diagonal
+--update sum`` is the paper's, ``--pruner mag`` is magnitude pruning, and ``--blocksize -1`` takes the inverse of the
+whole Fisher.
 
 ``PREFIX.csv`` and ``PREFIX.json`` have the time of every pruning step and epoch and the accuracy after it, as the
 model is and with re-estimated batch norms. ``PREFIX.png`` shows accuracy over sparsity. ``PREFIX-prune-XXX.pth`` and
@@ -32,12 +33,13 @@ from typing import Any, Literal
 
 import torch
 
+from mfac_hf.defaults import PRUNING_DAMPING
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.machine import describe_run
 from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
-from mfac_hf.pruning.options import PruningOptions, Scope, Selection, Update
+from mfac_hf.pruning.options import Fisher, PruningOptions, Scope, Selection, Update
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.training.arguments import flag, parse_args
 from mfac_hf.training.study import new_figure, save_figure
@@ -75,8 +77,18 @@ class PruneArguments(VisionArguments):
     )
     nrecomps: int = flag(PruningOptions.recomputations, "Recomputations in each pruning step.")
     prun_batchsize: int = flag(32, "Images that each gradient is the mean of.")
+    fisher: Fisher = flag(
+        PruningOptions.fisher,
+        "scaled divides each image's gradient by that of its loss by the logits; empirical is the paper's.",
+    )
+    fisher_floor: float = flag(PruningOptions.fisher_floor, "Least norm by which the scaled Fisher divides.")
     blocksize: int = flag(PruningOptions.block_size, "Weights in a block of the Fisher; -1: all weights together.")
-    prundamp: float = flag(PruningOptions.damping, "Damping of the Fisher; it has to scale with the gradients.")
+    prundamp: float | None = flag(
+        None,
+        "Damping of the Fisher; it has to scale with the gradients. Default: "
+        + ", ".join(f"{damping:g} ({fisher})" for fisher, damping in PRUNING_DAMPING.items())
+        + ".",
+    )
     perbatch: int | None = flag(
         None, "Blocks to hold at once, in whole layers; default: as many as half of the free memory holds."
     )
@@ -104,6 +116,8 @@ class PruneArguments(VisionArguments):
         super().__post_init__()
         if self.momentum is None and (self.optim, self.metric) != ("mfac", "adam"):
             self.momentum = 0.9
+        if self.prundamp is None:  # logs say which
+            self.prundamp = PRUNING_DAMPING.get(self.fisher)
 
     def steps(self) -> tuple[tuple[int, float], ...]:
         """(epoch, sparsity) of each pruning step, before any adjustment.
@@ -156,6 +170,8 @@ class PruneArguments(VisionArguments):
         selection = self.selection or ("diagonal" if self.blocksize == -1 else "greedy")
         return PruningOptions(
             method="mfac" if self.pruner == "mfac" else "magnitude",
+            fisher=self.fisher,
+            fisher_floor=self.fisher_floor,
             num_grads=schedule[step % len(schedule)],
             grad_batch_size=self.prun_batchsize,
             block_size=None if self.blocksize == -1 else self.blocksize,
@@ -193,6 +209,8 @@ class Pruner:
         self.source = DataLoaderGradients(
             run.gradient_loader(),
             loss_fn=run.loss,
+            fisher=args.fisher,
+            fisher_floor=args.fisher_floor,
             batch_size=args.prun_batchsize,
             seed=args.seed,
             process_group=None if args.blocksize == -1 else run.process_group,

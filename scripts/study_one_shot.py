@@ -1,10 +1,10 @@
 """Compare ways to prune ResNet-20 in one go: ``python scripts/study_one_shot.py --checkpoint FILE --dataset DATA``.
 
-Magnitude pruning, the M-FAC paper's procedure and ours are compared at several sparsities and seeds, without any
-training afterwards. Accuracy is measured on the test images and on 5,000 training images that give no gradients, as
-the model is and after its batch norms were re-estimated on other training images. For each family of methods, damping
-is the best of three values at 80 % with four recomputations, by the accuracy on 2,000 training images that serve
-nothing else.
+Magnitude pruning, the M-FAC paper's procedure and ours, with the empirical Fisher and the scaled one, are compared at
+several sparsities and seeds, without any training afterwards. Accuracy is measured on the test images and on 5,000
+training images that give no gradients, as the model is and after its batch norms were re-estimated on other training
+images. For each family of methods, damping is the best of three values at 80 % with four recomputations, by the
+accuracy on 2,000 training images that serve nothing else.
 
 Each result is a line of ``OUTPUT/one-shot-resnet20.jsonl`` and is not computed again, so a study that was cut off goes
 on where it stopped; other ``--seeds`` and ``--methods`` add to it. ``OUTPUT/one-shot-resnet20.md`` has the table.
@@ -34,8 +34,9 @@ from mfac_hf.training.vision_run import VisionRun
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 NUM_HELD_OUT, NUM_TUNING, NUM_BN = 5_000, 2_000, 5_120
-_PAPER = {"selection": "diagonal", "update": "sum", "num_grads": 64, "grad_batch_size": 32}
-_OURS = {"selection": "greedy", "update": "joint"}
+_PAPER = {"fisher": "empirical", "selection": "diagonal", "update": "sum", "num_grads": 64, "grad_batch_size": 32}
+_OURS = {"fisher": "empirical", "selection": "greedy", "update": "joint"}
+_SCALED = {**_OURS, "fisher": "scaled"}
 _BATCHES = {**_OURS, "num_grads": 64, "grad_batch_size": 32}
 # 16 recomputations to 90 %, geometric but for rounding, with a stop at each sparsity: 11 of them lead to 80 %.
 _PATH = {0.5: 5, 0.6: 1, 0.7: 2, 0.8: 3, 0.9: 5}
@@ -70,12 +71,16 @@ METHODS = {
     "ours, 8 x 512": Method("ours", {**_OURS, "num_grads": 512, "grad_batch_size": 1}, 8),
     "ours, 16 x 1000": Method("ours", {**_OURS, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
     "ours, 16 x 64 batches": Method("ours, batches", _BATCHES, _PATH),
+    "scaled, 1 x 1024": Method("scaled", {**_SCALED, "num_grads": 1024, "grad_batch_size": 1}),
+    "scaled, 4 x 512": Method("scaled", {**_SCALED, "num_grads": 512, "grad_batch_size": 1}, 4),
+    "scaled, 16 x 1000": Method("scaled", {**_SCALED, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
 }
 # By family: the method that the damping is chosen with, at 80 %, and its candidates.
 TUNING = {
     "paper": (Method("paper", _PAPER, 4), (1e-6, 1e-5, 1e-4)),
     "ours": (METHODS["ours, 4 x 512"], (1e-6, 1e-5, 1e-4)),
     "ours, batches": (Method("ours, batches", _BATCHES, 4), (1e-6, 1e-5, 1e-4)),
+    "scaled": (METHODS["scaled, 4 x 512"], (1e-4, 5e-4, 1e-3)),
 }
 
 
@@ -104,9 +109,7 @@ class Study:
 
     def prune(self, masks: MaskSet, sparsity: float, options: PruningOptions) -> dict[str, Any]:
         """Prune in one step; what it took."""
-        source = DataLoaderGradients(
-            self.run.gradient_loader(), loss_fn=self.run.loss, batch_size=options.grad_batch_size, seed=options.seed
-        )
+        source = DataLoaderGradients.of_options(self.run.gradient_loader(), options, self.run.loss)
         report = prune_to(self.run.bare_model, masks, source, sparsity, options, progress=False)
         return {"seconds": report.seconds, "predicted_loss_increase": report.predicted_loss_increase}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mfac_hf.cli.errors import CommandError
-from mfac_hf.pruning.options import Method, PruningOptions, Scope, Selection, Update
+from mfac_hf.pruning.options import Fisher, Method, PruningOptions, Scope, Selection, Update
 from mfac_hf.storage import write_json, written_directory
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def _add_method(group: Any) -> None:
         group.add_argument(f"--{flag}", **{"default": default, **settings}, help=f"{text} (default: %(default)s)")
 
     add("method", "inverse Fisher, or magnitude as the baseline", choices=get_args(Method))
+    add("fisher", "empirical is the paper's; scaled sees examples that the model gets right", choices=get_args(Fisher))
+    add("fisher-floor", "least norm by which the scaled Fisher divides", type=float)
     group.add_argument(
         "--targets", nargs="+", metavar="REGEX", help="parameters to prune (default: linear layers of the encoder)"
     )
@@ -111,6 +113,7 @@ def _run_prune(arguments: argparse.Namespace) -> None:
         source = DataLoaderGradients.of_options(tuned.loader(), options)
         if options.method == "mfac":
             source.check(options.num_grads)
+            source.try_batch(tuned.model, masks.parameters(tuned.model))
         before = None if arguments.no_eval else tuned.evaluate()
         report = prune_to(tuned.model, masks, source, arguments.sparsity, options)
         after = None if arguments.no_eval else tuned.evaluate()
@@ -136,6 +139,8 @@ def _options(arguments: argparse.Namespace) -> PruningOptions:
 
     return PruningOptions(
         method=arguments.method,
+        fisher=arguments.fisher,
+        fisher_floor=arguments.fisher_floor,
         num_grads=arguments.num_grads,
         grad_batch_size=arguments.grad_batch_size,
         examples_per_pass=arguments.examples_per_pass,

@@ -230,11 +230,16 @@ def pruning_facts(
     """
     if not reports:
         return None
-    hidden = ("loss_samples", "memory_budget", "damping") if reports[-1]["options"].get("damping") == "auto" else ()
+    told = dict(reports[-1]["options"])
+    if told.get("method") == "mfac":
+        told.setdefault("fisher", "empirical")  # reports without it are older than the scaled one
+    hidden = {"loss_samples", "memory_budget", "damping"} if told.get("damping") == "auto" else set()
+    hidden |= {"fisher_floor"} if told.get("fisher") != "scaled" else set()
+    hidden |= {"fisher", "fisher_floor"} if told.get("method") == "magnitude" else set()
     schedule: dict[str, Any] = {}
     if flags and flags.get("prune_end") is not None:  # else pruned in one go: these flags had no part in it
         schedule = {key: flags[key] for key in SCHEDULE_SETTINGS if flags.get(key) not in (None, False)}
-    options = {key: value for key, value in reports[-1]["options"].items() if key not in hidden and value is not None}
+    options = {key: value for key, value in told.items() if key not in hidden and value is not None}
     options = {**schedule, **options}
     shown = ("position", "sparsity", "num_grads", "loss_before", "loss_after", "seconds")
     steps = []

@@ -98,7 +98,9 @@ def _vision_pruning(
         epochs += row.get("event") == "epoch"
         if row.get("event") == "prune":
             steps.append({"at": f"after {epochs} epochs", "sparsity": row.get("sparsity", 0.0)})
+    # Logs without it are older than the scaled Fisher.
+    fisher = {"fisher": arguments.get("fisher", "empirical")} if arguments.get("pruner") == "mfac" else {}
     return {
-        "options": {key: arguments.get(key) for key in (*keys, "pattern", "scope", "reestimate_bn")},
+        "options": fisher | {key: arguments.get(key) for key in (*keys, "pattern", "scope", "reestimate_bn")},
         "steps": steps,
     }

@@ -38,6 +38,7 @@ class Dampings:
         """Make the damping of the options, or for ``"auto"`` all of `SWEEP`."""
         if isinstance(options.damping, str):
             return cls(SWEEP, relative=True)
+        assert options.damping is not None  # PruningOptions
         return cls((options.damping,))
 
     def absolute(self, mean_square: float) -> list[float]:

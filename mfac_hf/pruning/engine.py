@@ -218,6 +218,11 @@ def _check(
         if options.loss_samples:
             raise ValueError(f"loss_samples is {options.loss_samples}, and there is no data loader to take them from")
     elif options.method == "mfac":
+        if source.fisher != options.fisher:
+            raise ValueError(
+                f"fisher is {options.fisher!r}, and the source's gradients are for the {source.fisher!r} one; give "
+                "both the same, as DataLoaderGradients.of_options does"
+            )
         source.check(options.num_grads)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mfac_hf.fisher.full import FullFisher
 from mfac_hf.machine import GIB, available_bytes
 from mfac_hf.pruning import obs
+from mfac_hf.pruning.damping import Dampings
 from mfac_hf.pruning.gradient_source import GradientSet
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
@@ -46,13 +47,14 @@ def full_step(
         ValueError: a loss or gradient that is not finite, or too few gradients.
         FloatingPointError: the damping is too small for the Fisher to be inverted.
     """
-    assert not isinstance(level, Mapping) and not isinstance(options.damping, str)  # PruningOptions
+    assert not isinstance(level, Mapping)  # PruningOptions
+    (damping,) = Dampings.of_options(options).values
     kept = {name: masks[name].flatten() for name in parameters}
     at = {name: keep.nonzero().squeeze(1) for name, keep in kept.items()}
     dim = sum(len(index) for index in at.values())
     fisher = FullFisher(
         _collect(parameters, at, gradients),
-        damping=options.damping,
+        damping=damping,
         page_size=-(-dim // options.pages),
         device=next(iter(parameters.values())).device,
     )

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mfac_hf.pruning.options import Fisher
+
 __all__ = ["Consumer", "GradientSet", "GradientSource"]
 
 Consumer = Callable[[str, Tensor], None]
@@ -18,9 +20,11 @@ class GradientSource(Protocol):
     """Where the gradients of a pruning step come from.
 
     Attributes:
+        fisher: ``"scaled"`` or ``"empirical"``, of which the gradients are (`PruningOptions`).
         process_group: ranks that take a share of the gradients each; None if every rank takes them all.
     """
 
+    fisher: Fisher
     process_group: dist.ProcessGroup | None
 
     def check(self, num_grads: int) -> None:

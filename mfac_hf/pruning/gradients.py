@@ -14,14 +14,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mfac_hf.pruning.gradient_source import Consumer
 from mfac_hf.pruning.losses import BatchLoss, LossFunction, is_unlabelled, model_loss, to_device
-from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.options import Fisher, PruningOptions, check_fisher
+from mfac_hf.pruning.outputs import OutputsFunction, Scaling
 from mfac_hf.pruning.passes import (
     PassQueue,
     Verdicts,
     device_of,
     example_bytes,
-    joined,
-    kind_of,
     memory_budget,
     statistics,
     unlike_examples,
@@ -52,6 +51,10 @@ class DataLoaderGradients:
         dataloader: a ``torch.utils.data.DataLoader`` (or Trainer's) over a data set with a length.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the examples of a collated batch; default
             ``model(**batch).loss``.
+        fisher: ``"scaled"`` divides each example's gradient by the norm of its loss's gradient by the model's outputs
+            (`mfac_hf.pruning.outputs`), ``"empirical"`` leaves it as it is.
+        fisher_floor: least number to divide by.
+        outputs_fn: finds the outputs in what the model returned (`mfac_hf.pruning.outputs.Scaling`).
         batch_size: examples that each gradient is the mean of.
         loss_samples: examples held out for :meth:`loss`; they give no gradients.
         examples_per_pass: examples that one pass through the model serves at most.
@@ -70,6 +73,9 @@ class DataLoaderGradients:
         dataloader: DataLoader[Any],
         *,
         loss_fn: LossFunction | None = None,
+        fisher: Fisher = PruningOptions.fisher,
+        fisher_floor: float = PruningOptions.fisher_floor,
+        outputs_fn: OutputsFunction | None = None,
         batch_size: int = 1,
         loss_samples: int = 0,
         examples_per_pass: int = PruningOptions.examples_per_pass,
@@ -91,7 +97,10 @@ class DataLoaderGradients:
         if loss_samples >= len(dataset):
             raise ValueError(f"{loss_samples} of {len(dataset)} examples to be held out for the loss leave none")
         self.dataset, self.collate_fn = dataset, dataloader.collate_fn
+        check_fisher(fisher, fisher_floor)
         self.loss_fn = loss_fn or model_loss
+        self.fisher, self.fisher_floor = fisher, fisher_floor
+        self._scaling = Scaling(fisher_floor, outputs_fn) if fisher == "scaled" else None
         self.batch_size, self.examples_per_pass, self.memory_budget = batch_size, examples_per_pass, memory_budget
         self.process_group = process_group
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -106,11 +115,15 @@ class DataLoaderGradients:
         options: PruningOptions,
         loss_fn: LossFunction | None = None,
         process_group: dist.ProcessGroup | None = None,
+        outputs_fn: OutputsFunction | None = None,
     ) -> DataLoaderGradients:
         """Make the source that the options of a pruning ask for; arguments and errors are those of the class."""
         return cls(
             dataloader,
             loss_fn=loss_fn,
+            fisher=options.fisher if options.method == "mfac" else "empirical",
+            fisher_floor=options.fisher_floor,
+            outputs_fn=outputs_fn,
             batch_size=options.grad_batch_size,
             loss_samples=options.loss_samples,
             examples_per_pass=options.examples_per_pass,
@@ -151,36 +164,29 @@ class DataLoaderGradients:
         """
         self.check(num_grads)
         indices = self._draw(num_grads, seed)
-        at_once = self._at_once(model, parameters) if self.batch_size == 1 else 1
+        at_once = self.at_once(model, parameters) if self.batch_size == 1 else 1
         queue = PassQueue(indices, at_once if at_once > 1 else self.batch_size, shared=at_once > 1)
         room = max(1, min(_ROWS, _BUFFER // sum(p.numel() for p in parameters.values())))
         waiting: list[list[Tensor]] = []
-        unlabelled = 0
+        unlabelled = steep = 0
         with undisturbed(model, parameters, seed):
-            for batch in self._batches(model, queue):
+            for batch in self.batches(model, queue):
                 if queue.shared and not self._agrees(model, parameters, batch, queue.examples, seed):
                     queue.cut()
                     continue
-                loss = BatchLoss(self.loss_fn, model, batch)
+                loss = self.loss_of(model, batch, parameters, count := len(queue.examples))
                 if queue.shared:
                     _hand_over(parameters, waiting, consume)
-                    for name, rows in batch_gradients(model, parameters, loss, len(queue.examples)):
+                    for name, rows in batch_gradients(model, parameters, loss, count, loss.gradients):
                         consume(name, loss.checked(name, rows))
                 else:
-                    waiting.append(_gradients(parameters, loss))
+                    waiting.append(loss.by_parameter())
                     if len(waiting) == room:
                         _hand_over(parameters, waiting, consume)
-                unlabelled += len(queue.examples) * loss.missing
+                unlabelled += count * loss.missing
+                steep += int(loss.norms.count_nonzero())
             _hand_over(parameters, waiting, consume)
-        if unlabelled == len(indices):
-            raise ValueError(
-                f"the loss of each of {unlabelled} examples is nan, and has no gradient: their labels are missing or "
-                "all ignored (-100); check the labels and what the collate function makes of them"
-            )
-        if unlabelled:
-            logger.info(
-                "%d of %d examples have no label that counts; their gradient is zero", unlabelled, len(indices)
-            )
+        self._check_counts(torch.tensor([len(indices), unlabelled, steep], device=device_of(model)))
 
     def try_batch(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the gradient of one batch, so that what cannot work fails before hours of training.
@@ -189,32 +195,8 @@ class DataLoaderGradients:
             ValueError: a model that returns no loss, or a loss or gradient that is not finite.
         """
         with undisturbed(model, parameters, seed=0):
-            for batch in self._batches(model, PassQueue(self.pool[: self.batch_size], self.batch_size)):
-                _gradients(parameters, BatchLoss(self.loss_fn, model, batch))
-
-    def mean_error(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, int]:
-        """Compare the gradient of some examples' loss in one batch with the mean of their own gradients.
-
-        They have equally many labels, and tensors of the same shapes, so that neither the mean over tokens nor padding
-        makes a difference.
-
-        Returns:
-            The norm of the difference, relative to the mean norm of their own gradients; and their number.
-        """
-        kinds: dict[str, list[Any]] = {}
-        some = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(0)).tolist()
-        queue = PassQueue([self.pool[i] for i in some[: self._at_once(model, parameters)]], 1)
-        with undisturbed(model, parameters, seed=0):
-            for batch in self._batches(model, queue):
-                kinds.setdefault(kind_of(batch), []).append(batch)
-            alike = max(kinds.values(), key=len)
-            rest = torch.cat(_gradients(parameters, BatchLoss(self.loss_fn, model, joined(alike))))
-            norms = 0.0
-            for batch in alike:
-                own = torch.cat(_gradients(parameters, BatchLoss(self.loss_fn, model, batch)))
-                rest -= own / len(alike)
-                norms += float(own.norm()) / len(alike)
-        return float(rest.norm()) / norms if norms else 0.0, len(alike)
+            for batch in self.batches(model, PassQueue(self.pool[: self.batch_size], self.batch_size)):
+                self.loss_of(model, batch, parameters, self.batch_size).by_parameter()
 
     def loss(self, model: nn.Module) -> float | None:
         """Return the mean loss on the held-out examples, in evaluation mode; None where there are none.
@@ -224,9 +206,9 @@ class DataLoaderGradients:
         if not self.held_out:
             return None
         total, counted = 0.0, 0
-        queue = PassQueue(self.held_out, self._at_once(model, {}))
+        queue = PassQueue(self.held_out, self.at_once(model, {}))
         with undisturbed(model, {}, seed=0), torch.no_grad():
-            for batch in self._batches(model, queue):
+            for batch in self.batches(model, queue):
                 loss, count = float(self.loss_fn(model, batch)), len(queue.examples)
                 if not (math.isnan(loss) and is_unlabelled(batch)):
                     total, counted = total + count * loss, counted + count
@@ -257,17 +239,17 @@ class DataLoaderGradients:
         ranges = verdicts.ranges(values)
         if (known := verdicts.known(ranges)) is not None:
             return known
-        at = unlike_examples(values, len(examples))
+        at, single, norms = unlike_examples(values, len(examples)), [], []
         error = norm = 0.0
         with undisturbed(model, parameters, seed):
-            single = [
-                _gradients(parameters, BatchLoss(self.loss_fn, model, alone))
-                for alone in self._batches(model, PassQueue([examples[i] for i in at], 1))
-            ]
+            for alone in self.batches(model, PassQueue([examples[i] for i in at], 1)):
+                own = self.loss_of(model, alone, parameters, 1)
+                single.append(own.by_parameter())
+                norms.append(own.norms)
             expected = {name: torch.stack(rows) for name, *rows in zip(parameters, *single, strict=True)}
-            loss = BatchLoss(self.loss_fn, model, batch)
+            loss = self.loss_of(model, batch, parameters, len(examples))
             try:
-                for name, rows in batch_gradients(model, parameters, loss, len(examples)):
+                for name, rows in batch_gradients(model, parameters, loss, len(examples), loss.gradients):
                     error += float((rows[at] - expected[name]).square().sum())
                     norm += float(expected[name].square().sum())
             except NotImplementedError as reason:
@@ -275,20 +257,22 @@ class DataLoaderGradients:
                 verdicts.stop()
                 return False
         right = error <= _SAME**2 * norm
+        # Where the norms agree, the floor has the same say.
+        right &= torch.allclose(loss.norms[at], torch.cat(norms), rtol=_SAME, atol=_SAME * self.fisher_floor)
         if not right:
             off = (error / norm) ** 0.5 if norm else float("inf")
             logger.info("a backward pass for each example: one for %d gives others (error %.1e)", len(examples), off)
         verdicts.add(ranges, right)
         return right
 
-    def _at_once(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
+    def at_once(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
         """Return how many examples a pass may serve."""
         if self.examples_per_pass == 1:
             return 1
         if self._example_bytes is None:
             everything = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
             with undisturbed(model, everything, seed=0):
-                [batch] = self._batches(model, PassQueue(self.pool[:1], 1))
+                [batch] = self.batches(model, PassQueue(self.pool[:1], 1))
                 self._example_bytes = example_bytes(model, lambda: self.loss_fn(model, batch))
         rows = 8 * max((parameter.numel() for parameter in parameters.values()), default=0)
         budget = memory_budget(self.memory_budget, device_of(model), share=0.25)
@@ -297,22 +281,40 @@ class DataLoaderGradients:
             logger.info("passes for %d examples, as %d bytes allow", found, budget)
         return found
 
-    def _batches(self, model: nn.Module, queue: PassQueue) -> Iterator[Any]:
+    def loss_of(self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], count: int) -> BatchLoss:
+        """Return the loss of a batch of so many examples, and its gradients as this source scales them."""
+        return BatchLoss(self.loss_fn, model, batch, count, parameters, self._scaling)
+
+    def _check_counts(self, counts: Tensor) -> None:
+        """Refuse gradients that are all zero.
+
+        Args:
+            counts: examples that gave gradients; those without a label; those whose loss changes with the outputs.
+        """
+        if self.process_group is not None:
+            dist.all_reduce(counts, group=self.process_group)
+        examples, unlabelled, steep = counts.tolist()
+        if unlabelled == examples:
+            raise ValueError(
+                f"the loss of each of {examples} examples is nan, and has no gradient: their labels are missing or "
+                "all ignored (-100); check the labels and what the collate function makes of them"
+            )
+        if not steep:
+            raise ValueError(
+                f"the gradient of the loss by the model's outputs is zero for each of {examples} examples, so that "
+                "there is nothing to prune by: the model may fit them to the last digit; check loss and labels, or "
+                "take other examples"
+            )
+        if unlabelled:
+            logger.info("%d of %d examples have no label that counts; their gradient is zero", unlabelled, examples)
+
+    def batches(self, model: nn.Module, queue: PassQueue) -> Iterator[Any]:
         """Yield the batch of each pass, on the model's device."""
         device = device_of(model)
         # Without workers, the loader asks for the examples of a pass when it is to begin, and not before.
         loader: DataLoader[Any] = DataLoader(self.dataset, batch_sampler=queue, collate_fn=self.collate_fn)
         for batch in loader:
             yield to_device(batch, device)
-
-
-def _gradients(parameters: Mapping[str, nn.Parameter], loss: BatchLoss) -> list[Tensor]:
-    """Return the flat gradient of one loss for each parameter; zeros where the loss does not depend on it."""
-    gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
-    return [
-        loss.checked(name, torch.zeros(p.numel(), device=p.device) if gradient is None else gradient.flatten().float())
-        for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
-    ]
 
 
 def _hand_over(parameters: Mapping[str, nn.Parameter], waiting: list[list[Tensor]], consume: Consumer) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mfac_hf.pruning.outputs import Scaling, plain_gradients
 
 __all__ = ["IGNORED_LABEL", "BatchLoss", "LossFunction", "is_unlabelled", "model_loss", "to_device"]
 
@@ -46,33 +48,53 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 class BatchLoss:
-    """The loss of one batch with a gradient; a loss of NaN has to come from labels that are all ignored.
+    """The loss of one batch and its gradients; a loss of NaN has to come from labels that are all ignored.
 
     The mean over no label is 0 / 0, and its gradient zero. Any other loss that is not finite comes from a model or
     data that cannot be used.
 
     Attributes:
         missing: whether the loss was NaN.
+        norms: of the gradients by the outputs, (count,), once :meth:`gradients` has scaled by them; ones without.
 
     Args:
         loss_fn: ``loss_fn(model, batch)``.
         model: the model.
         batch: the batch, on its device.
+        count: examples in the batch.
+        parameters: the weights whose gradients are wanted, by name.
+        scaling: how gradients are scaled; None for those of the loss as it is.
     """
 
-    def __init__(self, loss_fn: LossFunction, model: nn.Module, batch: Any) -> None:
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        model: nn.Module,
+        batch: Any,
+        count: int,
+        parameters: Mapping[str, nn.Parameter],
+        scaling: Scaling | None = None,
+    ) -> None:
         self._arguments = loss_fn, model, batch
+        self._count, self._parameters, self._scaling = count, parameters, scaling
         self.missing = False
+        self.norms = torch.ones(count)
         self._value: Tensor | None = None
+        self._outputs: list[Tensor] = []
 
     def __call__(self) -> Tensor:
         """Compute the loss.
 
         Raises:
-            ValueError: it is no single number, infinite, or without a gradient.
+            ValueError: it is no single number, infinite, or without a gradient; or gradients are scaled by outputs
+                that the model does not return.
         """
         loss_fn, model, batch = self._arguments
-        value = loss_fn(model, batch)
+        if self._scaling is None:
+            value = loss_fn(model, batch)
+        else:
+            with self._scaling.watched(model, self._count) as self._outputs:
+                value = loss_fn(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -85,6 +107,32 @@ class BatchLoss:
         if value.isinf():
             self._refuse()
         return value
+
+    def gradients(self, value: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Return the gradients of the loss that was computed last, as the Fisher wants them; None for zeros.
+
+        Args:
+            value: the loss.
+            inputs: tensors to differentiate by: the parameters, or outputs of layers.
+
+        Raises:
+            ValueError: gradients are scaled by outputs, and the loss does not depend on them alone.
+        """
+        if self._scaling is None:
+            return plain_gradients(value, inputs)
+        found, self.norms = self._scaling.gradients(value, self._outputs, inputs, self._parameters)
+        return found
+
+    def by_parameter(self) -> list[Tensor]:
+        """Compute the loss and its gradient by each parameter, flat and in float32; zeros where it depends on none."""
+        parameters = self._parameters
+        gradients = self.gradients(self(), list(parameters.values()))
+        return [
+            self.checked(
+                name, torch.zeros(p.numel(), device=p.device) if gradient is None else gradient.flatten().float()
+            )
+            for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
+        ]
 
     def checked(self, name: str, rows: Tensor) -> Tensor:
         """Return gradients of this loss.

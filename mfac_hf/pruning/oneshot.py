@@ -11,7 +11,17 @@ from torch.utils.data import DataLoader
 from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
-from mfac_hf.pruning.options import Method, PruningOptions, PruningReport, Scope, Selection, Update, check_sparsity
+from mfac_hf.pruning.options import (
+    Fisher,
+    Method,
+    PruningOptions,
+    PruningReport,
+    Scope,
+    Selection,
+    Update,
+    check_sparsity,
+)
+from mfac_hf.pruning.outputs import OutputsFunction
 from mfac_hf.pruning.targets import find_targets
 
 __all__ = ["prune_one_shot"]
@@ -24,18 +34,21 @@ def prune_one_shot(
     sparsity: float,
     *,
     method: Method = PruningOptions.method,
+    fisher: Fisher = PruningOptions.fisher,
+    fisher_floor: float = PruningOptions.fisher_floor,
     targets: Sequence[str] | str | None = None,
     num_grads: int = PruningOptions.num_grads,
     grad_batch_size: int = PruningOptions.grad_batch_size,
     examples_per_pass: int = PruningOptions.examples_per_pass,
     block_size: int | None = PruningOptions.block_size,
-    damping: float | Literal["auto"] = PruningOptions.damping,
+    damping: float | Literal["auto"] | None = PruningOptions.damping,
     recomputations: int = PruningOptions.recomputations,
     selection: Selection = PruningOptions.selection,
     update: Update = PruningOptions.update,
     pattern: str = PruningOptions.pattern,
     scope: Scope = PruningOptions.scope,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    outputs_fn: OutputsFunction | None = None,
     loss_samples: int = PruningOptions.loss_samples,
     seed: int = PruningOptions.seed,
     pages: int = PruningOptions.pages,
@@ -54,18 +67,24 @@ def prune_one_shot(
             magnitude pruning.
         sparsity: share of the target weights to be zero, in [0, 1).
         method: ``"mfac"``, or ``"magnitude"``.
+        fisher: ``"scaled"`` by the norm of the loss's gradient by the model's outputs, or ``"empirical"`` as in the
+            paper.
+        fisher_floor: least number that the scaled Fisher divides by.
         targets: regular expressions of parameter names; default: `find_targets`.
         num_grads: gradients that each Fisher is the average of.
         grad_batch_size: examples that each gradient is the mean of.
         examples_per_pass: examples that one pass through the model serves at most.
         block_size: weights of a block of the Fisher; None for one Fisher of all targets together.
-        damping: number added to the Fisher's diagonal, or ``"auto"``.
+        damping: number added to the Fisher's diagonal, or ``"auto"``; None for the default of the Fisher.
         recomputations: sub-steps, with new gradients in each.
         selection: ``"greedy"``, or ``"diagonal"`` as in the paper.
         update: ``"joint"``, or ``"sum"`` as in the paper.
         pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
         scope: ``"global"`` ranks all targets together, ``"uniform"`` prunes each alike.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of a batch; default ``model(**batch).loss``.
+        outputs_fn: for the scaled Fisher, ``outputs_fn(returned)`` takes what the model returned and returns the
+            tensor, or tensors, that the loss is computed from, with a row for each example. Default: what the model
+            returned, if it is a tensor, or all of it whose name ends in ``logits``.
         loss_samples: held-out examples on which the loss is measured.
         seed: seed of the choice of examples.
         pages: pieces in which the gradients go to the device where ``block_size`` is None.
@@ -77,12 +96,14 @@ def prune_one_shot(
 
     Raises:
         ValueError: an option out of range, targets that match nothing or an embedding, too few examples, a pattern
-            that does not fit, a loss that is not finite.
+            that does not fit, a loss that is not finite, a model without outputs to scale by.
         MemoryError: the Fisher of a single target does not fit into ``memory_budget``.
         FloatingPointError: the damping is too small for the Fisher to be inverted.
     """
     options = PruningOptions(
         method=method,
+        fisher=fisher,
+        fisher_floor=fisher_floor,
         num_grads=num_grads,
         grad_batch_size=grad_batch_size,
         examples_per_pass=examples_per_pass,
@@ -102,5 +123,5 @@ def prune_one_shot(
     masks = MaskSet.from_model(model, find_targets(model, targets))
     source = None
     if dataloader is not None:
-        source = DataLoaderGradients.of_options(dataloader, options, loss_fn)
+        source = DataLoaderGradients.of_options(dataloader, options, loss_fn, outputs_fn=outputs_fn)
     return prune_to(model, masks, source, sparsity, options, progress=progress)

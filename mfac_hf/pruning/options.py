@@ -6,10 +6,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+from mfac_hf.defaults import PRUNING_DAMPING
+
 if TYPE_CHECKING:
     from mfac_hf.pruning.masks import MaskSet
 
 __all__ = [
+    "Fisher",
     "Method",
     "PruningKeywords",
     "PruningOptions",
@@ -17,11 +20,13 @@ __all__ = [
     "Scope",
     "Selection",
     "Update",
+    "check_fisher",
     "check_sparsity",
     "parse_damping",
 ]
 
 Method = Literal["mfac", "magnitude"]
+Fisher = Literal["scaled", "empirical"]
 Selection = Literal["greedy", "diagonal"]
 Update = Literal["joint", "sum"]
 Scope = Literal["global", "uniform"]
@@ -38,6 +43,10 @@ class PruningOptions:
 
     Attributes:
         method: ``"mfac"``, or ``"magnitude"`` as the baseline, which needs no gradients.
+        fisher: ``"scaled"`` divides each example's gradient by the norm of its loss's gradient by the model's outputs,
+            so that examples that the model gets right count as well; ``"empirical"`` takes gradients as they are, as
+            the paper does. Inside a batch each example is divided by its own norm.
+        fisher_floor: least number that the scaled Fisher divides by.
         num_grads: gradients of which each Fisher is the average, m.
         grad_batch_size: examples that each gradient is the mean of; 1 for per-sample gradients.
         examples_per_pass: examples that one pass through the model serves at most, where it can serve more than one
@@ -45,7 +54,8 @@ class PruningOptions:
         block_size: B, weights of a block of the Fisher; None for one Fisher of all targets together, for which
             selection is ``"diagonal"`` and the gradients are kept in host memory.
         damping: number added to the Fisher's diagonal, in units of a squared gradient entry. It has to scale with the
-            gradients, and those of single examples are larger than those of batches. ``"auto"`` tries several
+            gradients: those of single examples are larger than those of batches, and scaled ones than others. None:
+            `mfac_hf.defaults.PRUNING_DAMPING` of the Fisher, for single examples. ``"auto"`` tries several
             numbers in the first sub-step, as if that were the only one, and takes the one with the lowest loss on
             ``loss_samples`` held-out examples; later sub-steps scale it with their gradients.
         recomputations: sub-steps, with new gradients in each.
@@ -68,11 +78,13 @@ class PruningOptions:
     """
 
     method: Method = "mfac"
+    fisher: Fisher = "scaled"
+    fisher_floor: float = 1e-3
     num_grads: int = 64
     grad_batch_size: int = 1
     examples_per_pass: int = 32
     block_size: int | None = 128
-    damping: float | Literal["auto"] = 1e-5
+    damping: float | Literal["auto"] | None = None
     recomputations: int = 16
     selection: Selection = "greedy"
     update: Update = "joint"
@@ -94,6 +106,9 @@ class PruningOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+        check_fisher(self.fisher, self.fisher_floor)
+        if self.damping is None:
+            object.__setattr__(self, "damping", PRUNING_DAMPING[self.fisher])
         if self.block_size is None:
             self._check_full()
         elif not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
@@ -103,7 +118,7 @@ class PruningOptions:
                 raise ValueError(f"damping is {self.damping!r}; expected a positive number or 'auto'")
             if self.loss_samples == 0 and self.method == "mfac":
                 object.__setattr__(self, "loss_samples", AUTO_LOSS_SAMPLES)
-        elif not 0 < self.damping < float("inf"):
+        elif self.damping is not None and not 0 < self.damping < float("inf"):
             raise ValueError(f"damping is {self.damping!r}; expected a positive number or 'auto'")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ValueError(f"memory_budget is {self.memory_budget}; expected a number of bytes, or None")
@@ -123,11 +138,13 @@ class PruningKeywords(TypedDict, total=False):
     """The fields of `PruningOptions` as keyword arguments, for functions that pass them on."""
 
     method: Method
+    fisher: Fisher
+    fisher_floor: float
     num_grads: int
     grad_batch_size: int
     examples_per_pass: int
     block_size: int | None
-    damping: float | Literal["auto"]
+    damping: float | Literal["auto"] | None
     recomputations: int
     selection: Selection
     update: Update
@@ -175,6 +192,16 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """The report without the masks, as plain JSON types."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "masks"}
+
+
+def check_fisher(fisher: str, floor: float) -> None:
+    """Raise ValueError unless there is such a Fisher, and the least number to divide by is positive."""
+    if fisher not in get_args(Fisher):
+        raise ValueError(f"fisher is {fisher!r}; expected one of {', '.join(get_args(Fisher))}")
+    if not 0 < floor < float("inf"):  # false for NaN
+        raise ValueError(
+            f"fisher_floor is {floor!r}; expected a positive number, such as {PruningOptions.fisher_floor:g}"
+        )
 
 
 def check_sparsity(sparsity: float, current: float = 0.0) -> None:

@@ -16,7 +16,7 @@ all positions, padding among them, so that an example has another loss in anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from mfac_hf.pruning.outputs import plain_gradients
+
 __all__ = ["batch_gradients"]
 
 
 def batch_gradients(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor], batch_size: int
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Callable[[], Tensor],
+    batch_size: int,
+    differentiate: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]] = plain_gradients,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the gradients of each example of one batch, N x numel, parameter by parameter.
 
@@ -37,6 +43,7 @@ def batch_gradients(
         parameters: weights of linear layers and two-dimensional convolutions, by name.
         loss: function that runs the model on the batch and returns the mean loss over its examples.
         batch_size: number of examples, N.
+        differentiate: takes the loss and tensors inside the model, and returns its gradients by them.
 
     Yields:
         The name of each parameter, and its rows in float32.
@@ -68,7 +75,7 @@ def batch_gradients(
     for layer, inputs, _ in calls:
         if len(inputs) != batch_size:
             raise NotImplementedError(f"{names[layer.weight]} sees inputs that are not one for each example")
-    gradients = torch.autograd.grad(value, [output for *_, output in calls], allow_unused=True)
+    gradients = differentiate(value, [output for *_, output in calls])
     for name, parameter in parameters.items():
         rows = torch.zeros(batch_size, parameter.numel(), device=parameter.device)
         for (layer, inputs, _), gradient in zip(calls, gradients, strict=True):

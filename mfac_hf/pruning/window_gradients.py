@@ -11,6 +11,7 @@ from torch import nn
 from mfac_hf.optim.mfac import MFAC
 from mfac_hf.optim.unwrap import unwrap_optimizer
 from mfac_hf.pruning.gradient_source import Consumer, GradientSource
+from mfac_hf.pruning.options import Fisher
 
 __all__ = ["WindowGradients"]
 
@@ -19,7 +20,8 @@ class WindowGradients:
     """The newest gradients in the window of an `MFAC`, which need no backward pass.
 
     They are the gradients of training: of batches, averaged over accumulation and ranks, clipped, with coupled weight
-    decay, and taken at the weights of the last steps.
+    decay, and taken at the weights of the last steps. Their examples cannot be told apart any more, so they cannot be
+    scaled: the Fisher is the empirical one.
 
     Args:
         optimizer: the optimizer, bare or as accelerate wraps it.
@@ -39,6 +41,7 @@ class WindowGradients:
             raise ValueError("gradients='optimizer' needs a whole window on each rank, and ranks share it; use 'data'")
         self.optimizer = optimizer
         self.losses = losses
+        self.fisher: Fisher = "empirical"
         # Under DistributedDataParallel all ranks hold the same window.
         self.process_group: dist.ProcessGroup | None = None
 

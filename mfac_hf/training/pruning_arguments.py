@@ -8,8 +8,19 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from mfac_hf.defaults import PRUNING_DAMPING
 from mfac_hf.pruning import Distillation, MFACPruningCallback, SparsitySchedule
-from mfac_hf.pruning.options import Method, PruningOptions, Scope, Selection, Update, parse_damping
+from mfac_hf.pruning.options import (
+    Fisher,
+    Method,
+    PruningKeywords,
+    PruningOptions,
+    Scope,
+    Selection,
+    Update,
+    parse_damping,
+)
+from mfac_hf.pruning.trainer.support import pruning_options
 from mfac_hf.training.arguments import flag
 
 __all__ = ["GradualArguments", "PruningArguments", "build_pruning_callback"]
@@ -21,6 +32,12 @@ class PruningArguments:
 
     sparsity: float | None = flag(None, "Share of the target weights to prune, such as 0.9; without it, none.")
     prune_method: Method = flag(PruningOptions.method, "mfac, or magnitude as the baseline.")
+    prune_fisher: Fisher | None = flag(
+        None,
+        "scaled divides each example's gradient by that of its loss by the model's outputs, empirical is the paper's; "
+        "default: scaled, but empirical with --prune_gradients optimizer.",
+    )
+    prune_fisher_floor: float = flag(PruningOptions.fisher_floor, "Least norm by which the scaled Fisher divides.")
     prune_targets: list[str] | None = flag(
         None, "Regular expressions of parameter names; default: the linear layers of the encoder."
     )
@@ -31,9 +48,11 @@ class PruningArguments:
         PruningOptions.examples_per_pass, "Examples that one pass through the model serves at most."
     )
     prune_block_size: int = flag(PruningOptions.block_size, "Weights in a block of the Fisher.")
-    prune_damping: str = flag(
-        str(PruningOptions.damping),
-        "Damping of the Fisher, or auto: the value with the lowest loss on held-out training examples.",
+    prune_damping: str | None = flag(
+        None,
+        "Damping of the Fisher, or auto: the value with the lowest loss on held-out training examples; default: "
+        + ", ".join(f"{damping:g} ({fisher})" for fisher, damping in PRUNING_DAMPING.items())
+        + ".",
     )
     prune_selection: Selection = flag(
         PruningOptions.selection, "greedy updates all costs after each removed weight; diagonal is the paper's."
@@ -46,19 +65,24 @@ class PruningArguments:
         PruningOptions.scope, "global ranks the weights of all targets together; uniform prunes all targets alike."
     )
 
-    def options(self, seed: int) -> PruningOptions:
+    def options(self, seed: int, gradients: str = "data") -> PruningOptions:
         """The flags as `PruningOptions`.
+
+        Args:
+            seed: seed of the choice of examples.
+            gradients: where they come from (`MFACPruningCallback`).
 
         Raises:
             ValueError: one is out of range.
         """
-        return PruningOptions(
+        keywords = PruningKeywords(
             method=self.prune_method,
+            fisher_floor=self.prune_fisher_floor,
             num_grads=self.prune_num_grads,
             grad_batch_size=self.prune_grad_batch_size,
             examples_per_pass=self.prune_examples_per_pass,
             block_size=self.prune_block_size,
-            damping=parse_damping(self.prune_damping, "--prune_damping"),
+            damping=None if self.prune_damping is None else parse_damping(self.prune_damping, "--prune_damping"),
             recomputations=self.recomputations,
             selection=self.prune_selection,
             update=self.prune_update,
@@ -66,6 +90,9 @@ class PruningArguments:
             scope=self.prune_scope,
             seed=seed,
         )
+        if self.prune_fisher is not None:
+            keywords["fisher"] = self.prune_fisher
+        return pruning_options(gradients, keywords)
 
     def is_one_shot(self, training_args: TrainingArguments) -> bool:
         """Whether to prune without training.
@@ -146,7 +173,7 @@ def build_pruning_callback(
         every=gradual_args.prune_every,
         unit=gradual_args.prune_unit,
     )
-    options = pruning_args.options(training_args.seed)
+    options = pruning_args.options(training_args.seed, gradual_args.prune_gradients)
     return MFACPruningCallback(
         schedule,
         targets=pruning_args.prune_targets,

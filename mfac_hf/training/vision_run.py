@@ -303,7 +303,9 @@ def load_state(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> di
     state: dict[str, Any] = load_tensors(path)
     if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict):
         raise ValueError(f"{path} is no state of a run: it has no arguments. Start anew without --resume")
-    before = {"metric": "identity", **state["arguments"]}  # runs from before there was another one do not name it
+    # What runs from before there was a choice do not name.
+    older = {"metric": "identity", "fisher": "empirical", "fisher_floor": arguments.get("fisher_floor")}
+    before = {**older, **state["arguments"]}
     differing = [key for key in arguments if before.get(key) != arguments[key]]
     if differing:
         key = differing[0]

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from mfac_hf import MFAC, MFACPruningCallback, SparsitySchedule
 from mfac_hf.cli import main
-from scenarios.common import identity, sentences, tiny_bert, zero_most
+from scenarios.common import EMPIRICAL, identity, sentences, tiny_bert, zero_most
 
 __all__ = ["of_facts", "of_results", "of_trainers"]
 
@@ -87,6 +87,7 @@ def of_trainers(root: Path, folder: Path, exchange: Path) -> dict[str, Any]:
         card = hub.repositories["user/run"].branches["main"]["README.md"].decode()
     for varying in (r"(?m)(?<= \| 4 \| )[\d.]+", r"[\d.]+(?= GiB)"):  # seconds and peak memory
         card = re.sub(varying, "…", card)
+    card = re.sub(r"(?m)^\| fisher \|.*\n", "", card)  # older revisions know one Fisher
     return {"card": card.encode()}
 
 
@@ -113,7 +114,7 @@ def _pruning_trainer(folder: Path) -> Trainer:
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         optimizers=(MFAC(model.parameters(), **identity(MFAC), lr=1e-3, num_grads=8), None),
     )
-    options = {"num_grads": 4, "block_size": 16, "recomputations": 1}
+    options = {"num_grads": 4, "block_size": 16, "recomputations": 1, **EMPIRICAL}
     MFACPruningCallback(SparsitySchedule.from_list([0.5, 0.75], unit="step"), **options).attach(trainer)
     return trainer
 

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from mfac_hf.pruning.options import PruningOptions
+
 VOCABULARY = 60
+# Options of pruning that keep what revisions without the scaled Fisher do, and the names that their reports lack.
+EMPIRICAL: dict[str, Any] = {"fisher": "empirical"} if hasattr(PruningOptions, "fisher") else {}
+_NEW = ("fisher", "fisher_floor")
 # Ends of the names under which results hold what differs from run to run, times, speeds and peak memory, and the loss
 # curve, which earlier revisions lack.
 _VARYING = ("seconds", "runtime", "per_second", "ms_per_step", "date", "memory_gib", "curve")
@@ -71,9 +76,10 @@ def report_of(report: Any) -> dict[str, Any]:
 
 
 def without_times(value: Any) -> Any:
-    """Return the same without what differs from run to run."""
+    """Return the same without what differs from run to run, or is not in reports of older revisions."""
     if isinstance(value, Mapping):
-        return {key: without_times(item) for key, item in value.items() if not str(key).endswith(_VARYING)}
+        kept = {key: item for key, item in value.items() if not str(key).endswith(_VARYING) and key not in _NEW}
+        return {key: without_times(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
         return [without_times(item) for item in value]
     return value

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from mfac_hf import MFAC, MFACPruningCallback, SparsitySchedule
 from mfac_hf.callbacks import MFACLoggingCallback
-from scenarios.common import identity, report_of, sentences, tiny_bert, without_times
+from scenarios.common import EMPIRICAL, identity, report_of, sentences, tiny_bert, without_times
 
 try:
     from mfac_hf.pruning.trainer.distillation import Distillation
@@ -22,7 +22,7 @@ except ImportError:  # where it was at first
 
 __all__ = ["by_gradients_of_the_data", "by_gradients_of_the_window", "resume", "with_a_teacher"]
 
-FAST: dict[str, Any] = {"num_grads": 8, "block_size": 16, "damping": 1e-4, "recomputations": 2}
+FAST: dict[str, Any] = {"num_grads": 8, "block_size": 16, "damping": 1e-4, "recomputations": 2, **EMPIRICAL}
 
 
 def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -11,11 +11,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mfac_hf import prune_one_shot
 from mfac_hf.models import MODEL_NAMES, create_model
-from scenarios.common import report_of, sentences, shared_data, tiny_bert
+from scenarios.common import EMPIRICAL, report_of, sentences, shared_data, tiny_bert
 
 __all__ = ["bert", "models", "real_bert", "real_resnet20", "resnet20"]
 
-FAST: dict[str, Any] = {"num_grads": 16, "block_size": 16, "damping": 1e-4, "recomputations": 2, "progress": False}
+FAST: dict[str, Any] = {
+    **{"num_grads": 16, "block_size": 16, "damping": 1e-4, "recomputations": 2, "progress": False},
+    **EMPIRICAL,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "batches": {"grad_batch_size": 4, "num_grads": 8},

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mfac_hf.training.arguments import OptimizerArguments
-from scenarios.common import identity, shared_data, without_times
+from scenarios.common import EMPIRICAL, identity, shared_data, without_times
 
 __all__ = ["demo", "glue", "squad", "vision"]
 
@@ -45,7 +45,13 @@ def vision(root: Path, folder: Path, exchange: Path) -> Any:
     dense = folder / "dense.pth"
     _run(root, "train_vision.py", *common, "--nepochs", 1, "--ngrads", 8, "--save", dense)
     pruning = ["--nepochs", 1, "--sparsities", 0.6, "--nrecomps", 1, "--blocksize", 16, "--bn_images", 64]
-    pruning += ["--prun_batchsize", 2, "--ngrads_schedule", 8]
+    pruning += [
+        "--prun_batchsize",
+        2,
+        "--ngrads_schedule",
+        8,
+        *(f"--{name}={value}" for name, value in EMPIRICAL.items()),
+    ]
     _run(root, "prune_vision.py", *common, *pruning, "--checkpoint", dense, "--prefix", folder / "pruned")
     weights = torch.load(folder / "pruned-last.pth", weights_only=False)
     return {
@@ -89,6 +95,7 @@ def _fine_tune(root: Path, folder: Path, exchange: Path, script: str, flags: lis
         "--prune_block_size",
         32,
     ]
+    flags += [f"--prune_{name}={value}" for name, value in EMPIRICAL.items()]
     flags += ["--recomputations", 1, "--save_strategy", "no", "--disable_tqdm", "true", "--output_dir", folder / "out"]
     _run(root, script, *flags, "--cache_dir", exchange / "datasets", "--dataloader_pin_memory", "false")
     return {

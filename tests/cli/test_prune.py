@@ -89,6 +89,7 @@ def test_magnitude_without_evaluation(prune, tmp_path, capsys):
         (["--damping", "small"], "--damping small"),
         (["--num-grads", "21"], "21 gradients .* 20 examples give 20"),
         (["--block-size", "0"], "block_size is 0"),
+        (["--fisher-floor", "0"], "fisher_floor is 0.0"),
         (["--targets", "nothing"], "hits no weight"),
         (["--pattern", "2:4"], "allows at most 0.5"),
         (["--task", "imdb"], "unknown task 'imdb'; expected one of cola, .*squad_v2"),

@@ -156,6 +156,16 @@ def test_pruning_reports():
         ).to_dict()
 
     facts = pruning_facts([report(0.5), report(0.9)])
+    assert facts["options"]["fisher"] == "scaled" and facts["options"]["fisher_floor"] == 1e-3
+    for changes, expected in {
+        "older": ({"fisher": None, "fisher_floor": None}, "empirical"),
+        "empirical": ({"fisher": "empirical"}, "empirical"),
+        "magnitude": ({"method": "magnitude"}, None),
+    }.values():
+        other = report(0.9)
+        other["options"] = {k: v for k, v in (other["options"] | changes).items() if v is not None}
+        options = pruning_facts([other])["options"]
+        assert options.get("fisher") == expected and "fisher_floor" not in options
     assert facts["options"]["recomputations"] == 16 and facts["options"]["block_size"] == 128
     assert "damping" not in facts["options"], "what 'auto' chose stands with the steps"
     assert [step["sparsity"] for step in facts["steps"]] == [0.5, 0.9]
@@ -184,7 +194,8 @@ def test_a_pruning_without_training():
     assert run["metrics"] == {"accuracy": 0.8} and run["dense_metrics"] == {"accuracy": 0.9}
     assert run["optimizer"] == {"name": "none (pruned without training)"} and run["base_model"] == "user/dense"
     assert run["dataset"] == {"id": "nyu-mll/glue", "config": "sst2", "source": "data/glue"}
-    assert run["pruning"]["options"] == {"method": "mfac", "num_grads": 64}
+    # older than the scaled Fisher
+    assert run["pruning"]["options"] == {"method": "mfac", "num_grads": 64, "fisher": "empirical"}
     assert run["training"] == {"max_seq_length": 32} and run["split"] == "validation"
     assert "base_model_is_local" not in run and read_run(pruned(model_is_local=True))["base_model_is_local"]
     squad = read_run(pruned(task="squad", after={"eval_f1": 80.0}, before={"eval_f1": 82.0}))

@@ -32,7 +32,7 @@ def test_the_papers_procedure_is_its_formulas(model):
     expected[pruned] = 0
 
     options = {"targets": r"^2\.", "recomputations": 1, "selection": "diagonal", "update": "sum", "block_size": 144}
-    report = one_shot(model, 0.5, **options)
+    report = one_shot(model, 0.5, fisher="empirical", **options)
     # float32 gradients from another batch size
     torch.testing.assert_close(weight.detach().flatten().double(), expected, rtol=1e-4, atol=1e-5)
     step = expected - before

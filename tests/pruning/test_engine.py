@@ -66,6 +66,8 @@ def test_gradients_are_needed_where_they_are_used(model):
         prune_one_shot(model, None, 0.5, method="magnitude", loss_samples=3)
     without = DataLoaderGradients(loader(), loss_fn=cross_entropy)
     masks = MaskSet.dense(model, find_targets(model))
+    with pytest.raises(ValueError, match="fisher is 'empirical', and the source's gradients are for the 'scaled' one"):
+        prune_to(model, masks, without, 0.5, PruningOptions(fisher="empirical"))
     with pytest.raises(ValueError, match="judged on held-out examples"):
         prune_to(model, masks, without, 0.5, PruningOptions(damping="auto"))
     with pytest.raises(ValueError, match="another model"):

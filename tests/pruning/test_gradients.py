@@ -77,11 +77,24 @@ def used_examples(model, source, num_grads, seed=0):
     return seen
 
 
-def backward(model, batch):
-    """What Trainer would compute: .grad after one backward pass."""
+@pytest.fixture(params=["empirical", "scaled"])
+def fisher(request):
+    return request.param
+
+
+def own_loss(model, batch):
+    output = model(**batch)
+    return output.loss, output.logits
+
+
+def backward(model, batch, fisher, loss=own_loss):
+    """What Trainer would compute: .grad after one backward pass, scaled by the norm of that of the logits."""
     model.zero_grad()
-    model(**batch).loss.backward()
-    return {name: weight.grad.flatten().clone() for name, weight in find_targets(model).items()}
+    value, logits = loss(model, batch)
+    logits.retain_grad()
+    value.backward()
+    norm = logits.grad.norm().clamp(min=1e-3) if fisher == "scaled" else 1.0
+    return {name: weight.grad.flatten() / norm for name, weight in find_targets(model).items()}
 
 
 def assert_rows(rows, expected):
@@ -95,8 +108,8 @@ def shared(monkeypatch):
     """Numbers of examples of the passes that gave several gradients, since it was asked for."""
     counts, plain = [], gradients.batch_gradients
 
-    def watch(model, parameters, loss, batch_size):
-        found = list(plain(model, parameters, loss, batch_size))
+    def watch(model, parameters, loss, batch_size, differentiate):
+        found = list(plain(model, parameters, loss, batch_size, differentiate))
         counts.append(batch_size)
         return found
 
@@ -106,24 +119,28 @@ def shared(monkeypatch):
 
 @pytest.mark.parametrize("at_once", [4, 1])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_per_sample_gradients_are_those_of_backward(kind, at_once, shared):
+def test_per_sample_gradients_are_those_of_backward(kind, at_once, fisher, shared):
     model = classifier(kind).eval()
-    rows = collect(model, source(examples_per_pass=at_once), 6)
+    rows = collect(model, source(examples_per_pass=at_once, fisher=fisher), 6)
     used = used_examples(model, source(), 6)
     assert len(used) == 6 and all(len(batch) == 1 for batch in used)
     # DeBERTa's projections also see relative positions, which are no examples: told apart by the comparison
     assert set(shared) == ({4, 2} if at_once == 4 and kind != "deberta" else set())
-    expected = [backward(model, collate(batch)) for batch in used]
+    expected = [backward(model, collate(batch), fisher) for batch in used]
     assert_rows(rows, {name: torch.stack([row[name] for row in expected]) for name in rows})
 
 
-def test_mini_batch_gradients_are_means():
+def test_mini_batch_gradients_are_means(fisher):
+    """Of the gradients of single examples, each of which is divided by a norm of its own."""
     model = classifier().eval()
-    rows = collect(model, source(batch_size=4), 3)
+    rows = collect(model, source(batch_size=4, fisher=fisher), 3)
     used = used_examples(model, source(batch_size=4), 3)
     assert [len(batch) for batch in used] == [4, 4, 4]
-    expected = [backward(model, collate(batch)) for batch in used]
-    assert_rows(rows, {name: torch.stack([row[name] for row in expected]) for name in rows})
+    expected = [[backward(model, collate([row]), fisher) for row in batch] for batch in used]
+    assert_rows(rows, {
+        name: torch.stack([torch.stack([own[name] for own in batch]).mean(dim=0) for batch in expected])
+        for name in rows
+    })  # fmt: skip
 
 
 class Convolutions(nn.Module):
@@ -140,26 +157,28 @@ class Convolutions(nn.Module):
 
 
 def cross_entropy(model, batch):
+    return loss_and_logits(model, batch)[0]
+
+
+def loss_and_logits(model, batch):
     images, labels = batch
-    return nn.functional.cross_entropy(model(images), labels)
+    logits = model(images)
+    return nn.functional.cross_entropy(logits, labels), logits
 
 
 @pytest.mark.parametrize("conv", [{}, {"dilation": 2, "groups": 1}, {"padding": "same", "stride": 1}])
-def test_convolutions_with_a_loss_function(conv, shared):
+def test_convolutions_with_a_loss_function(conv, fisher, shared):
     torch.manual_seed(0)
     model = Convolutions(**conv).train()
     data = TensorDataset(torch.randn(5, 4, 9, 9), torch.randint(0, 3, (5,)))
-    origin = DataLoaderGradients(DataLoader(data), loss_fn=cross_entropy)
+    origin = DataLoaderGradients(DataLoader(data), loss_fn=cross_entropy, fisher=fisher)
     rows = collect(model, origin, 5)
     assert set(shared) == ({5} if "padding" not in conv else set())
     model.eval()
     order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
     for position, i in enumerate(order):
-        model.zero_grad()
-        cross_entropy(model, [part[None] for part in data[i]]).backward()
-        assert_rows({n: row[position] for n, row in rows.items()}, {
-            name: weight.grad.flatten() for name, weight in find_targets(model).items()
-        })  # fmt: skip
+        expected = backward(model, [part[None] for part in data[i]], fisher, loss_and_logits)
+        assert_rows({n: row[position] for n, row in rows.items()}, expected)
 
 
 def language_model():
@@ -176,27 +195,27 @@ def collate_tokens(rows):
     return batch | {"labels": labels}
 
 
-def own_gradients(model, rows, num_grads, make_batch):
+def own_gradients(model, rows, num_grads, make_batch, fisher, loss=own_loss):
     """Gradients of so many examples, drawn as a source draws them, each by a backward pass of its own."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    expected = [backward(model, make_batch([rows[i]])) for i in order[:num_grads]]
+    expected = [backward(model, make_batch([rows[i]]), fisher, loss) for i in order[:num_grads]]
     return {name: torch.stack([row[name] for row in expected]) for name in expected[0]}
 
 
 @pytest.mark.parametrize("odd", [{"input_ids": [5, 6, 7]}, {"labelled": 3}], ids=["shorter", "fewer labels"])
-def test_a_few_unlike_examples_have_their_own_gradients_wherever_they_come(odd, shared):
+def test_a_few_unlike_examples_have_their_own_gradients_wherever_they_come(odd, fisher, shared):
     """Most have eight tokens and labels; the mean over tokens is that of examples where all have equally many."""
     rows = [{"input_ids": [1 + (7 * i + j) % 29 for j in range(8)]} for i in range(40)]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     for position in (6, 13):  # in the second and fourth pass of four examples
         rows[order[position]] |= odd
-    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), examples_per_pass=4)
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), examples_per_pass=4, fisher=fisher)
     model = language_model()
-    assert_rows(collect(model, origin, 20), own_gradients(model, rows, 20, collate_tokens))
+    assert_rows(collect(model, origin, 20), own_gradients(model, rows, 20, collate_tokens, fisher))
     assert shared.count(4) >= 3, "passes of equal examples are shared"
 
 
-def test_padding_that_changes_the_loss_of_a_shorter_example_alone_is_noticed(shared):
+def test_padding_that_changes_the_loss_of_a_shorter_example_alone_is_noticed(fisher, shared):
     """A softmax over positions, as for the ends of an answer: full examples have the same loss in any batch."""
     rows = [{"input_ids": [1 + (7 * i + j) % 29 for j in range(8)], "labels": 0} for i in range(40)]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
@@ -204,59 +223,63 @@ def test_padding_that_changes_the_loss_of_a_shorter_example_alone_is_noticed(sha
     model = language_model()
 
     def loss(model, batch):
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        return nn.functional.cross_entropy(model(**inputs).logits[:, :, 0], batch["labels"])
+        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+        return nn.functional.cross_entropy(logits[:, :, 0], batch["labels"]), logits
 
-    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate), loss_fn=loss, examples_per_pass=4)
-    found = collect(model, origin, 12)
-    expected = []
-    for i in order[:12]:
-        model.zero_grad()
-        loss(model, collate([rows[i]])).backward()
-        expected.append({name: weight.grad.flatten().clone() for name, weight in find_targets(model).items()})
-    assert_rows(found, {name: torch.stack([row[name] for row in expected]) for name in found})
+    origin = DataLoaderGradients(
+        DataLoader(rows, collate_fn=collate),
+        loss_fn=lambda *given: loss(*given)[0],
+        examples_per_pass=4,
+        fisher=fisher,
+    )
+    assert_rows(collect(model, origin, 12), own_gradients(model, rows, 12, collate, fisher, loss))
     assert shared.count(4) >= 2
 
 
-def test_a_loss_that_is_no_mean_over_examples_gets_a_pass_for_each(shared):
+def test_a_loss_that_is_no_mean_over_examples_gets_a_pass_for_each(fisher, shared):
     rows, model = examples(), language_model()
-    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens))
-    assert_rows(collect(model, origin, 5), own_gradients(model, rows, 5, collate_tokens))
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), fisher=fisher)
+    assert_rows(collect(model, origin, 5), own_gradients(model, rows, 5, collate_tokens, fisher))
     assert shared == [5], "tried once"
 
 
-def test_weights_of_classes_that_come_late_are_noticed(shared):
+def test_weights_of_classes_that_come_late_are_noticed(fisher, shared):
     """The first pass has one class, so that its weight cancels as it does in a pass for each."""
     model, weight = classifier().eval(), torch.tensor([0.1, 5.0])
 
     def loss(model, batch):
         logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
-        return nn.functional.cross_entropy(logits, batch["labels"], weight=weight)
+        return nn.functional.cross_entropy(logits, batch["labels"], weight=weight), logits
 
     rows = [row | {"labels": 0} for row in examples()]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     rows[order[6]]["labels"] = 1
-    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate), loss_fn=loss, examples_per_pass=4)
-    assert_rows(collect(model, origin, 12), own_gradients(model, rows, 12, collate))
+    origin = DataLoaderGradients(
+        DataLoader(rows, collate_fn=collate),
+        loss_fn=lambda *given: loss(*given)[0],
+        examples_per_pass=4,
+        fisher=fisher,
+    )
+    assert_rows(collect(model, origin, 12), own_gradients(model, rows, 12, collate, fisher, loss))
     assert 4 in shared
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"examples_per_pass": 1}, {"batch_size": 2}], ids=["shared", "single", "pairs"]
 )
-def test_examples_without_a_label_have_the_gradient_zero(options, caplog):
+def test_examples_without_a_label_have_the_gradient_zero(options, fisher, caplog):
     caplog.set_level("INFO")
     rows, model = examples(), language_model()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     for position in (0, 1, 4):
         rows[order[position]]["labelled"] = 0
-    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), **options)
+    origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), fisher=fisher, **options)
     found = collect(model, origin, 6)
     empty = [0] if "batch_size" in options else [0, 1, 4]
     for part in found.values():
         assert [i for i, row in enumerate(part) if not row.any()] == empty and torch.isfinite(part).all()
     if "batch_size" not in options:
-        expected = own_gradients(model, rows, 6, collate_tokens)
+        expected = own_gradients(model, rows, 6, collate_tokens, fisher)
         assert_rows(found, {name: row.nan_to_num() for name, row in expected.items()})
     assert f"{2 if 'batch_size' in options else 3} of {12 if 'batch_size' in options else 6} examples" in caplog.text
 
@@ -392,19 +415,20 @@ def test_a_data_set_without_a_length_is_refused():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_losses_and_gradients_that_are_not_finite_are_refused(batch_size):
+def test_losses_and_gradients_that_are_not_finite_are_refused(batch_size, fisher):
     model = classifier()
     modes = [module.training for module in model.modules()]
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="loss of a batch is nan"):
-        collect(model, source(batch_size=batch_size), 4)
+        collect(model, source(batch_size=batch_size, fisher=fisher), 4)
     assert [module.training for module in model.modules()] == modes
     model = classifier()
     infinite = DataLoaderGradients(
         DataLoader(examples(), collate_fn=collate),
         loss_fn=lambda model, batch: model(**batch).logits.sub(model(**batch).logits).square().sum().sqrt(),
         batch_size=batch_size,
+        fisher=fisher,
     )
     with pytest.raises(ValueError, match="gradient of .* is not finite"):
         collect(model, infinite, 4)

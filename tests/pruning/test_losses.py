@@ -59,11 +59,11 @@ def test_batches_that_are_no_dictionaries_are_refused(batch):
 )
 def test_losses_without_a_use_are_refused(value, message):
     with pytest.raises(ValueError, match=f"the loss of a batch {'' if 'has' in message else '.*'}{message}"):
-        BatchLoss(lambda model, batch: value, nn.Module(), {})()
+        BatchLoss(lambda model, batch: value, nn.Module(), {}, 4, {})()
 
 
 def test_a_loss_of_nan_may_have_no_gradient_but_zero():
-    loss = BatchLoss(lambda model, batch: LOSS * float("nan"), nn.Module(), {})
+    loss = BatchLoss(lambda model, batch: LOSS * float("nan"), nn.Module(), {}, 4, {})
     assert loss().isnan() and loss.missing
     assert torch.equal(loss.checked("w", torch.zeros(2)), torch.zeros(2))
     for rows in (torch.ones(2), torch.full((2,), float("nan"))):

@@ -6,6 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
+from mfac_hf.defaults import PRUNING_DAMPING
 from mfac_hf.pruning.options import PruningKeywords, PruningOptions
 from tests.helpers.pruning_network import one_shot
 
@@ -19,6 +20,12 @@ def test_keywords_are_the_fields_with_their_types():
 def test_automatic_damping_holds_examples_out_by_itself():
     assert PruningOptions(damping="auto").loss_samples == 256
     assert PruningOptions(damping="auto", method="magnitude").loss_samples == 0
+
+
+def test_the_damping_is_that_of_the_fisher():
+    assert PruningOptions().damping == PRUNING_DAMPING["scaled"]
+    assert PruningOptions(fisher="empirical").damping == PRUNING_DAMPING["empirical"] == 1e-5
+    assert PruningOptions(damping=3e-4).damping == PruningOptions(fisher="empirical", damping=3e-4).damping == 3e-4
 
 
 @pytest.mark.parametrize(
@@ -40,6 +47,7 @@ def test_what_the_full_fisher_does_not_offer_is_refused(options, message):
 def test_the_report_is_plain_json(model):
     report = one_shot(model, 0.6, recomputations=2, damping="auto", loss_samples=16)
     told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert told["options"]["fisher"] == "scaled" and told["options"]["fisher_floor"] == 1e-3
     assert told["options"]["damping"] == "auto" and told["options"]["recomputations"] == 2
     assert told["num_weights"] == 276 and told["sparsity_before"] == 0
     assert told["sparsity"] == pytest.approx(0.6, abs=1 / 276)

@@ -8,7 +8,9 @@ import pytest
 import torch
 import train_vision
 
+from mfac_hf.defaults import PRUNING_DAMPING
 from mfac_hf.models import read_checkpoint
+from mfac_hf.storage import load_tensors, save_tensors
 from mfac_hf.training.arguments import parse_args
 from mfac_hf.training.vision_run import VisionRun
 
@@ -27,8 +29,12 @@ def test_the_references_own_call_gives_its_plan():
     assert args.steps() == ((0, 0.5), (2, 0.75), (4, 0.875))
     assert args.plan() == pytest.approx([0.005, 0.0005, 0.005, 0.0005, *[0.005] * 3, 0.0005, 0.0005, 0.00005])
     options = args.options(2, 3)
-    assert (options.num_grads, options.grad_batch_size, options.recomputations, options.damping) == (64, 32, 16, 1e-5)
-    assert (options.selection, options.update) == ("greedy", "joint")
+    assert (options.num_grads, options.grad_batch_size, options.recomputations) == (64, 32, 16)
+    assert (options.selection, options.update, options.fisher) == ("greedy", "joint", "scaled")
+    assert options.damping == args.prundamp == PRUNING_DAMPING["scaled"]
+    args = arguments(*CALL.split()[2:], "--fisher", "empirical", "--fisher_floor", ".01")
+    options = args.options(2, 3)
+    assert (options.fisher, options.fisher_floor, options.damping, args.prundamp) == ("empirical", 0.01, 1e-5, 1e-5)
 
 
 def test_drops_are_counted_over_all_epochs_and_rates_cycle_from_each_pruning_step():
@@ -134,6 +140,18 @@ def test_a_gradual_run_that_is_killed_and_resumed_ends_the_same(prune, monkeypat
     assert all(torch.equal(ends[0].mask[key], ends[1].mask[key]) for key in ends[0].mask)
 
 
+def test_a_state_without_a_fisher_is_one_of_the_empirical(prune):
+    flags = ["--nepochs", "0", "--sparsities", ".5", "--nrecomps", "1"]
+    rows = prune(*flags, "--fisher", "empirical")
+    state = load_tensors("out/model.state")
+    for name in ("fisher", "fisher_floor"):
+        del state["arguments"][name]
+    save_tensors("out/model.state", state)
+    assert prune(*flags, "--fisher", "empirical", "--resume") == rows
+    with pytest.raises(ValueError, match="started with --fisher empirical, not scaled"):
+        prune(*flags, "--resume")
+
+
 def test_the_full_inverse_prunes_the_same_weights_in_one_page_and_in_eight(prune):
     flags = ["--nepochs", "0", "--sparsities", ".6", "--blocksize", "-1", "--ngrads_schedule", "16"]
     for pages in ("1", "8"):
@@ -166,6 +184,7 @@ def test_a_few_blocks_at_a_time_prune_the_same_weights(prune):
         ("--nepochs 0 --sparsities .5 .6 --ngrads_schedule 4 4 4", "has 3 numbers for 2 pruning steps"),
         ("--nepochs 0 --sparsities .5 --blocksize 0", "--blocksize 0: expected at least 1, or -1"),
         ("--nepochs 0 --sparsities .5 --prundamp 0", "damping is 0.0"),
+        ("--nepochs 0 --sparsities .5 --fisher_floor 0", "fisher_floor is 0.0"),
         ("--nepochs 0 --sparsities .5 --ngrads_schedule 1000", "1437 examples give 359"),
         ("--nepochs 0 --sparsities .99 --adjust_sparsities", "of all parameters cannot be pruned"),
         ("--nepochs 0 --sparsities .5 --model resnet32", "keys are missing, first 'layer1.3.conv1.weight'"),

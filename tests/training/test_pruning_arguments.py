@@ -37,6 +37,8 @@ def test_flags_become_options():
         scope="uniform",
         seed=7,
     )
+    arguments, _ = parse("--prune_fisher", "empirical", "--prune_fisher_floor", "0.01")
+    assert arguments.options(seed=0) == PruningOptions(fisher="empirical", fisher_floor=0.01, damping=1e-5)
     defaults, _ = parse()
     assert defaults.options(seed=0) == PruningOptions()  # the scripts prune as the function does
 
@@ -83,14 +85,19 @@ def test_flags_become_a_callback(tmp_path):
         *("--prune_gradients", "optimizer", "--prune_evaluate"),
     )
     assert callback.schedule == SparsitySchedule.from_list([0.5, 0.7, 0.9], start=1, every=2)
-    assert callback.options == PruningOptions(damping="auto", pattern="block4", seed=42)
+    assert callback.options == PruningOptions(fisher="empirical", damping="auto", pattern="block4", seed=42)
     assert callback.targets == ["query", "key"] and callback.gradients == "optimizer" and callback.evaluate
     assert callback.lr_cycle.lowest == 0.1
     assert (callback.distillation.hardness, callback.distillation.given) == (0.5, str(tmp_path))
 
 
 def test_defaults_of_the_callback_are_those_of_the_library():
-    assert callback_of("--sparsity", "0.5", "--prune_end", "9").options == PruningOptions(seed=42)
+    flags = ["--sparsity", "0.5", "--prune_end", "9"]
+    assert callback_of(*flags).options == PruningOptions(seed=42)
+    flags += ["--prune_gradients", "optimizer"]
+    assert callback_of(*flags).options == PruningOptions(fisher="empirical", seed=42)
+    with pytest.raises(ValueError, match="leave fisher out"):
+        callback_of(*flags, "--prune_fisher", "scaled")
 
 
 def test_no_callback_without_sparsity_or_training():

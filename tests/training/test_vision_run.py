@@ -99,4 +99,7 @@ def test_a_state_continues_only_the_run_it_is_from(tmp_path):
         load_state(path, {"lr": 0.1, "seed": 1, "metric": "adam"})
     with pytest.raises(ValueError, match="started with --seed 1, not 2"):
         load_state(path, {"lr": 0.1, "seed": 2})
+    with pytest.raises(ValueError, match="started with --fisher empirical, not scaled"):
+        load_state(path, {"lr": 0.1, "fisher": "scaled"})
+    assert load_state(path, {"lr": 0.1, "fisher": "empirical", "fisher_floor": 1e-3})["epoch"] == 4
     assert [file.name for file in path.parent.iterdir()] == ["run.state"]

@@ -17,7 +17,8 @@ from mfac_hf.hub.trainer_card import attach_card
 from mfac_hf.pruning.engine import check_targets, prune_to
 from mfac_hf.pruning.gradient_source import GradientSource
 from mfac_hf.pruning.masks import MaskSet, shortened
-from mfac_hf.pruning.options import PruningKeywords, PruningOptions, PruningReport
+from mfac_hf.pruning.options import PruningKeywords, PruningReport
+from mfac_hf.pruning.outputs import OutputsFunction
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.targets import find_targets
 from mfac_hf.pruning.trainer.checkpoint import (
@@ -35,6 +36,7 @@ from mfac_hf.pruning.trainer.support import (
     all_ranks,
     check_source,
     gradient_source,
+    pruning_options,
     refuse_unsupported,
     schedule_in_steps,
     warn_of_end,
@@ -68,15 +70,15 @@ class MFACPruningCallback(TrainerCallback):
         targets: regular expressions of parameter names; default: `mfac_hf.pruning.find_targets`.
         loss_fn: ``loss_fn(model, inputs)`` for the gradients of the pruner; default: the loss that training minimises,
             with ``compute_loss``, ``compute_loss_func`` and label smoothing.
+        outputs_fn: finds the outputs that the scaled Fisher divides by (`mfac_hf.prune_one_shot`).
         gradients: ``"data"`` takes the pruner's gradients from the training data, ``"optimizer"`` takes those that the
-            window of `MFAC` holds, at no cost.
+            window of `MFAC` holds, at no cost, for the empirical Fisher.
         evaluate: whether to log the loss over Trainer's evaluation data before and after each pruning.
         lr_cycle: c in (0, 1): from one pruning to the next, and from the last to the end, the learning rate of
             Trainer's schedule is multiplied by a factor that falls from 1 to c. None leaves it as it is.
         distillation: dense teacher whose outputs the pruned model learns.
         resume_from: checkpoint that training resumes from, where it does not lie in the output directory.
-        **options: fields of `PruningOptions`, such as method, num_grads, block_size, damping, recomputations, pattern
-            and scope.
+        **options: fields of `PruningOptions`, such as method, fisher, num_grads, damping, recomputations and pattern.
 
     Attributes:
         masks: `MaskSet` of the targets; None before training.
@@ -94,6 +96,7 @@ class MFACPruningCallback(TrainerCallback):
         *,
         targets: Sequence[str] | None = None,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        outputs_fn: OutputsFunction | None = None,
         gradients: str = "data",
         evaluate: bool = False,
         lr_cycle: float | None = None,
@@ -103,17 +106,13 @@ class MFACPruningCallback(TrainerCallback):
     ) -> None:
         if not isinstance(schedule, SparsitySchedule):
             raise TypeError(f"schedule is a {type(schedule).__name__}; expected a SparsitySchedule")
-        if gradients not in ("data", "optimizer"):
-            raise ValueError(f"gradients is {gradients!r}; expected 'data' or 'optimizer'")
-        self.schedule = schedule
-        self.targets = targets
-        self.loss_fn = loss_fn
-        self.gradients = gradients
-        self.evaluate = evaluate
+        self.schedule, self.targets = schedule, targets
+        self.loss_fn, self.outputs_fn = loss_fn, outputs_fn
+        self.gradients, self.evaluate = gradients, evaluate
         self.lr_cycle = None if lr_cycle is None else LearningRateCycle(lr_cycle)
         self.distillation = distillation
         self.resume_from = None if resume_from is None else Path(resume_from)
-        self.options = PruningOptions(**options)
+        self.options = pruning_options(gradients, options)
         self.masks: MaskSet | None = None
         self.reports: list[PruningReport] = []
         self._steps = schedule  # the same by steps, once training has begun
@@ -178,7 +177,7 @@ class MFACPruningCallback(TrainerCallback):
         if not state.global_step:
             progress = Progress(dataclasses.asdict(self.schedule), target=0.0, teacher=None, reports=[])
             return None, MaskSet.from_model(model, targets), progress
-        return read_checkpoint(args, state, model, self.schedule, targets, self.resume_from)
+        return read_checkpoint(args, state, model, self.schedule, targets, self.resume_from, self.options.fisher)
 
     def _begin_distillation(
         self, args: TrainingArguments, model: nn.Module, folder: Path | None, progress: Progress
@@ -193,7 +192,8 @@ class MFACPruningCallback(TrainerCallback):
 
     def _source(self, args: TrainingArguments, optimizer: Any, dataloader: DataLoader) -> GradientSource | None:
         """Make a new source of gradients for each pruning, so that it does not depend on earlier ones."""
-        return gradient_source(self.options, self.gradients, optimizer, dataloader, self._loss, all_ranks(args))
+        data = dataloader, self._loss, all_ranks(args), self.outputs_fn
+        return gradient_source(self.options, self.gradients, optimizer, *data)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,7 +23,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfac_hf.pruning.masks import MaskSet, shortened
-from mfac_hf.pruning.options import PruningReport
+from mfac_hf.pruning.options import Fisher, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.schema import check_schema
 from mfac_hf.sparse.directory import restore_weights
@@ -90,6 +90,13 @@ class Progress:
         """Return the schedule."""
         points: Any = tuple(map(tuple, self.schedule["points"]))
         return SparsitySchedule(points, self.schedule["unit"])
+
+    def fisher(self) -> str | None:
+        """Return the Fisher of the last pruning; None where there was none, or it took no gradients."""
+        options = self.reports[-1].get("options") if self.reports else None
+        if not isinstance(options, dict) or options.get("method") != "mfac":
+            return None
+        return options.get("fisher", "empirical")  # reports without it are older than the scaled one
 
 
 class _ScheduleFields(TypedDict):
@@ -161,6 +168,7 @@ def read_checkpoint(
     schedule: SparsitySchedule,
     targets: Collection[str],
     given: Path | None = None,
+    fisher: Fisher | None = None,
 ) -> tuple[Path, MaskSet, Progress]:
     """Find the checkpoint from which Trainer has just loaded the model, and read what :func:`write_checkpoint` added.
 
@@ -177,6 +185,7 @@ def read_checkpoint(
         schedule: schedule of this run, which has to be that of the checkpoint.
         targets: names of the targets of this run, which have to be those of the checkpoint.
         given: the folder, if the user named it.
+        fisher: that of the prunings to come; a warning says so where the last one had another.
 
     Returns:
         The folder, the masks (on the devices of their parameters) and the progress.
@@ -196,6 +205,8 @@ def read_checkpoint(
             f"the run in {folder} follows the schedule {saved.points} by {saved.unit}, this one {schedule.points} by "
             f"{schedule.unit}; resume with the same, or start a new run from the checkpoint's model"
         )
+    if fisher is not None and (before := progress.fisher()) not in (None, fisher):
+        logger.warning("prunings in %s were by the %s Fisher, and go on by the %s one", folder, before, fisher)
     masks = MaskSet.load(source)
     if masks.keys() != set(targets):
         raise ValueError(

@@ -17,7 +17,8 @@ from transformers.trainer_utils import has_length
 from mfac_hf.pruning.blocked_step import plan_groups
 from mfac_hf.pruning.gradient_source import GradientSource
 from mfac_hf.pruning.gradients import DataLoaderGradients
-from mfac_hf.pruning.options import PruningOptions
+from mfac_hf.pruning.options import PruningKeywords, PruningOptions
+from mfac_hf.pruning.outputs import OutputsFunction
 from mfac_hf.pruning.schedule import SparsitySchedule
 from mfac_hf.pruning.window_gradients import WindowGradients
 
@@ -25,6 +26,7 @@ __all__ = [
     "all_ranks",
     "check_source",
     "gradient_source",
+    "pruning_options",
     "refuse_unsupported",
     "schedule_in_steps",
     "warn_of_end",
@@ -37,6 +39,28 @@ logger = logging.getLogger(__name__)
 def all_ranks(args: TrainingArguments) -> dist.ProcessGroup | None:
     """Return the processes of a distributed training; None for a single process."""
     return dist.group.WORLD if args.world_size > 1 else None
+
+
+def pruning_options(gradients: str, keywords: PruningKeywords) -> PruningOptions:
+    """Make the options of prunings with gradients of the data, or of the optimizer's window.
+
+    Those of the window are means over examples, which nothing scales any more: their Fisher is the empirical one.
+
+    Raises:
+        TypeError: an option that does not exist.
+        ValueError: an option out of range, or a scaled Fisher that is asked for with gradients of the window.
+    """
+    if gradients not in ("data", "optimizer"):
+        raise ValueError(f"gradients is {gradients!r}; expected 'data' or 'optimizer'")
+    if gradients == "optimizer":
+        if keywords.get("fisher") == "scaled":
+            raise ValueError(
+                "gradients='optimizer' takes gradients of training, which are means over examples, and "
+                "fisher='scaled' divides each example's by a number of its own: leave fisher out (it is the empirical "
+                "one then), or take gradients='data'"
+            )
+        keywords = {"fisher": "empirical", **keywords}
+    return PruningOptions(**keywords)
 
 
 def refuse_unsupported(
@@ -115,11 +139,12 @@ def gradient_source(
     dataloader: DataLoader[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
     process_group: dist.ProcessGroup | None,
+    outputs_fn: OutputsFunction | None = None,
 ) -> GradientSource | None:
     """Make the source of gradients and held-out losses that the options ask for; None where they need neither."""
     data = None
     if (gradients == "data" and options.method == "mfac") or options.loss_samples:
-        data = DataLoaderGradients.of_options(dataloader, options, loss_fn, process_group)
+        data = DataLoaderGradients.of_options(dataloader, options, loss_fn, process_group, outputs_fn)
     return WindowGradients(optimizer, data) if gradients == "optimizer" else data
 
 

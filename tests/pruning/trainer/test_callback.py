@@ -271,6 +271,13 @@ def test_a_teacher_that_is_given_teaches_from_the_first_step(tmp_path):
         (lambda: MFACPruningCallback(SCHEDULE, lr_cycle=2.0), ValueError, "lr_cycle is 2.0"),
         (lambda: MFACPruningCallback(SCHEDULE, block_size=0), ValueError, "block_size is 0"),
         (lambda: MFACPruningCallback(SCHEDULE, num_grad=8), TypeError, "num_grad"),
+        (lambda: MFACPruningCallback(SCHEDULE, fisher="natural"), ValueError, "fisher is 'natural'"),
+        (lambda: MFACPruningCallback(SCHEDULE, fisher_floor=0), ValueError, "fisher_floor is 0"),
+        (
+            lambda: MFACPruningCallback(SCHEDULE, gradients="optimizer", fisher="scaled"),
+            ValueError,
+            "means over examples, and fisher='scaled' .* leave fisher out .*or take gradients='data'",
+        ),
     ],
 )
 def test_bad_options(make, error, message):
@@ -307,4 +314,9 @@ def test_the_optimizers_window_serves_as_gradients(tmp_path, monkeypatch):
     pruning = MFACPruningCallback(SCHEDULE, gradients="optimizer", **{**FAST, "num_grads": 3})
     make_trainer(tmp_path, "mfac", [pruning], save_strategy="no").train()
     assert len(pruning.reports) == 3 and len(passes) == 2 * 16
+    assert all(report.options["fisher"] == "empirical" for report in pruning.reports)
+    assert (
+        pruning.options
+        == MFACPruningCallback(SCHEDULE, gradients="optimizer", fisher="empirical", **{**FAST, "num_grads": 3}).options
+    )
     assert pruning.sparsity == pytest.approx(0.8, abs=1e-3)

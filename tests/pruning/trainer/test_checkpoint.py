@@ -131,7 +131,7 @@ def finished(tmp_path_factory):
     return directory, weights_of(trainer.model), pruning.masks
 
 
-def test_resumed_into_another_output_directory(finished, tmp_path):
+def test_resumed_into_another_output_directory(finished, tmp_path, caplog):
     directory, weights, masks = finished
     checkpoint = directory / "checkpoint-8"
     trainer, _ = make_run(tmp_path, "distillation")
@@ -141,6 +141,10 @@ def test_resumed_into_another_output_directory(finished, tmp_path):
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert differing(weights, weights_of(trainer.model)) == [] and pruning.masks == masks
     assert (tmp_path / "teacher.safetensors").is_file(), "the teacher comes along for the next resume"
+    assert "go on by" not in caplog.text
+    trainer, _ = make_run(tmp_path / "other", "distillation", resume_from=checkpoint, fisher="empirical")
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert f"prunings in {checkpoint} were by the scaled Fisher, and go on by the empirical one" in caplog.text
 
 
 def test_the_training_arguments_may_name_the_checkpoint(finished, tmp_path):
@@ -250,6 +254,22 @@ def test_a_record_of_an_earlier_or_later_version_is_read(tmp_path):
         json.dumps({key: PROGRESS[key] for key in ("schedule", "target", "teacher", "reports")} | {"new": 1})
     )
     assert Progress.read(file) == Progress(**PROGRESS | {"step": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"method": "mfac", "fisher": "scaled"}, "scaled"),
+        ({"method": "mfac"}, "empirical"),  # older than the scaled Fisher
+        ({"method": "magnitude", "fisher": "scaled"}, None),
+        ({}, None),
+        (3, None),
+    ],
+)
+def test_the_fisher_of_a_record(options, expected):
+    report = PROGRESS["reports"][0] | {"options": options}
+    assert Progress(**PROGRESS | {"reports": [PROGRESS["reports"][0], report]}).fisher() == expected
+    assert Progress(**PROGRESS | {"reports": []}).fisher() is None
 
 
 def spoil_nothing(folder):

@@ -48,13 +48,15 @@ def train(rank, directory):
 
 def prune(rank):
     """What two ranks make of their shares, beside what one process makes of all gradients."""
-    for options in ({}, {"num_grads": 20, "grad_batch_size": 2, "damping": "auto", "loss_samples": 8}):
+    batches = {"num_grads": 20, "grad_batch_size": 2, "damping": "auto", "loss_samples": 8}
+    for options in ({}, batches, {"fisher": "empirical"}):
         options = PruningOptions(**{**FAST, **options})
         results = []
         for group in (dist.group.WORLD, None):
             model = make_model()
             source = DataLoaderGradients(
                 DataLoader(make_data(), collate_fn=default_data_collator),
+                fisher=options.fisher,
                 batch_size=options.grad_batch_size,
                 loss_samples=options.loss_samples,
                 process_group=group,

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from mfac_hf import MFACPruningCallback, SparsitySchedule
+from mfac_hf.pruning import find_targets
+from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.trainer.training_loss import calling_trainer, training_loss
 from tests.helpers.pruning_runs import differing, make_data, make_model, weights_of
 
@@ -75,12 +77,87 @@ def test_the_pruner_minimises_what_training_minimises(loss, attach, tmp_path):
 
 @pytest.mark.parametrize("options", [{"grad_batch_size": 2, "num_grads": 4}, {"method": "magnitude"}])
 def test_weights_that_cancel_in_batches_of_one_are_refused_before_the_first_step(options, tmp_path):
-    trainer = make(tmp_path, callback(), keywords={"compute_loss_func": cancelling})
+    trainer = make(tmp_path, callback(fisher="empirical"), keywords={"compute_loss_func": cancelling})
     before = weights_of(trainer.model)
     with pytest.raises(ValueError, match=r"cancel in batches of one.*grad_batch_size above 1; or loss_fn"):
         trainer.train()
     assert trainer.state.global_step == 0 and differing(before, weights_of(trainer.model)) == []
-    make(tmp_path, callback(**options), keywords={"compute_loss_func": cancelling}).train()
+    make(tmp_path, callback(fisher="empirical", **options), keywords={"compute_loss_func": cancelling}).train()
+
+
+def test_weights_of_classes_have_no_say_in_scaled_gradients(tmp_path):
+    """Each example's gradient is divided by its own norm, and its weight with it."""
+    pruned = []
+    for keywords in ({}, {"compute_loss_func": cancelling}, {"compute_loss_func": doubled}):
+        pruning = callback(loss_samples=0, grad_batch_size=2)
+        trainer = make(tmp_path, pruning, keywords=keywords)
+        parameters = find_targets(trainer.model)
+        source = DataLoaderGradients.of_options(
+            trainer.get_train_dataloader(), pruning.options, training_loss(trainer, trainer.args)
+        )
+        rows = []
+        source.collect(trainer.model, parameters, 6, 0, lambda name, part, rows=rows: rows.append(part))
+        pruned.append(torch.cat([part.flatten() for part in rows]))
+        trainer.train()
+    for other in pruned[1:]:
+        torch.testing.assert_close(other, pruned[0], rtol=1e-4, atol=1e-5)
+
+
+class Taught(Trainer):
+    """Adds what a dense teacher says, which is called with the same inputs."""
+
+    teacher = make_model(seed=1).eval()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.loss + taught(outputs.logits, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+def taught(logits, inputs):
+    with torch.no_grad():
+        wanted = Taught.teacher(**inputs).logits
+    return kl_div(logits.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
+
+
+def test_a_teacher_in_the_loss_is_seen_through_the_models_outputs(tmp_path):
+    """As by a loss function that says where the outputs are; there is none of the teacher among them."""
+
+    def loss_fn(model, batch):
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"})["logits"]
+        return cross_entropy(logits, batch["labels"]) + taught(logits, batch)
+
+    weights = []
+    for options in ({}, {"loss_fn": loss_fn, "outputs_fn": lambda returned: [returned["logits"]]}):
+        pruning = callback(**options)
+        trainer = make(tmp_path, pruning, Taught)
+        trainer.train()
+        assert pruning.reports[0].options["fisher"] == "scaled"
+        weights.append(weights_of(trainer.model))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+class Nameless(BertForSequenceClassification):
+    """Calls its logits something else."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        return {"loss": outputs.loss, "scores": outputs.logits}
+
+
+def test_outputs_of_another_name_are_asked_for_before_the_first_step(tmp_path):
+    trainer = make(tmp_path, callback())
+    trainer.model.__class__ = Nameless
+    before = weights_of(trainer.model)
+    with pytest.raises(ValueError, match=r"Nameless returned a dictionary of \['loss', 'scores'\], without logits"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and differing(before, weights_of(trainer.model)) == []
+    pruning = callback(outputs_fn=lambda returned: returned["scores"])
+    trainer = make(tmp_path, pruning)
+    trainer.model.__class__ = Nameless
+    trainer.train()
+    assert pruning.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 def test_examples_of_unequal_lengths_are_not_taken_for_weights(tmp_path):
