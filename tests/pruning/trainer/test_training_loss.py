@@ -141,7 +141,7 @@ def test_a_teacher_in_the_loss_is_seen_through_the_models_outputs(tmp_path):
 class Nameless(BertForSequenceClassification):
     """Calls its logits something else."""
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **rest):
         outputs = super().forward(input_ids, attention_mask, labels=labels)
         return {"loss": outputs.loss, "scores": outputs.logits}
 
