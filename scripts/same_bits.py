@@ -153,15 +153,20 @@ def report(before: Mapping[str, str], after: Mapping[str, str], revision: str) -
             console.print(f"    working tree: {after.get(name, 'missing')}", markup=False, soft_wrap=True)
         if len(wrong) > SHOWN:
             console.print(f"{scenario}: {len(wrong) - SHOWN} more")
-        counts = (NOT_RUN, "") if mine == {f"{scenario}/{NOT_RUN}"} else (str(len(mine) - len(wrong)), str(len(wrong)))
+        counts = (NOT_RUN, "") if f"{scenario}/{NOT_RUN}" in before else (str(len(mine) - len(wrong)), str(len(wrong)))
         table.add_row(scenario, *counts)
     console.print(table)
     return 1 if differing or not names else 0
 
 
 def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Names that differ, that one side lacks, or under which a scenario failed."""
-    names = sorted(before.keys() | after.keys())
+    """Names that differ, that one side lacks, or under which a scenario failed.
+
+    Scenarios that were not run before have nothing to compare with: data are not there, or the revision is older than
+    what they are about.
+    """
+    not_run = {name.split("/")[0] for name in before if name.endswith(f"/{NOT_RUN}")}
+    names = sorted(name for name in before.keys() | after.keys() if name.split("/")[0] not in not_run)
     return [name for name in names if before.get(name) != after.get(name) or name.endswith(f"/{FAILED}")]
 
 

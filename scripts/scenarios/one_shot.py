@@ -13,7 +13,7 @@ from mfac_hf import prune_one_shot
 from mfac_hf.models import MODEL_NAMES, create_model
 from scenarios.common import EMPIRICAL, report_of, sentences, shared_data, tiny_bert
 
-__all__ = ["bert", "models", "real_bert", "real_resnet20", "resnet20"]
+__all__ = ["bert", "models", "real_bert", "real_resnet20", "resnet20", "scaled"]
 
 FAST: dict[str, Any] = {
     **{"num_grads": 16, "block_size": 16, "damping": 1e-4, "recomputations": 2, "progress": False},
@@ -52,6 +52,19 @@ def bert(root: Path, folder: Path, exchange: Path) -> dict[str, Any]:
             report = prune_one_shot(model, DataLoader(sentences(), batch_size=4), sparsity, **{**FAST, **given})
             found[name][str(sparsity)] = report_of(report)
         found[name]["weights"] = model.state_dict()
+    return found
+
+
+def scaled(root: Path, folder: Path, exchange: Path) -> dict[str, Any] | None:
+    """The scaled Fisher, by examples and by batches."""
+    if not EMPIRICAL:  # an older revision
+        return None
+    found = {}
+    for name in ("default", "batches", "auto"):
+        model = tiny_bert().eval()
+        options = {**FAST, **OPTIONS[name], "fisher": "scaled"}
+        report = prune_one_shot(model, DataLoader(sentences(), batch_size=4), 0.8, **options)
+        found[name] = {"report": report_of(report), "weights": model.state_dict()}
     return found
 
 

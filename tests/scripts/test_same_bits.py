@@ -56,6 +56,14 @@ def test_what_is_missing_or_failed_is_different(capsys):
     assert "missing" in capsys.readouterr().out
 
 
+def test_what_the_older_revision_could_not_run_is_no_difference(capsys):
+    before, after = {"a/x": "1", "b/not run": ""}, {"a/x": "1", "b/y": "2"}
+    assert same_bits.differences(before, after) == [] and same_bits.report(before, after, "HEAD") == 0
+    assert "not run" in capsys.readouterr().out
+    assert same_bits.differences(after, before) == ["b/not run", "b/y"], "the working tree has to run it"
+    assert same_bits.differences(before, {"b/y": "2"}) == ["a/x"]
+
+
 def test_the_revisions_worktree_is_gone_afterwards(tmp_path, monkeypatch):
     def git(*command):
         return subprocess.run(
