@@ -181,6 +181,10 @@ def _summary(facts: Mapping[str, Any]) -> str:
     words = f"{plain(kind)}, {how.get(run['optimizer']['name'], 'trained with ' + _optimizer_name(run))}"
     if run["base_model"]:
         words += f" from {code(run['base_model'])}" if not adapter else f" on top of {code(run['base_model'])}"
+    if parameters := run.get("parameters"):
+        words += (
+            f"; {parameters['trainable_parameters']:,} of {parameters['total_parameters']:,} parameters were trained"
+        )
     if facts["sparse"]:
         words += f"; {_share(weights['targets'])} of the pruned layers' weights are zero"
     return f"{words}."
@@ -251,7 +255,14 @@ def _layers(weights: Mapping[str, Any]) -> str:
 
 def _files(facts: Mapping[str, Any]) -> str:
     rows = [[code(name), f"{size:,}"] for name, size in facts["files"].items()]
-    return table(["file", "bytes"], rows)
+    whole = (facts["model"].get("adapter") or {}).get("whole")
+    text = table(["file", "bytes"], rows)
+    if whole is not None:
+        factors = facts["weights"]["numel"] - sum(whole.values())
+        layers = [f"{code(name)} in full ({numel:,})" for name, numel in whole.items()]
+        text += f"\n\nIt holds {', '.join([f'low-rank factors ({factors:,} numbers)', *layers])}. "
+        text += "All other weights are those of the base model."
+    return text
 
 
 def _latency(facts: Mapping[str, Any]) -> str:

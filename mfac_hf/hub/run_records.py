@@ -57,6 +57,7 @@ _EMPTY: dict[str, Any] = {
     **{"task": None, "split": None, "metrics": {}, "dataset": None, "base_model": None, "training": {}},
     **{"pruning": None, "dense_metrics": None},
 }
+PARAMETERS = ("trainable_parameters", "total_parameters")  # of a model with an adapter
 _MAX_EXPONENT = 700  # exp of more is no double
 UNTRAINED = "none (pruned without training)"
 NOT_TRAINED = "none: the model was not trained in this run"
@@ -187,6 +188,7 @@ def _from_results(record: Mapping[str, Any]) -> dict[str, Any]:
         "dense_metrics": metrics_of(results.get("before_pruning") or {}) or None,
         "seed": record.get("seed"),
         **({"base_model_is_local": True} if record.get("base_model_is_local") else {}),
+        **({"parameters": {key: lora[key] for key in PARAMETERS}} if (lora := results.get("lora")) else {}),
     }
 
 

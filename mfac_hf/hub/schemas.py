@@ -52,7 +52,15 @@ class _Pruning(TypedDict, total=False):
     reports: list[_Report]
 
 
+class _Parameters(TypedDict):
+    """How many numbers were trained, and how many there are."""
+
+    trainable_parameters: int
+    total_parameters: int
+
+
 class _Results(TypedDict, total=False):
+    lora: _Parameters | None
     task: str | None
     evaluated_on: str | list[str]
     pruning: _Pruning | None
@@ -127,6 +135,7 @@ class _RunOptional(TypedDict, total=False):
     peak_memory_gib: float | None
     base_model_is_local: bool
     not_finite: list[str]
+    parameters: _Parameters
 
 
 class Run(_RunOptional):
@@ -166,7 +175,12 @@ class _Weights(_Counts):
 _Class = TypedDict("_Class", {"class": str, "library": str, "task": str | None})
 
 
-class _Adapter(TypedDict):
+class _AdapterOptional(TypedDict, total=False):
+    whole: dict[str, int]
+    labels: int | None
+
+
+class _Adapter(_AdapterOptional):
     type: str
     base: str | None
     base_class: str | None

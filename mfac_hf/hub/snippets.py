@@ -48,9 +48,12 @@ def _load_adapter(facts: Mapping[str, Any], where: str) -> str:
     """Write the code that loads an adapter: by itself where it says which base model it needs, else onto that."""
     name = facts["model"]["class"].rpartition(".")[2]
     base = facts.get("base_model")
+    adapter = facts["model"]["adapter"]
+    # the base model's own head may have another size, and does not get the adapter's weights then
+    size = "" if adapter.get("labels") is None else f", num_labels={adapter['labels']}"
     if base and name.startswith("Auto"):
-        return f"from peft import {name}\n\nmodel = {name}.from_pretrained({_quoted(where)})"
-    known = facts["model"]["adapter"]["base_class"]
+        return f"from peft import {name}\n\nmodel = {name}.from_pretrained({_quoted(where)}{size})"
+    known = adapter["base_class"]
     if name.startswith("AutoPeftModelFor"):
         automatic = f"AutoModelFor{name.removeprefix('AutoPeftModelFor')}"
     else:
@@ -61,7 +64,7 @@ def _load_adapter(facts: Mapping[str, Any], where: str) -> str:
             "from peft import PeftModel",
             f"from transformers import {automatic}",
             "",
-            f"base = {automatic}.from_pretrained({_quoted(base or '...')}){note}",
+            f"base = {automatic}.from_pretrained({_quoted(base or '...')}{size}){note}",
             f"model = PeftModel.from_pretrained(base, {_quoted(where)})",
         ]
     )

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mfac_hf.defaults import MFAC_DEFAULTS
-from mfac_hf.hub.adapter import base_of
+from mfac_hf.hub.adapter import base_of, count_parameters, is_adapter
 from mfac_hf.hub.architecture import describe_architecture
 from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import CardOptions, collect
@@ -146,6 +146,7 @@ def facts_of_trainer(trainer: Trainer, *, name: str, license: str | None = None)
         **describe_run(None, args.device),
         **({"not_finite": not_finite} if not_finite else {}),
         **({"base_model_is_local": True} if base and not _is_from_hub(base) else {}),
+        **({"parameters": count_parameters(model)} if is_adapter(model) else {}),
     }
     options = _options_of(trainer)
     options = dataclasses.replace(options, name=options.name or name, license=options.license or license)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mfac_hf.hub.adapter import count_parameters
 from mfac_hf.training.arguments import flag
 
 __all__ = ["LoraArguments", "add_lora", "base_of_adapter", "describe_lora", "load_adapter"]
@@ -137,14 +138,12 @@ def load_adapter(model: PreTrainedModel, directory: str, arguments: LoraArgument
 def describe_lora(adapted: Any) -> dict[str, Any]:
     """What ``results.json`` says of an adapted model: the settings, what is saved, and the numbers of parameters."""
     config = adapted.peft_config[adapted.active_adapter]
-    trainable, total = adapted.get_nb_trainable_parameters()
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
         "targets": sorted(set(_last_names(adapted.base_model.targeted_module_names))),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
+        **count_parameters(adapted),
     }
 
 

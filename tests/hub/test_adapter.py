@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mfac_hf import push_to_hub
-from mfac_hf.hub.adapter import base_of, describe_adapter, is_adapter
+from mfac_hf.hub.adapter import base_of, count_parameters, describe_adapter, is_adapter
 from mfac_hf.hub.card import build_card
 from mfac_hf.hub.facts import collect
 from mfac_hf.hub.latency import with_latency
@@ -57,6 +57,7 @@ def test_the_card_is_that_of_an_adapter(adapter):
     assert "LORA adapter (32 weights), trained with M-FAC on top of `user/base`." in text
     assert "| r | 2 |" in text and "| target_modules | query value |" in text and "| bias |" not in text
     assert 'AutoPeftModelForSequenceClassification.from_pretrained("user/adapter")' in text
+    assert "It holds low-rank factors (32 numbers). All other weights are those of the base model." in text
     assert "`adapter_model.safetensors` |" in text and "model.safetensors" not in text.replace("adapter_model.s", "")
 
 
@@ -138,6 +139,30 @@ def test_a_push_brings_the_adapter_and_takes_the_model_away(adapter, api, bert):
         push_to_hub(adapter, "user/x", card=record(), api=client, sparse_only=True)
 
 
+def test_what_is_saved_in_full_is_named(adapter):
+    """`modules_to_save` of peft names layers that the model does not have; the file knows what there is."""
+    (adapter / "adapter_config.json").write_text(json.dumps({**CONFIG, "modules_to_save": ["classifier", "score"]}))
+    shapes = {"query.lora_A.weight": (2, 8), "query.lora_B.weight": (8, 2), "classifier.weight": (3, 8)}
+    shapes |= {"classifier.bias": (3,), "pooler.dense.weight": (8, 8), "key.bias": (8,)}
+    tensors = {f"base_model.model.{name}": torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    found = describe_adapter(adapter)["model"]["adapter"]
+    assert found["whole"] == {"classifier": 27, "key.bias": 8, "pooler.dense": 64} and found["labels"] == 3
+    results = record()
+    results["results"]["lora"] = {"trainable_parameters": 131, "total_parameters": 5000, "rank": 2}
+    facts = collect([results], model=adapter)
+    assert json.loads(json.dumps(facts)) == facts
+    text = str(build_card(facts, "user/adapter"))
+    assert "on top of `user/base`; 131 of 5,000 parameters were trained." in text
+    assert (
+        "It holds low-rank factors (32 numbers), `classifier` in full (27), `key.bias` in full (8), `pooler.dense` in "
+        "full (64). All other weights are those of the base model."
+    ) in text
+    assert "score" not in text and 'from_pretrained("user/adapter", num_labels=3)' in text
+    facts["model"]["adapter"] = {key: found[key] for key in ("type", "base", "base_class", "settings")}
+    assert 'from_pretrained("user/adapter")' in str(build_card(facts, "user/adapter")), "written by an older version"
+
+
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_a_model_with_an_adapter_pushes_the_adapter(name, api, bert):
     peft = pytest.importorskip("peft")
@@ -148,4 +173,9 @@ def test_a_model_with_an_adapter_pushes_the_adapter(name, api, bert):
     push_to_hub(model, "user/x", card=record(), api=client)
     files = hub.repositories["user/x"].branches["main"]
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert "LORA adapter" in files["README.md"].decode()
+    text = files["README.md"].decode()
+    assert "LORA adapter" in text and "`classifier` in full (66)" in text and "num_labels=2" in text
+    size = len(files["adapter_model.safetensors"])
+    assert f"| `adapter_model.safetensors` | {size:,} |" in text
+    numbers = 2 * 2 * 2 * 32 + 66  # A and B of two layers, and the head
+    assert count_parameters(model)["trainable_parameters"] == numbers and f"adapter ({numbers} weights)" in text

@@ -406,18 +406,38 @@ def test_a_file_format_is_no_data_set(source, hub, bert, tmp_path):
 
 def test_a_trainer_with_an_adapter_pushes_the_card_of_an_adapter(hub, bert, tmp_path):
     peft = pytest.importorskip("peft")
+    bert.bert.save_pretrained(tmp_path / "base")
+    bert = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     model = peft.get_peft_model(bert, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
-    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=8))
+    trainer = make_trainer(model, tmp_path, MFAC(model.parameters(), lr=2e-3, num_grads=6))
     attach_card(trainer)
     trainer.train()
-    trainer.evaluate()
+    accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.push_to_hub()
     push_to_hub(trainer, "user/other", api=HfApi(endpoint=hub.url, token=TOKEN))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     for name in ("user/run", "user/other"):
         files = hub.repositories[name].branches["main"]
         card = ModelCard(files["README.md"].decode())
-        assert card.data.library_name == "peft" and "lora" in card.data.tags and "adapter (" in str(card)
+        text = str(card)
+        assert card.data.library_name == "peft" and {"lora", "m-fac"} <= set(card.data.tags)
         assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+        assert f"| `adapter_model.safetensors` | {len(files['adapter_model.safetensors']):,} |" in text
+        assert f"adapter ({trained} weights), trained with M-FAC in Adam's metric" in text
+        assert f"; {trained:,} of {total:,} parameters were trained." in text and "`classifier` in full (99)" in text
+        assert f"| this model | accuracy | {100 * accuracy:.2f} |" in text
+        for setting in ("optimizer | M-FAC", "metric | adam", "num_grads | 6", "lr | 0.002", "r | 2"):
+            assert f"| {setting} |" in text
+        assert "grad_decay" not in text and "betas" in text
+        # the code of the card loads it: from here, as nothing is on the Hub
+        code = text.split("```python\n")[1].split("```")[0]
+        code = code.replace('"..."', repr(str(tmp_path / "base"))).replace(f'"{name}"', repr(str(tmp_path / "run")))
+        scope = {}
+        exec(code, scope)
+        inputs = {"input_ids": torch.arange(1, 9).view(1, 8)}
+        with torch.no_grad():
+            assert torch.equal(scope["model"].eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
 def test_files_of_the_tokenizer_are_those_that_it_writes(hub, bert, tmp_path):
