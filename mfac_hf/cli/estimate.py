@@ -3,11 +3,12 @@
     mfac estimate google-bert/bert-base-uncased --dtype bfloat16
     mfac estimate google/bert_uncased_L-2_H-128_A-2 --metric identity --num_grads 1024
     mfac estimate 4400000
+    mfac estimate meta-llama/Llama-2-7b-hf --lora_rank 8
 
 It reads the configuration of the model and downloads no weights. A checkpoint with a head for pretraining is counted
-with the head of a classifier, with which it is fine-tuned; ``--head`` chooses another. The time is that of the two
-passes over the window, at the pace that this machine shows on a small window of the same dtype, and of factoring an
-m x m matrix.
+with the head of a classifier, with which it is fine-tuned; ``--head`` chooses another. With ``--lora_rank``, what LoRA
+trains is counted. The time is that of the two passes over the window, at the pace that this machine shows on a small
+window of the same dtype, and of factoring an m x m matrix.
 """
 
 from __future__ import annotations
@@ -76,6 +77,12 @@ def add_parser(commands: Any) -> None:
         default=TOUCHED_EMBEDDING_ROWS,
         help=f"rows of an embedding table that one batch looks up (default: {TOUCHED_EMBEDDING_ROWS})",
     )
+    estimate.add_argument("--lora_rank", type=int, help="count what LoRA trains, with factors of this rank")
+    estimate.add_argument(
+        "--lora_targets",
+        nargs="+",
+        help="layers that get factors, or all-linear (default: peft's choice for the architecture)",
+    )
     estimate.add_argument("--no_time", action="store_true", help="do not measure the time on this machine")
     estimate.add_argument("--json", action="store_true", help="print JSON in place of text")
     estimate.set_defaults(run=_run_estimate)
@@ -92,8 +99,10 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
         named = ""
         if model is None:
             model, named = _skeleton(arguments.model, arguments.head)
-        elif arguments.head is not None:
-            raise ValueError(f"--head {arguments.head} needs a model; {model} is a number of parameters")
+        elif flag := next((f for f in ("head", "lora_rank") if getattr(arguments, f) is not None), None):
+            raise ValueError(f"--{flag} {getattr(arguments, flag)} needs a model; {model} is a number of parameters")
+        model_class = None if isinstance(model, int) else type(model).__name__
+        model = _with_lora(model, arguments.lora_rank, arguments.lora_targets)
         metric, num_grads = arguments.metric, arguments.num_grads
         if num_grads is None:
             num_grads = MFAC_DEFAULTS[metric]["num_grads"]
@@ -102,7 +111,7 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = available_bytes(device)
     report: dict[str, Any] = {
-        "model_class": None if isinstance(model, int) else type(model).__name__,
+        "model_class": model_class,
         "checkpoint_class": named or None,
         "metric": metric,
         "num_grads": num_grads,
@@ -119,12 +128,29 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
         print(json.dumps(report, indent=2))
         return
     if report["model_class"] is not None:
-        print(f"counted: {_describe_class(report['model_class'], named)}")
+        part = "" if arguments.lora_rank is None else f"{adamw_bytes(model) // 8:,} numbers that LoRA trains of "
+        print(f"counted: {part}{_describe_class(report['model_class'], named)}")
     print(memory.breakdown)
     verdict = "fits" if memory.bytes <= free else "does NOT fit"
     print(f"{verdict}: {free / GIB:.2f} GiB are free on {device} (the model and its training come on top)")
     if report["step_seconds"] is not None:
         print(f"about {1000 * report['step_seconds']:.0f} ms in each step on top of forward and backward, window full")
+
+
+def _with_lora(model: Any, rank: int | None, targets: list[str] | None) -> Any:
+    """Freeze a model and give it LoRA's factors where there is a rank.
+
+    Raises:
+        ValueError: the model cannot get them.
+        ModuleNotFoundError: peft is missing.
+    """
+    if rank is None and targets is None:
+        return model
+    from mfac_hf.training.lora_arguments import LoraArguments, add_lora
+
+    arguments = LoraArguments(lora_rank=rank, lora_targets=targets)
+    arguments.check()
+    return add_lora(model, arguments)
 
 
 def _describe_class(counted: str, named: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mfac_hf.hub.card_text import code, fenced, one_line, plain, sentence, table
+from mfac_hf.hub.card_text import adapter_contents, code, fenced, one_line, plain, sentence, table
 from mfac_hf.hub.facts import check_consistent
 from mfac_hf.hub.run_records import NOT_TRAINED, UNTRAINED, MissingResultsError
 from mfac_hf.hub.schemas import Facts
@@ -255,14 +255,7 @@ def _layers(weights: Mapping[str, Any]) -> str:
 
 def _files(facts: Mapping[str, Any]) -> str:
     rows = [[code(name), f"{size:,}"] for name, size in facts["files"].items()]
-    whole = (facts["model"].get("adapter") or {}).get("whole")
-    text = table(["file", "bytes"], rows)
-    if whole is not None:
-        factors = facts["weights"]["numel"] - sum(whole.values())
-        layers = [f"{code(name)} in full ({numel:,})" for name, numel in whole.items()]
-        text += f"\n\nIt holds {', '.join([f'low-rank factors ({factors:,} numbers)', *layers])}. "
-        text += "All other weights are those of the base model."
-    return text
+    return table(["file", "bytes"], rows) + adapter_contents(facts)
 
 
 def _latency(facts: Mapping[str, Any]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["code", "fenced", "one_line", "plain", "sentence", "table"]
+__all__ = ["adapter_contents", "code", "fenced", "one_line", "plain", "sentence", "table"]
 
 
 def one_line(text: str) -> str:
@@ -51,3 +53,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     cells = ([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def adapter_contents(facts: Mapping[str, Any]) -> str:
+    """Say what the file of an adapter holds, in a paragraph; nothing where that is not known."""
+    whole = (facts["model"].get("adapter") or {}).get("whole")
+    if whole is None:
+        return ""
+    factors = facts["weights"]["numel"] - sum(whole.values())
+    parts = [f"low-rank factors ({factors:,} numbers)", *(f"{code(n)} in full ({k:,})" for n, k in whole.items())]
+    return f"\n\nIt holds {', '.join(parts)}. All other weights are those of the base model."

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from mfac_hf.hub.adapter import count_parameters
@@ -16,11 +17,11 @@ from mfac_hf.training.arguments import flag
 __all__ = ["LoraArguments", "add_lora", "base_of_adapter", "describe_lora", "load_adapter"]
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the output layer
-# By automatic class of transformers: peft's name of the task, and the modules that it trains and saves in full for it.
-TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "AutoModelForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "AutoModelForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-    "AutoModelForCausalLM": ("CAUSAL_LM", ()),
+# By peft's name of a task: classes of models for it, and the modules that peft trains and saves in full.
+TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "SEQ_CLS": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ("classifier", "score")),
+    "QUESTION_ANS": (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ("qa_outputs",)),
+    "CAUSAL_LM": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ()),
 }
 
 
@@ -65,13 +66,12 @@ class LoraArguments:
         _import_peft("--lora_rank")
 
 
-def add_lora(model: PreTrainedModel, arguments: LoraArguments, auto_class: str, drawn: Iterable[str] = ()) -> Any:
+def add_lora(model: PreTrainedModel, arguments: LoraArguments, drawn: Iterable[str] = ()) -> Any:
     """Freeze a model and give its layers factors to train.
 
     Args:
         model: the model; it is changed.
         arguments: the flags, with a rank.
-        auto_class: name of the class of transformers that loaded it, which tells the task.
         drawn: names of parameters that its checkpoint lacks, such as a new head. Whoever loads the adapter draws other
             ones, so that their modules are trained and saved in full.
 
@@ -79,16 +79,17 @@ def add_lora(model: PreTrainedModel, arguments: LoraArguments, auto_class: str, 
         The ``peft.PeftModel`` around ``model``.
 
     Raises:
-        ValueError: peft knows no targets for the architecture, or the model has none of these names.
+        ValueError: the model is for another task, peft knows no targets for the architecture, or the model has none of
+            these names.
     """
     peft = _import_peft("--lora_rank")
+    task, heads = _task_of(model)
     targets: Any = arguments.lora_targets
     layers = _linear_layers(model)
     hint = f"name some of its linear layers, {', '.join(layers)}, or {ALL_LINEAR}"
     known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if targets is None and model.config.model_type not in known:
         raise ValueError(f"--lora_targets is missing, and peft has no default for {model.config.model_type}: {hint}")
-    task, heads = TASKS[auto_class]
     config = peft.LoraConfig(
         task_type=task,
         r=arguments.lora_rank,
@@ -145,6 +146,17 @@ def describe_lora(adapted: Any) -> dict[str, Any]:
         "targets": sorted(set(_last_names(adapted.base_model.targeted_module_names))),
         **count_parameters(adapted),
     }
+
+
+def _task_of(model: PreTrainedModel) -> tuple[str, tuple[str, ...]]:
+    """Find the task that a model is for, and the modules that peft saves in full."""
+    name = type(model).__name__
+    for task, (classes, heads) in TASKS.items():
+        if name in classes.values():
+            return task, heads
+    raise ValueError(
+        f"--lora_rank with a {name}: expected a model that classifies sequences, answers questions or generates text"
+    )
 
 
 def _whole_modules(drawn: Iterable[str], heads: tuple[str, ...]) -> list[str]:

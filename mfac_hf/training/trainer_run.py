@@ -121,7 +121,7 @@ class TrainerRun:
         if has_adapter:
             model = load_adapter(model, adapter, self.lora_args, trainable=self.trains)
         elif self.lora_args.lora_rank is not None:
-            model = add_lora(model, self.lora_args, auto_class.__name__, loading["missing_keys"])
+            model = add_lora(model, self.lora_args, loading["missing_keys"])
         if is_adapter(model) and self.pruning_args.sparsity is not None:
             raise ValueError(
                 "--sparsity prunes weights below the adapter, and the adapter alone is saved: merge it into the model "

@@ -38,6 +38,26 @@ def test_bad_input_is_one_line(refused):
     assert "num_grads is 0" in refused("estimate", "1000", "--num_grads", "0")
     assert "embedding_rows is -1" in refused("estimate", "1000", "--embedding_rows", "-1")
     assert "1000 is a number of parameters" in refused("estimate", "1000", "--head", "masked_lm")
+    assert "--lora_rank 8 needs a model" in refused("estimate", "1000", "--lora_rank", "8")
+
+
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+def test_lora_of_a_large_decoder_is_counted_without_its_weights(estimate, refused, tmp_path):
+    """Factors of rank 8 beside the query and value layers, and nothing of the 6.7 billion weights."""
+    pytest.importorskip("peft")
+    config = transformers.LlamaConfig(**LLAMA_7B)
+    report, shown = estimate(config, ["LlamaForCausalLM"], "--lora_rank", "8")
+    factors = 32 * 2 * 2 * 8 * 4096
+    assert report["bytes"] == memory_estimate(factors, 4).bytes and report["adamw_bytes"] == 8 * factors
+    assert shown.startswith("counted: 4,194,304 numbers that LoRA trains of LlamaForCausalLM, the class of")
+    more, _ = estimate(config, ["LlamaForCausalLM"], "--lora_rank", "8", "--lora_targets", "q_proj")
+    assert more["adamw_bytes"] == 4 * factors
+    assert "--lora_rank 0: expected at least 1" in refused("estimate", str(tmp_path), "--lora_rank", "0")
+    assert "--lora_targets ['q_proj'] needs --lora_rank" in refused(
+        "estimate", str(tmp_path), "--lora_targets", "q_proj"
+    )
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 SIZES |= {"intermediate_size": 64, "max_position_embeddings": 32}
 
 
-def adapt(model, *flags, auto_class=CLASSIFIER, drawn=()):
+def adapt(model, *flags, drawn=()):
     (arguments,) = parse_args(LoraArguments, argv=["--lora_rank", "4", *flags])
     arguments.check()
-    return add_lora(model, arguments, auto_class.__name__, drawn)
+    return add_lora(model, arguments, drawn)
 
 
 def trained(model):
@@ -70,7 +70,7 @@ def test_targets(flags, targets, bert):
 def test_the_head_of_answers(bert, tmp_path):
     bert.save_pretrained(tmp_path)
     model, loading = AutoModelForQuestionAnswering.from_pretrained(tmp_path, output_loading_info=True)
-    adapted = adapt(model, auto_class=AutoModelForQuestionAnswering, drawn=loading["missing_keys"])
+    adapted = adapt(model, drawn=loading["missing_keys"])
     assert {"qa_outputs.weight", "qa_outputs.bias"} < trained(adapted)
 
 
@@ -141,6 +141,11 @@ def test_an_architecture_without_default_targets():
         adapt(model)
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query"
     assert f"{layer}.lora_A.weight" in trained(adapt(model, "--lora_targets", "query"))
+
+
+def test_a_model_for_another_task():
+    with pytest.raises(ValueError, match="--lora_rank with a BertForMaskedLM: expected a model that classifies"):
+        adapt(BertForMaskedLM(BertConfig(**SIZES)))
 
 
 def test_a_bare_parameter_that_the_checkpoint_lacks(bert):
