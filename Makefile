@@ -2,6 +2,7 @@
 # make demo-vision   train and prune a small ResNet on scikit-learn's digits (no network, under a minute)
 # make test     set up .venv if it is missing, then run every test, the slow ones included
 # make lint     check format, lint, types and imports         make format   rewrite the files in place
+# make docs     build the documentation site into outputs/site; every warning is an error (no network)
 # make clean    remove build products and caches; .venv and outputs/ stay
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -14,10 +15,11 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable
 READY := $(VENV)/.mfac-ready
 DEV_READY := $(VENV)/.mfac-dev-ready
+DOCS_READY := $(VENV)/.mfac-docs-ready
 CHECK_VERSION := import sys; sys.exit(sys.version_info < (3, 10) and "mfac_hf needs Python 3.10 or newer, this is \
 	%s: try make PYTHON=python3.12" % sys.version.split()[0])
 
-.PHONY: demo demo-vision test lint format clean
+.PHONY: demo demo-vision test lint format docs clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -45,6 +47,10 @@ format: $(DEV_READY)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
+# The variable silences an advertisement of MkDocs' theme.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
 # One install, under the constraints: pip would follow a bare `torch` to its newest release and gigabytes of CUDA.
 # An interrupted or restricted `venv` leaves an environment without pip behind; creating it again repairs it.
 $(READY): pyproject.toml constraints.txt
@@ -59,6 +65,11 @@ $(READY): pyproject.toml constraints.txt
 $(DEV_READY): $(READY)
 	@echo "Adding the tools for development to $(VENV)"
 	@$(INSTALL) ".[dev]"
+	@touch $@
+
+$(DOCS_READY): $(READY)
+	@echo "Adding the tools for documentation to $(VENV)"
+	@$(INSTALL) ".[docs]"
 	@touch $@
 
 clean:
