@@ -47,9 +47,9 @@ format: $(DEV_READY)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-# The variable silences an advertisement of MkDocs' theme.
+# The variable silences an advertisement of MkDocs' theme. Not --quiet: it hides warnings from strict, too.
 docs: $(DOCS_READY)
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 # One install, under the constraints: pip would follow a bare `torch` to its newest release and gigabytes of CUDA.
 # An interrupted or restricted `venv` leaves an environment without pip behind; creating it again repairs it.

@@ -1,4 +1,4 @@
-r"""What the documentation site needs beside MkDocs: formulas as MathML, and no page that loads anything from elsewhere.
+r"""What the documentation site needs beside MkDocs: formulas as MathML, and no page that loads from elsewhere.
 
 Docstrings have their formulas as Sphinx writes them, ``:math:`x``` and ``.. math::``. `DocstringMath` rewrites these
 for Markdown while mkdocstrings reads the package, and `on_page_content` turns every formula into MathML, which

@@ -1,5 +1,6 @@
 """The pages of docs/: their Python runs, their commands have the flags that they show, the reference is complete."""
 
+import ast
 import importlib
 import re
 import runpy
@@ -16,7 +17,7 @@ from mfac_hf.cli import _parser
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 # Stands above a block whose packages the tests do not install.
-COMPILED_ONLY = re.compile(r"<!-- needs (\w+), so this is compiled only -->")
+COMPILED_ONLY = re.compile(r"<!-- needs [\w ]+, so this is compiled only -->")
 
 
 def pages_with(language):
@@ -98,6 +99,20 @@ def test_commands_of_a_page_exist(page, help_of):
             assert [extra for extra in ",".join(named).split(",") if extra and extra not in extras] == [], words
         else:
             assert words[:3] in (["python3", "-m", "venv"], ["hf", "auth", "login"]), f"no test knows {words}"
+
+
+def test_messages_of_troubleshooting_are_those_of_the_package():
+    """What stands in bold before an explanation, between its dots, is in a string of the source."""
+    terms = re.findall(r"^(\*\*.+)\n:   ", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    messages = [
+        message for term in terms for bold in re.findall(r"\*\*(.+?)\*\*", term) for message in bold.split("; ")
+    ]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "mfac_hf").rglob("*.py")]
+    strings = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    text = "\n".join(string for string in strings if isinstance(string, str))
+    assert len(messages) > 40
+    pieces = {piece.strip(" ,.;:") for message in messages for piece in message.split("…")}
+    assert [piece for piece in sorted(pieces) if piece not in text] == []
 
 
 def test_the_reference_has_every_public_name():
