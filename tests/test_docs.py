@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -16,8 +17,8 @@ from mfac_hf.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-# Stands above a block whose packages the tests do not install.
-COMPILED_ONLY = re.compile(r"<!-- needs [\w ]+, so this is compiled only -->")
+# Stands above a block that needs the Hub, or a package that the tests do not install.
+COMPILED_ONLY = re.compile(r"<!-- compiled only(?: without (\w+))?\b.*-->")
 
 
 def pages_with(language):
@@ -29,10 +30,16 @@ def blocks(page, language):
     """Each block of a language: its text, the line that it begins in, and whether it is to be compiled only."""
     tokens = MarkdownIt().enable("table").parse(page.read_text())
     return [
-        (token.content, token.map[0] + 1, bool(COMPILED_ONLY.search(before.content)))
+        (token.content, token.map[0] + 1, is_compiled_only(before.content))
         for before, token in pairwise([tokens[0], *tokens])
         if token.type == "fence" and token.info == language
     ]
+
+
+def is_compiled_only(comment):
+    """Whether a comment says so: without condition, or without a package that is not here."""
+    mark = COMPILED_ONLY.match(comment)
+    return mark is not None and (mark[1] is None or importlib.util.find_spec(mark[1]) is None)
 
 
 def commands(page):
@@ -58,10 +65,11 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
 def test_blocks_are_found_with_their_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# A\n\n```python\na = 1\n```\n\n<!-- needs trl, so this is compiled only -->\n```python\nb\n```\n\n"
-        "```bash\nls\n```\n"
+        "# A\n\n```python\na = 1\n```\n\n<!-- compiled only: this needs the Hub -->\n```python\nb\n```\n\n"
+        "<!-- compiled only without no_such_package -->\n```python\nc\n```\n\n"
+        "<!-- compiled only without pytest -->\n```python\nd\n```\n\n```bash\nls\n```\n"
     )
-    assert blocks(page, "python") == [("a = 1\n", 3, False), ("b\n", 8, True)]
+    assert blocks(page, "python") == [("a = 1\n", 3, False), ("b\n", 8, True), ("c\n", 13, True), ("d\n", 18, False)]
     assert list(commands(page)) == [["ls"]]
 
 
