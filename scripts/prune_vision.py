@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import torch
 
-from mfac_hf.defaults import PRUNING_DAMPING
+from mfac_hf.defaults import PRUNING_DAMPING_TEXT, pruning_damping
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.machine import describe_run
 from mfac_hf.pruning.engine import prune_to
@@ -85,9 +85,7 @@ class PruneArguments(VisionArguments):
     blocksize: int = flag(PruningOptions.block_size, "Weights in a block of the Fisher; -1: all weights together.")
     prundamp: float | None = flag(
         None,
-        "Damping of the Fisher; it has to scale with the gradients. Default: "
-        + ", ".join(f"{damping:g} ({fisher})" for fisher, damping in PRUNING_DAMPING.items())
-        + ".",
+        f"Damping of the Fisher; it has to scale with the gradients. Default: {PRUNING_DAMPING_TEXT}.",
     )
     perbatch: int | None = flag(
         None, "Blocks to hold at once, in whole layers; default: as many as half of the free memory holds."
@@ -116,8 +114,8 @@ class PruneArguments(VisionArguments):
         super().__post_init__()
         if self.momentum is None and (self.optim, self.metric) != ("mfac", "adam"):
             self.momentum = 0.9
-        if self.prundamp is None:  # logs say which
-            self.prundamp = PRUNING_DAMPING.get(self.fisher)
+        if self.prundamp is None and self.prun_batchsize > 0:  # logs say which
+            self.prundamp = pruning_damping(self.fisher, self.prun_batchsize)
 
     def steps(self) -> tuple[tuple[int, float], ...]:
         """(epoch, sparsity) of each pruning step, before any adjustment.

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from mfac_hf.defaults import PRUNING_DAMPING
+from mfac_hf.defaults import pruning_damping
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.masks import MaskSet
@@ -55,7 +55,7 @@ class PruningOptions:
             selection is ``"diagonal"`` and the gradients are kept in host memory.
         damping: number added to the Fisher's diagonal, in units of a squared gradient entry. It has to scale with the
             gradients: those of single examples are larger than those of batches, and scaled ones than others. None:
-            `mfac_hf.defaults.PRUNING_DAMPING` of the Fisher, for single examples. ``"auto"`` tries several
+            `mfac_hf.defaults.pruning_damping`, by Fisher and ``grad_batch_size``. ``"auto"`` tries several
             numbers in the first sub-step, as if that were the only one, and takes the one with the lowest loss on
             ``loss_samples`` held-out examples; later sub-steps scale it with their gradients.
         recomputations: sub-steps, with new gradients in each.
@@ -108,7 +108,7 @@ class PruningOptions:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
         check_fisher(self.fisher, self.fisher_floor)
         if self.damping is None:
-            object.__setattr__(self, "damping", PRUNING_DAMPING[self.fisher])
+            object.__setattr__(self, "damping", pruning_damping(self.fisher, self.grad_batch_size))
         if self.block_size is None:
             self._check_full()
         elif not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:

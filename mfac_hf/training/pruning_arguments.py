@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from mfac_hf.defaults import PRUNING_DAMPING
+from mfac_hf.defaults import PRUNING_DAMPING_TEXT
 from mfac_hf.pruning import Distillation, MFACPruningCallback, SparsitySchedule
 from mfac_hf.pruning.options import (
     Fisher,
@@ -51,8 +51,7 @@ class PruningArguments:
     prune_damping: str | None = flag(
         None,
         "Damping of the Fisher, or auto: the value with the lowest loss on held-out training examples; default: "
-        + ", ".join(f"{damping:g} ({fisher})" for fisher, damping in PRUNING_DAMPING.items())
-        + ".",
+        f"{PRUNING_DAMPING_TEXT}.",
     )
     prune_selection: Selection = flag(
         PruningOptions.selection, "greedy updates all costs after each removed weight; diagonal is the paper's."

@@ -24,7 +24,9 @@ def test_automatic_damping_holds_examples_out_by_itself():
 
 def test_the_damping_is_that_of_the_fisher():
     assert PruningOptions().damping == PRUNING_DAMPING["scaled"]
+    assert PruningOptions(grad_batch_size=4).damping == PRUNING_DAMPING["scaled"] / 4
     assert PruningOptions(fisher="empirical").damping == PRUNING_DAMPING["empirical"] == 1e-5
+    assert PruningOptions(fisher="empirical", grad_batch_size=4).damping == 1e-5
     assert PruningOptions(damping=3e-4).damping == PruningOptions(fisher="empirical", damping=3e-4).damping == 3e-4
 
 

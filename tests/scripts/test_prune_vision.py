@@ -31,7 +31,7 @@ def test_the_references_own_call_gives_its_plan():
     options = args.options(2, 3)
     assert (options.num_grads, options.grad_batch_size, options.recomputations) == (64, 32, 16)
     assert (options.selection, options.update, options.fisher) == ("greedy", "joint", "scaled")
-    assert options.damping == args.prundamp == PRUNING_DAMPING["scaled"]
+    assert options.damping == args.prundamp == PRUNING_DAMPING["scaled"] / 32
     args = arguments(*CALL.split()[2:], "--fisher", "empirical", "--fisher_floor", ".01")
     options = args.options(2, 3)
     assert (options.fisher, options.fisher_floor, options.damping, args.prundamp) == ("empirical", 0.01, 1e-5, 1e-5)
@@ -185,6 +185,7 @@ def test_a_few_blocks_at_a_time_prune_the_same_weights(prune):
         ("--nepochs 0 --sparsities .5 --blocksize 0", "--blocksize 0: expected at least 1, or -1"),
         ("--nepochs 0 --sparsities .5 --prundamp 0", "damping is 0.0"),
         ("--nepochs 0 --sparsities .5 --fisher_floor 0", "fisher_floor is 0.0"),
+        ("--nepochs 0 --sparsities .5 --prun_batchsize 0", "grad_batch_size is 0"),
         ("--nepochs 0 --sparsities .5 --ngrads_schedule 1000", "1437 examples give 359"),
         ("--nepochs 0 --sparsities .99 --adjust_sparsities", "of all parameters cannot be pruned"),
         ("--nepochs 0 --sparsities .5 --model resnet32", "keys are missing, first 'layer1.3.conv1.weight'"),
