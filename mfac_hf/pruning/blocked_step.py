@@ -10,7 +10,7 @@ the update. The model does not change in between.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,14 +78,13 @@ def magnitude_step(
     masks: Mapping[str, Tensor],
     levels: Sequence[Level],
     options: PruningOptions,
-    by_inputs: Collection[str] = (),
+    layout: Layout,
 ) -> list[Proposal]:
     """Remove the smallest weights and leave the others alone; arguments and result are those of :func:`mfac_step`."""
     pattern = Pattern.parse(options.pattern)
-    layout = Layout.of(parameters, by_inputs, pattern)
     weights, kept = _flat(parameters, masks, layout)
     costs = {name: obs.magnitude_costs(weights[name], kept[name], pattern) for name in weights}
-    proposals = [Proposal(level, {}, _select(costs, kept, level, pattern)) for level in levels]
+    proposals = [Proposal(level, {}, _select(costs, kept, level, pattern, layout)) for level in levels]
     for proposal in proposals:
         proposal.weights = {name: weights[name].masked_fill(~keep, 0) for name, keep in proposal.keep.items()}
         layout.restore(proposal)
@@ -101,7 +100,7 @@ def mfac_step(
     *,
     groups: Sequence[Sequence[str]],
     dampings: Dampings,
-    by_inputs: Collection[str] = (),
+    layout: Layout,
 ) -> list[Proposal]:
     """Remove the weights that the Fisher says cost least, and move the others to make up for them.
 
@@ -113,7 +112,7 @@ def mfac_step(
         gradients: gradients that the Fisher is the average of.
         groups: names of targets whose Fishers fit into memory together (:func:`plan_groups`).
         dampings: dampings to try.
-        by_inputs: names of the targets that are stored as (in, out).
+        layout: order of the targets' weights in vectors.
 
     Returns:
         A proposal at each level for each damping with which the Fisher can be inverted.
@@ -122,14 +121,13 @@ def mfac_step(
         ValueError: a loss or gradient that is not finite, or too few gradients.
         FloatingPointError: every damping is too small for the Fisher to be inverted.
     """
-    layout = Layout.of(parameters, by_inputs, Pattern.parse(options.pattern))
     step = _Step(parameters, masks, options, gradients, layout)
     costs, scale = _costs(step, groups, dampings)
     proposals = [
         Proposal(
             level,
             weights={},
-            keep=_select(of_damping, step.kept, level, step.pattern),
+            keep=_select(of_damping, step.kept, level, step.pattern, layout),
             damping=damping,
             predicted_loss_increase=0.0,
             relative_damping=damping / scale if scale else None,
@@ -261,14 +259,24 @@ class _Step:
         proposal.predicted_loss_increase += _quadratic_loss(moved_D - weights_D, fisher)
 
 
-def _select(costs: dict[str, Tensor], kept: dict[str, Tensor], level: Level, pattern: Pattern) -> dict[str, Tensor]:
-    """Return the masks at a level."""
+def _select(
+    costs: dict[str, Tensor], kept: dict[str, Tensor], level: Level, pattern: Pattern, layout: Layout
+) -> dict[str, Tensor]:
+    """Return the masks at a level; where each target has its own, each expert's matrix reaches it."""
     if not isinstance(level, Mapping):
         return obs.select(costs, kept, level, pattern=pattern)
-    return {
-        name: obs.select({name: costs[name]}, kept, sparsity, pattern=pattern, scope="uniform")[name]
-        for name, sparsity in level.items()
-    }
+    masks = {}
+    for name, sparsity in level.items():
+        parts = []
+        count = layout.experts.get(name, 1)
+        for i, (costs_U, kept_D) in enumerate(zip(costs[name].chunk(count), kept[name].chunk(count), strict=True)):
+            part = name if count == 1 else f"expert {i} of {name}"
+            # An expert may have been pruned further than the others.
+            reached = max(sparsity, 1 - int(kept_D.sum()) / len(kept_D))
+            masks_ = obs.select({part: costs_U}, {part: kept_D}, reached, pattern=pattern, scope="uniform")
+            parts.append(masks_[part])
+        masks[name] = torch.cat(parts)
+    return masks
 
 
 def _quadratic_loss(step_D: Tensor, fisher: BlockedFisher) -> float:

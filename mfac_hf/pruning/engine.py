@@ -27,13 +27,14 @@ from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
 from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
 from mfac_hf.pruning.damping import Dampings, best_proposal
+from mfac_hf.pruning.experts import whole_experts
 from mfac_hf.pruning.full_step import full_step
 from mfac_hf.pruning.gradient_source import GradientSet, GradientSource
-from mfac_hf.pruning.masks import MaskSet
+from mfac_hf.pruning.layout import Layout
+from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
 from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.proposal import Level, Proposal, write_weights
-from mfac_hf.pruning.targets import stored_by_inputs
 
 __all__ = ["check_targets", "prune_to", "substep_seed", "substep_sparsity"]
 
@@ -58,7 +59,7 @@ def prune_to(
         model: the model.
         masks: masks of its targets; they are updated.
         source: source of the gradients; None will do for magnitude pruning without ``loss_samples``.
-        sparsity: share of the weights under the masks to be zero (with scope ``"uniform"`` in each tensor).
+        sparsity: share of the weights under the masks to be zero (with scope ``"uniform"`` in each matrix).
         options: options of the pruning.
         progress: whether to show a progress bar.
         process_group: ranks that prune copies of the same model; all must call this, and the first one decides.
@@ -83,6 +84,7 @@ def prune_to(
         steps = _Substeps(model, parameters, source, options, groups, progress, process_group).run(new, sparsity)
         loss_after = _loss(source, model, options)
     masks.update(new)
+    _name_whole_experts(model, masks)
     return PruningReport(
         options=asdict(options),
         num_weights=masks.numel,
@@ -128,11 +130,10 @@ def check_targets(model: nn.Module, masks: MaskSet, sparsity: float, options: Pr
         raise ValueError(
             f"sparsity is {sparsity:g}; the pattern {pattern.name!r} allows at most {pattern.max_sparsity:g}"
         )
-    by_inputs = stored_by_inputs(model, parameters)
+    layout = Layout.of(model, parameters)
     for name, parameter in parameters.items():
         block_size = options.block_size if options.method == "mfac" else None
-        weight, keep = (parameter.T, masks[name].T) if name in by_inputs else (parameter, masks[name])
-        pattern.check(name, weight, keep, block_size)
+        pattern.check(name, layout.matrix(name, parameter), layout.matrix(name, masks[name]), block_size)
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ class _Substeps:
     ) -> list[Proposal]:
         """Return new weights and masks for each damping at each of these levels; the model does not change."""
         options = self.options
-        by_inputs = stored_by_inputs(self.model, self.parameters)
+        layout = Layout.of(self.model, self.parameters)
         if options.method == "magnitude":
-            return magnitude_step(self.parameters, masks, levels, options, by_inputs)
+            return magnitude_step(self.parameters, masks, levels, options, layout)
         assert self.source is not None  # _check
         passes = 1 if len(self.groups) == 1 else 2 * len(self.groups) + dampings.relative
         with tqdm(
@@ -199,7 +200,7 @@ class _Substeps:
                 *(self.parameters, masks, levels, options, gradients),
                 groups=self.groups,
                 dampings=dampings,
-                by_inputs=by_inputs,
+                layout=layout,
             )
 
 
@@ -251,6 +252,17 @@ def _levels(masks: MaskSet, sparsity: float, options: PruningOptions) -> Iterato
             yield substep_sparsity(before, sparsity, step, steps)
         else:
             yield {name: substep_sparsity(start, sparsity, step, steps) for name, start in by_name.items()}
+
+
+def _name_whole_experts(model: nn.Module, masks: MaskSet) -> None:
+    """Warn of experts without a weight: what no example reaches has no gradient, and seems to cost nothing."""
+    if gone := whole_experts(model, masks):
+        found = shortened((f"{name}: {shortened(map(str, experts))}" for name, experts in gone.items()), "; ")
+        logger.warning(
+            "nothing is left of these experts: %s. Where so few examples never reach an expert it seems to cost "
+            "nothing: take more of them (num_grads), or prune each expert alike (scope='uniform')",
+            found,
+        )
 
 
 def _loss(source: GradientSource | None, model: nn.Module, options: PruningOptions) -> float | None:

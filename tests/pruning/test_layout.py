@@ -1,4 +1,4 @@
-"""Patterns run along inputs, however a layer stores its weight."""
+"""Blocks and patterns run along the inputs of an output, however a layer stores its weight."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from transformers.pytorch_utils import Conv1D
 
 from mfac_hf import prune_one_shot
 from mfac_hf.pruning.layout import Layout
-from mfac_hf.pruning.patterns import Pattern
 from mfac_hf.pruning.proposal import Proposal
 from tests.helpers.pruning_network import FAST, cross_entropy
 
@@ -28,7 +27,8 @@ def networks():
 
 @pytest.mark.parametrize("batch", [1, 2], ids=["one pass for many", "one pass for each"])
 @pytest.mark.parametrize(
-    ("method", "pattern", "sparsity"), [("mfac", "2:4", 0.5), ("mfac", "block4", 0.6), ("magnitude", "2:4", 0.5)]
+    ("method", "pattern", "sparsity"),
+    [("mfac", "unstructured", 0.6), ("mfac", "2:4", 0.5), ("mfac", "block4", 0.6), ("magnitude", "2:4", 0.5)],
 )
 def test_a_transposed_layer_is_pruned_as_the_other(method, pattern, sparsity, batch):
     inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
@@ -51,18 +51,18 @@ def test_a_width_that_does_not_fit_is_that_of_the_inputs():
         prune_one_shot(model, None, 0.5, method="magnitude", pattern="2:4")
 
 
-def test_vectors_come_back_as_they_were():
-    parameters = {"a": nn.Parameter(torch.randn(2, 3)), "b": nn.Parameter(torch.randn(2, 3))}
-    layout = Layout.of(parameters, {"b"}, Pattern.parse("block2"))
+@pytest.mark.parametrize("shape", [(2, 3), (4, 2, 3)], ids=["a layer", "experts"])
+def test_vectors_come_back_as_they_were(shape):
+    parameters = {name: nn.Parameter(torch.randn(shape)) for name in "ab"}
+    layout = Layout({"b": parameters["b"].shape}, dict.fromkeys("ab", 4) if len(shape) == 3 else {})
     assert torch.equal(layout.flat("a", parameters["a"]), parameters["a"].flatten())
-    assert torch.equal(layout.flat("b", parameters["b"]), parameters["b"].T.flatten())
+    assert torch.equal(layout.flat("b", parameters["b"]), parameters["b"].mT.flatten())
+    assert torch.equal(layout.matrix("b", parameters["b"]), parameters["b"].mT.reshape(-1, 2))
     rows = torch.stack([parameters["b"].flatten(), -parameters["b"].flatten()])
     assert torch.equal(layout.rows("b", rows)[1], -layout.flat("b", parameters["b"]))
     vectors = {name: layout.flat(name, parameter) for name, parameter in parameters.items()}
     proposal = Proposal(0.5, dict(vectors), {name: vector > 0 for name, vector in vectors.items()})
     layout.restore(proposal)
     for name, parameter in parameters.items():
-        assert torch.equal(proposal.weights[name].view(2, 3), parameter)
-        assert torch.equal(proposal.keep[name].view(2, 3), parameter > 0)
-    single = Layout.of(parameters, {"b"}, Pattern.parse("unstructured"))
-    assert torch.equal(single.flat("b", parameters["b"]), parameters["b"].flatten())
+        assert torch.equal(proposal.weights[name].view(shape), parameter)
+        assert torch.equal(proposal.keep[name].view(shape), parameter > 0)

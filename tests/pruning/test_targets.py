@@ -8,23 +8,36 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     DebertaConfig,
     DebertaV2Config,
+    DeiTConfig,
     DistilBertConfig,
     ElectraConfig,
     GPT2Config,
+    LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     ModernBertConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
+    T5Config,
+    ViTConfig,
 )
 
 from mfac_hf import to_sparse_inference
 from mfac_hf.pruning import MaskSet, find_targets
-from mfac_hf.pruning.targets import stored_by_inputs
+from mfac_hf.pruning.layout import Layout
+from mfac_hf.pruning.targets import folded, left_out
 
 WIDTH, INNER, LAYERS = 16, 24, 2
 SIZES = {
@@ -88,13 +101,141 @@ def test_defaults_are_the_linear_layers_of_the_encoder(architecture, head):
     assert all(parameters[name] is weight for name, weight in targets.items())
 
 
+TEXT = {"vocab_size": 50, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
+DECODER = TEXT | {"num_attention_heads": 2, "num_key_value_heads": 1}  # so that key and value are half as wide
+TIED = {"tie_word_embeddings": True}
+IMAGE = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+IMAGE |= {"image_size": 8, "patch_size": 4}
+BOTH = {"vocab_size": 50, "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS}
+BOTH |= {
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": INNER,
+    "decoder_ffn_dim": INNER,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+PATCHES = "embeddings.patch_embeddings.projection.weight"
+# Configuration, head, weights of all layers as counted by hand, and what is left out.
+FAMILIES = {
+    "gpt2": (
+        GPT2Config(vocab_size=50, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=8),
+        AutoModelForCausalLM,
+        LAYERS * 12 * WIDTH**2,
+        {"transformer.wte.weight": "embedding, tied to lm_head.weight", "transformer.wpe.weight": "embedding"},
+    ),
+    "llama": (
+        LlamaConfig(**DECODER),
+        AutoModelForCausalLM,
+        LAYERS * (3 * WIDTH**2 + 3 * WIDTH * INNER),
+        {"model.embed_tokens.weight": "embedding", "lm_head.weight": "outside of the stacks"},
+    ),
+    "qwen2": (
+        Qwen2Config(**DECODER, **TIED),
+        AutoModelForCausalLM,
+        LAYERS * (3 * WIDTH**2 + 3 * WIDTH * INNER),
+        {"model.embed_tokens.weight": "embedding, tied to lm_head.weight"},
+    ),
+    "qwen3": (
+        Qwen3Config(**DECODER, **TIED, head_dim=16),  # heads twice as wide together as the model
+        AutoModelForCausalLM,
+        LAYERS * (6 * WIDTH**2 + 3 * WIDTH * INNER),
+        {"model.embed_tokens.weight": "embedding, tied to lm_head.weight"},
+    ),
+    "t5": (
+        T5Config(vocab_size=50, d_model=WIDTH, d_kv=8, num_heads=2, d_ff=INNER, num_layers=LAYERS),
+        AutoModelForSeq2SeqLM,
+        LAYERS * (3 * SQUARES + 2 * 2 * WIDTH * INNER),
+        {
+            "shared.weight": "embedding, tied to encoder.embed_tokens.weight, decoder.embed_tokens.weight, "
+            "lm_head.weight"
+        }
+        | {
+            f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "embedding"
+            for part in ("encoder", "decoder")
+        },
+    ),
+    "bart": (
+        BartConfig(**BOTH),
+        AutoModelForSeq2SeqLM,
+        LAYERS * (3 * SQUARES + 2 * 2 * WIDTH * INNER),
+        {
+            "model.shared.weight": "embedding, tied to model.encoder.embed_tokens.weight, "
+            "model.decoder.embed_tokens.weight, lm_head.weight"
+        }
+        | {f"model.{part}.embed_positions.weight": "embedding" for part in ("encoder", "decoder")},
+    ),
+    "vit": (
+        ViTConfig(**IMAGE),
+        AutoModelForImageClassification,
+        LAYERS * (SQUARES + 2 * WIDTH * INNER),
+        dict.fromkeys(
+            ["vit.embeddings.cls_token", "vit.embeddings.position_embeddings", f"vit.{PATCHES}", "classifier.weight"],
+            "outside of the stacks",
+        ),
+    ),
+    "deit": (
+        DeiTConfig(**IMAGE, architectures=["DeiTForImageClassification"]),
+        AutoModelForImageClassification,
+        LAYERS * (SQUARES + 2 * WIDTH * INNER),
+        dict.fromkeys(
+            [f"deit.embeddings.{name}" for name in ("cls_token", "distillation_token", "position_embeddings")]
+            + [f"deit.{PATCHES}", "classifier.weight"],
+            "outside of the stacks",
+        ),
+    ),
+    "mixtral": (
+        MixtralConfig(**DECODER, num_local_experts=4),
+        AutoModelForCausalLM,
+        LAYERS * (3 * WIDTH**2 + 4 * 3 * WIDTH * INNER),
+        {"model.embed_tokens.weight": "embedding", "lm_head.weight": "outside of the stacks"}
+        | {f"model.layers.{i}.mlp.gate.weight": "router" for i in range(LAYERS)},
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig(**DECODER, **EXPERTS, shared_expert_intermediate_size=20),
+        AutoModelForCausalLM,
+        LAYERS * (3 * WIDTH**2 + 4 * 3 * WIDTH * 12 + 3 * WIDTH * 20),
+        {"model.embed_tokens.weight": "embedding", "lm_head.weight": "outside of the stacks"}
+        | {
+            f"model.layers.{i}.mlp.{gate}.weight": "router"
+            for i in range(2)
+            for gate in ("gate", "shared_expert_gate")
+        },
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig(**DECODER, **EXPERTS, head_dim=8),
+        AutoModelForCausalLM,
+        LAYERS * (3 * WIDTH**2 + 4 * 3 * WIDTH * 12),
+        {"model.embed_tokens.weight": "embedding", "lm_head.weight": "outside of the stacks"}
+        | {f"model.layers.{i}.mlp.gate.weight": "router" for i in range(LAYERS)},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_of_other_families(family, caplog):
+    caplog.set_level("INFO", "mfac_hf.pruning.targets")
+    config, head, weights, others = FAMILIES[family]
+    model = head.from_config(config)
+    targets = find_targets(model)
+    assert sum(weight.numel() for weight in targets.values()) == weights
+    assert left_out(model, targets) == others
+    [message] = [record.getMessage() for record in caplog.records]  # and no warning
+    assert all(name in message for name in folded(targets)) and all(name in message for name in folded(others))
+    one = next(iter(targets))
+    assert set(left_out(model, [one]).items()) >= others.items() and len(left_out(model, [])) == len(targets | others)
+
+
+def test_names_of_layers_are_folded():
+    names = ["a.0.experts.expert_1.wi_0.weight", "a.12.experts.expert_3.wi_0.weight", "a.1.wi_1.weight", "0.weight"]
+    assert folded(names) == ["a.*.experts.expert_*.wi_0.weight (2)", "a.1.wi_1.weight", "0.weight"]
+
+
 def test_layers_that_store_their_weights_transposed_are_linear_too():
     config = GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2)
     model = AutoModelForSequenceClassification.from_config(config)
     targets = find_targets(model)
     assert sum(weight.numel() for weight in targets.values()) == 12 * 16 * 16
-    assert stored_by_inputs(model, targets) == set(targets)
-    assert stored_by_inputs(bert(), find_targets(bert())) == set()
+    assert set(Layout.of(model, targets).by_inputs) == set(targets)
 
 
 def test_convolutions_and_the_classifier_of_a_vision_model():
@@ -236,12 +377,11 @@ def test_layers_for_sparse_inference_are_refused():
 
 
 def test_matrices_of_no_linear_layer_are_named(caplog):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = MixtralConfig(vocab_size=20, num_hidden_layers=1, num_local_experts=2, **sizes)
+    config = MambaConfig(vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=2)
     targets = find_targets(AutoModelForCausalLM.from_config(config))
-    assert [name.split(".")[-2] for name in targets] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    experts = "model.layers.0.mlp.experts"
-    assert f"{experts}.gate_up_proj, {experts}.down_proj" in caplog.text and "embed" not in caplog.text
+    assert [name.split(".")[-2] for name in targets] == 2 * ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.endswith("no linear layer: backbone.layers.*.mixer.A_log (2)")
 
 
 def test_a_transformer_without_linear_layers_in_its_stacks_is_not_pruned_elsewhere():
@@ -249,7 +389,8 @@ def test_a_transformer_without_linear_layers_in_its_stacks_is_not_pruned_elsewhe
     for layer in model.bert.encoder.layer:
         for module in [module for module in layer.modules() if isinstance(module, nn.Linear)]:
             module.__class__ = type("OwnLayer", (nn.Module,), {})
-    with pytest.raises(ValueError, match="no linear layer and no convolution in its stacks"):
+    expected = r"in its stacks, but bert.*word_embeddings.weight, .* \(embedding\); .*layer.\*.*query.weight \(2\)"
+    with pytest.raises(ValueError, match=expected.replace("in its stacks", "in its stacks of layers")):
         find_targets(model)
 
 
