@@ -67,7 +67,10 @@ def _add_method(group: Any) -> None:
     add("fisher", "empirical is the paper's; scaled sees examples that the model gets right", choices=get_args(Fisher))
     add("fisher-floor", "least norm by which the scaled Fisher divides", type=float)
     group.add_argument(
-        "--targets", nargs="+", metavar="REGEX", help="parameters to prune (default: linear layers of the encoder)"
+        "--targets",
+        nargs="+",
+        metavar="REGEX",
+        help="parameters to prune (default: linear layers and experts of all layers)",
     )
     add("recomputations", "sub-steps, each with new gradients", type=int)
     add("num-grads", "gradients in each sub-step", type=int)
@@ -192,10 +195,12 @@ def _save(
 def _show(
     tuned: FineTuned, report: PruningReport, before: dict[str, float] | None, after: dict[str, float] | None
 ) -> None:
-    """Print the metrics before and after, and the sparsity of each target."""
+    """Print the metrics before and after, the sparsity of each target, and what is none."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from mfac_hf.pruning.targets import grouped, left_out
 
     console = Console()
     if before is not None and after is not None:
@@ -211,3 +216,4 @@ def _show(
     for name, sparsity in report.sparsities.items():
         table.add_row(Text(name), f"{sparsity:.2%}")
     console.print(table)
+    console.print(Text(f"Left out: {grouped(left_out(tuned.model, report.sparsities))}"))

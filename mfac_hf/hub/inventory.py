@@ -19,7 +19,7 @@ from mfac_hf.sparse.files import distinct, save_sparse
 
 __all__ = ["describe_weights", "file_sizes", "find_model_directory"]
 
-# Buffers, not weights: statistics of normalisation layers and tables of positions.
+# Buffers, not weights, where the class of the model is not known.
 _STATISTICS = re.compile(r"(running_mean|running_var|num_batches_tracked|position_ids|token_type_ids)$")
 # `find_model_directory` downloads these and the smallest weight files.
 _DESCRIPTIONS = ("config.json", MASKS_NAME)
@@ -51,6 +51,7 @@ def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any
         network, weights = open_weights(model)
     targets = _targets(model, network)
     first_names = _first_names(network)
+    buffers = {name for name, _ in network.named_buffers()} if network is not None else set()
     seen: set[str] = set()
     total, pruned, tensors = {"numel": 0, "zeros": 0}, {"numel": 0, "zeros": 0}, []
     for name, tensor in weights:
@@ -58,7 +59,7 @@ def describe_weights(model: nn.Module | str | os.PathLike[str]) -> dict[str, Any
         if name in seen:  # a file may hold a tied tensor twice
             continue
         seen.add(name)
-        if _STATISTICS.search(name) or not tensor.is_floating_point():
+        if name in buffers or _STATISTICS.search(name) or not tensor.is_floating_point():
             continue
         counts = {"numel": tensor.numel(), "zeros": tensor.numel() - int((tensor != 0).sum())}
         target = tensor.ndim > 1 if targets is None else name in targets

@@ -15,7 +15,7 @@ from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.pruning.experts import expert_weights, router_weights
 from mfac_hf.pruning.masks import shortened
 
-__all__ = ["find_targets", "folded", "left_out"]
+__all__ = ["find_targets", "folded", "grouped", "left_out"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | str | None = None) 
             where = "in its stacks of layers" if stacks else "at all"
             raise ValueError(
                 f"nothing to prune: {type(model).__name__} has no linear layer and no convolution {where}, but "
-                f"{_grouped(others)}; name targets by regular expressions"
+                f"{grouped(others)}; name targets by regular expressions"
             )
         _tell(model, targets, others)
     else:
@@ -215,7 +215,7 @@ def _refuse_computed(computed: dict[str, str]) -> None:
 
 def _tell(model: nn.Module, targets: Collection[str], others: Mapping[str, str]) -> None:
     """Log what is pruned and what is not, and warn of matrices of own kinds in the stacks."""
-    logger.info("to be pruned: %s. Left out: %s", ", ".join(folded(targets)), _grouped(others))
+    logger.info("to be pruned: %s. Left out: %s", ", ".join(folded(targets)), grouped(others))
     own = [name for name, kind in others.items() if kind == _OWN and _is_matrix(model.get_parameter(name))]
     if own:
         logger.warning(
@@ -236,7 +236,7 @@ def folded(names: Iterable[str]) -> list[str]:
     return [found[0] if len(found) == 1 else f"{name} ({len(found)})" for name, found in alike.items()]
 
 
-def _grouped(kinds: Mapping[str, str]) -> str:
+def grouped(kinds: Mapping[str, str]) -> str:
     """Write names by kind, for a message."""
     by_kind: dict[str, list[str]] = {}
     for name, kind in kinds.items():

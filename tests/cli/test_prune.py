@@ -60,6 +60,8 @@ def test_the_directory_has_a_sparse_model_its_masks_and_the_report(prune, model,
     shown = capsys.readouterr().out
     assert f"{record['before']['eval_accuracy']:.4f}" in shown and f"{record['after']['eval_loss']:.4f}" in shown
     assert "60.00%" in shown and f"all {total:,} weights" in shown
+    left_out = "bert.embeddings.word_embeddings.weight, bert.embeddings.position_embeddings.weight"
+    assert f"Left out: {left_out}" in " ".join(shown.split()) and "classifier.weight (outside of the stacks)" in shown
     assert (out / "tokenizer.json").exists() or (out / "vocab.txt").exists()
 
 

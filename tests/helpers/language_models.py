@@ -2,7 +2,14 @@
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from mfac_hf.tasks.toy import toy_dataset
 
@@ -28,17 +35,31 @@ def loader(examples, batch_size=16):
     return DataLoader(examples, batch_size=batch_size, collate_fn=padded)
 
 
+COMMON = {"initializer_range": 0.06, "pad_token_id": PAD, "eos_token_id": END}
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+
+
 def gpt2(vocabulary, width=32):
     sizes = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": vocabulary}
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.06, pad_token_id=PAD, eos_token_id=END))
+    return GPT2LMHeadModel(GPT2Config(**sizes, **COMMON))
 
 
 def llama(vocabulary, width=32):
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "vocab_size": vocabulary}
+    sizes = SIZES | {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": vocabulary}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.06, pad_token_id=PAD, eos_token_id=END))
+    return LlamaForCausalLM(LlamaConfig(**sizes, **COMMON))
+
+
+def mixtral(vocabulary, width=32):
+    sizes = SIZES | {
+        "hidden_size": width,
+        "intermediate_size": width,
+        "vocab_size": vocabulary,
+        "num_local_experts": 4,
+    }
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**sizes, **COMMON))
 
 
 def trained(model, examples, steps=150):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import BartConfig, BartForConditionalGeneration
 
 from mfac_hf import save_sparse
 from mfac_hf.hub.inventory import describe_weights, file_sizes
@@ -20,6 +21,18 @@ def test_weights_are_counted_alike_in_models_and_files(bert, tmp_path):
     assert len(targets) == 12 and all(".encoder.layer." in name for name in targets)
     with pytest.raises(FileNotFoundError, match="holds no model"):
         describe_weights(tmp_path)
+
+
+def test_buffers_are_no_weights_of_a_file(tmp_path):
+    """BART keeps a bias of its logits among them, (1, vocabulary), and all zero."""
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes |= {"vocab_size": 30, "d_model": 8, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12}
+    model = BartForConditionalGeneration(BartConfig(**sizes))
+    save_sparse(model, tmp_path / "sparse", sparse_only=True)
+    model.save_pretrained(tmp_path / "dense")
+    counts = describe_weights(model)
+    assert counts["numel"] == model.num_parameters()
+    assert describe_weights(tmp_path / "sparse") == describe_weights(tmp_path / "dense") == counts
 
 
 def test_wrappers_change_nothing(bert):

@@ -351,14 +351,16 @@ def make_mixtral():
     return MixtralForCausalLM(config), [{"input_ids": each, "labels": each} for each in ids]
 
 
-@pytest.mark.parametrize("make", [make_vit, make_mixtral])
-def test_models_with_other_names_on_disk_resume(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "options"), [(make_vit, {"method": "magnitude"}), (make_mixtral, FAST)], ids=["vit", "mixtral"]
+)
+def test_models_with_other_names_on_disk_resume(make, options, tmp_path):
     """Trainer by itself leaves out each weight whose name on disk is not the one in memory."""
 
     def run(seed):
         set_seed(seed)
         model, data = make()
-        pruning = MFACPruningCallback(SCHEDULE, method="magnitude")
+        pruning = MFACPruningCallback(SCHEDULE, **options)
         trainer = make_trainer(tmp_path, callbacks=[pruning], model=model, max_steps=12)
         trainer.train_dataset = data
         return trainer
