@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mfac_hf.pruning.oneshot import prune_one_shot
     from mfac_hf.pruning.options import PruningOptions, PruningReport
     from mfac_hf.pruning.schedule import SparsitySchedule
-    from mfac_hf.pruning.targets import find_targets
+    from mfac_hf.pruning.targets import find_targets, left_out
     from mfac_hf.pruning.trainer.callback import MFACPruningCallback
     from mfac_hf.pruning.trainer.distillation import Distillation
 
@@ -23,6 +23,7 @@ _MODULES = {
     "PruningReport": "mfac_hf.pruning.options",
     "SparsitySchedule": "mfac_hf.pruning.schedule",
     "find_targets": "mfac_hf.pruning.targets",
+    "left_out": "mfac_hf.pruning.targets",
     "masks_from_sparse_model": "mfac_hf.pruning.masks",
     "prune_one_shot": "mfac_hf.pruning.oneshot",
     "prune_to": "mfac_hf.pruning.engine",
@@ -36,6 +37,7 @@ __all__ = [
     "PruningReport",
     "SparsitySchedule",
     "find_targets",
+    "left_out",
     "masks_from_sparse_model",
     "prune_one_shot",
     "prune_to",
