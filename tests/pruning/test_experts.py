@@ -83,7 +83,7 @@ class PairExperts(nn.Module):
     def __init__(self, out, inputs, transposed):
         super().__init__()
         self.is_transposed = transposed
-        self.up_proj = nn.Parameter(torch.empty(4, inputs, out) if transposed else torch.empty(4, out, inputs))
+        self.up_proj = nn.Parameter(torch.randn(4, inputs, out) if transposed else torch.randn(4, out, inputs))
 
     def forward(self, x, gates):
         matrices = self.up_proj if self.is_transposed else self.up_proj.mT
