@@ -46,7 +46,13 @@ def examples(kind):
     return data
 
 
+def adapted():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(bert(), peft.LoraConfig(task_type="SEQ_CLS", r=2))
+
+
 MODELS = {
+    "adapted": (adapted, "classes"),
     "classifier": (bert, "classes"),
     "regression": (lambda: bert(num_labels=1), "regression"),
     "causal": (gpt2, "causal"),
@@ -92,6 +98,7 @@ def averaged(outputs, labels, num_items_in_batch=None):
     [
         ("classifier", {}, True),
         ("regression", {}, True),
+        ("adapted", {}, True),
         ("causal", {}, False),
         ("answers", {}, False),  # nothing is called labels: Trainer has no number, and divides
         ("classifier", {"trainer_class": OwnLoss}, False),

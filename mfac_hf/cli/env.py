@@ -188,6 +188,8 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
         add("nvcc", f"CUDA {fallback} install the CUDA toolkit, or name its folder in CUDA_HOME")
     if importlib.util.find_spec("matplotlib") is None:
         add("matplotlib", "no loss-curve pictures: pip install 'mfac_hf[plots]'")
+    if importlib.util.find_spec("peft") is None:
+        add("peft", "no LoRA in the training scripts: pip install 'mfac_hf[lora]'")
     return missing
 
 

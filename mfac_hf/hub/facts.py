@@ -77,7 +77,8 @@ def collect(
     Raises:
         MissingResultsError: there is no run, a file lacks results, or sparse weights lack dense results.
         FileNotFoundError: a result file or the model is missing.
-        ValueError: the runs belong to different tasks or to other weights, or a dense one records a pruning.
+        ValueError: the runs belong to different tasks or to other weights, or trained an adapter that is not there, or
+            a dense one records a pruning.
     """
     if not runs:
         raise MissingResultsError("no result file: a card needs the results.json of at least one run")
@@ -89,6 +90,11 @@ def collect(
     read = [read_run(run, sparsity=sparsity if targets["numel"] else None, strict=strict) for run in runs]
     dense = [_read_dense(run) for run in options.dense]
     check_consistent(read, dense)
+    if "adapter" not in described["model"] and any("parameters" in run for run in read):
+        raise ValueError(
+            "the run trained an adapter, and these weights are a whole model, maybe left in its directory by an earlier "
+            "run: move them away, or give the directory of the adapter"
+        )
     if again := [run["seed"] for run in dense if run in read]:
         raise ValueError(
             f"the run of seed {again[0]} is given as a result and as dense; leave it out of the dense ones"

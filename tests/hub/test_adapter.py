@@ -159,6 +159,8 @@ def test_what_is_saved_in_full_is_named(adapter):
         "full (64). All other weights are those of the base model."
     ) in text
     assert "score" not in text and 'from_pretrained("user/adapter", num_labels=3)' in text
+    with pytest.raises(ValueError, match="the run trained an adapter, and these weights are a whole model"):
+        collect([results], model=sparse_bert())
     facts["model"]["adapter"] = {key: found[key] for key in ("type", "base", "base_class", "settings")}
     assert 'from_pretrained("user/adapter")' in str(build_card(facts, "user/adapter")), "written by an older version"
 
