@@ -92,8 +92,8 @@ def collect(
     check_consistent(read, dense)
     if "adapter" not in described["model"] and any("parameters" in run for run in read):
         raise ValueError(
-            "the run trained an adapter, and these weights are a whole model, maybe left in its directory by an earlier "
-            "run: move them away, or give the directory of the adapter"
+            "the run trained an adapter, and these weights are a whole model, maybe left in its directory by an "
+            "earlier run: move them away, or give the directory of the adapter"
         )
     if again := [run["seed"] for run in dense if run in read]:
         raise ValueError(
