@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import io
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -139,9 +140,15 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
     '2.0 ± 1.0'
     >>> mean_and_deviation([1.234], digits=2)
     '1.23'
+    >>> mean_and_deviation([1.0, math.nan])
+    'nan ± nan'
     """
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    # Python 3.11's stdev raises AttributeError where a value is not finite, as that of a run that diverged.
+    deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{mean} ± {deviation:.{digits}f}"
 
 
 def new_figure(width: float, height: float) -> Figure | None:

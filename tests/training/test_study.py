@@ -42,6 +42,8 @@ def test_a_study_says_what_it_lacks(tmp_path):
 def test_mean_and_deviation():
     assert mean_and_deviation([1.234], 2) == "1.23"
     assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert mean_and_deviation([1.0, float("nan")]) == mean_and_deviation([float("nan")] * 3) == "nan ± nan"
+    assert mean_and_deviation([1.0, float("inf")]) == "inf ± nan"
 
 
 def test_missing_matplotlib_is_said(monkeypatch, capsys):
