@@ -48,6 +48,7 @@ from mfac_hf.pruning.damping import Dampings
 from mfac_hf.pruning.engine import substep_seed
 from mfac_hf.pruning.gradient_source import GradientSet
 from mfac_hf.pruning.gradients import DataLoaderGradients
+from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.storage import write_text
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
@@ -191,8 +192,9 @@ class Pruner:
         """Prune to every sparsity with every damping, from one gradient set; the model is each proposal in turn."""
         masks, started = self.restart(), time.perf_counter()
         parameters = masks.parameters(self.model)
+        layout = Layout.of(self.model, parameters)
         if options.method == "magnitude":
-            proposals = magnitude_step(parameters, masks, sparsities, options)
+            proposals = magnitude_step(parameters, masks, sparsities, options, layout)
         else:
             source = self.source(options)
             proposals = mfac_step(
@@ -203,6 +205,7 @@ class Pruner:
                 GradientSet(source, self.model, options.num_grads, substep_seed(options.seed, 1)),
                 groups=plan_groups(parameters, options, source),
                 dampings=Dampings(tuple(dampings)) if dampings else Dampings.of_options(options),
+                layout=layout,
             )
         seconds = (time.perf_counter() - started) / len(proposals)
         for proposal in proposals:
