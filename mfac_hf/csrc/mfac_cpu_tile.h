@@ -11,44 +11,45 @@
 
 namespace mfac {
 
-// ROWS rows of two vectors each: half of the registers where there are 32 of 64 bytes, enough that additions need not wait.
-template <typename A>
+// R rows of V vectors each. The usual size takes half of the registers where there are 32 of 64 bytes, enough that additions need
+// not wait; smaller tiles are for the edges of a matrix.
+template <typename A, int R = ROWS, int V = 2>
 struct Tile {
-  static constexpr int64_t WIDTH = 2 * Lanes<A>::COUNT;
-  Vector<A> v[ROWS][2];
+  static constexpr int64_t WIDTH = V * Lanes<A>::COUNT;
+  Vector<A> v[R][V];
 };
 
-template <typename A>
-inline void read(Tile<A>& t, const A* p, int64_t stride) {
+template <typename A, int R, int V>
+inline void read(Tile<A, R, V>& t, const A* p, int64_t stride) {
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) {
-    t.v[r][0] = load<A>(p + r * stride);
-    t.v[r][1] = load<A>(p + r * stride + Lanes<A>::COUNT);
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int i = 0; i < V; ++i) t.v[r][i] = load<A>(p + r * stride + i * Lanes<A>::COUNT);
   }
 }
 
-template <typename A>
-inline void write(const Tile<A>& t, A* p, int64_t stride) {
+template <typename A, int R, int V>
+inline void write(const Tile<A, R, V>& t, A* p, int64_t stride) {
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) {
-    std::memcpy(p + r * stride, &t.v[r][0], sizeof(Vector<A>));
-    std::memcpy(p + r * stride + Lanes<A>::COUNT, &t.v[r][1], sizeof(Vector<A>));
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int i = 0; i < V; ++i) std::memcpy(p + r * stride + i * Lanes<A>::COUNT, &t.v[r][i], sizeof(Vector<A>));
   }
 }
 
-// t -= sum over k of left[k, 0..ROWS)^T right[k, 0..WIDTH), or += with PLUS; both operands have count rows, stride numbers apart.
-template <bool PLUS, typename A>
-inline void add_products(Tile<A>& t, const A* left, const A* right, int64_t count, int64_t stride) {
+// t -= sum over k of left[k, 0..R)^T right[k, 0..WIDTH), or += with PLUS; both operands have count rows, stride numbers apart.
+template <bool PLUS, typename A, int R, int V>
+inline void add_products(Tile<A, R, V>& t, const A* left, const A* right, int64_t count, int64_t stride) {
   for (int64_t k = 0; k < count; ++k, left += stride, right += stride) {
-    const Vector<A> v0 = load<A>(right), v1 = load<A>(right + Lanes<A>::COUNT);
+    Vector<A> v[V];
+#pragma GCC unroll 2
+    for (int i = 0; i < V; ++i) v[i] = load<A>(right + i * Lanes<A>::COUNT);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      if constexpr (PLUS) {
-        t.v[r][0] += left[r] * v0;
-        t.v[r][1] += left[r] * v1;
-      } else {
-        t.v[r][0] -= left[r] * v0;
-        t.v[r][1] -= left[r] * v1;
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < V; ++i) {
+        if constexpr (PLUS) t.v[r][i] += left[r] * v[i];
+        else t.v[r][i] -= left[r] * v[i];
       }
     }
   }
@@ -61,8 +62,8 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 template <typename A>
 class Workspace {
  public:
-  Workspace(int64_t n, int64_t rows)
-      : stride((round_up(n, Tile<A>::WIDTH) / LANES + 2 | 1) * LANES), storage_(rows * stride + LINE / sizeof(A)) {
+  Workspace(int64_t n, int64_t rows, int64_t padding = Tile<A>::WIDTH)
+      : stride((round_up(n, padding) / LANES | 1) * LANES), storage_(rows * stride + LINE / sizeof(A)) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.data());
     data = storage_.data() + (round_up(address, LINE) - address) / sizeof(A);
   }

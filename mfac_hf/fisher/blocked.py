@@ -16,7 +16,7 @@ only panels on and below the diagonal of each block are computed and kept: the m
 Source: Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021,
 section 3.1, whose recursion is in `mfac_hf.fisher.reference`.
 
-Shape suffixes: N gradients added at once, M gradients, D parameters, K blocks, B block size, P width of a panel.
+Shape suffixes: N gradients added at once, M gradients, D parameters, K blocks, B block size, T numbers of a triangle.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,9 @@ from torch import Tensor
 
 from mfac_hf.fisher.definite import check_damping, factor_blocks, inverse_blocks, solve_blocks
 from mfac_hf.fisher.options import MAX_NORM
-from mfac_hf.ops.blocks import add_gram, blocks_of
+from mfac_hf.ops.blocks import add_gram, blocks_of, triangle, unpack_gram
 
 __all__ = ["BlockedFisher"]
-
-# Width of the panels that hold the lower triangle of a block: narrower ones save more products, and make them slower.
-PANEL = 64
 
 # Single gradients are collected until there are this many: adding them one by one would read all sums each time.
 PENDING_ROWS = 32
@@ -40,8 +37,10 @@ PENDING_ROWS = 32
 # Gradients multiplied at once.
 ROWS_AT_ONCE = 512
 
-# Bytes of the (B, B) matrices that are factored at once: allocators return 32 MiB and more to the system each time.
-CHUNK_BYTES = 1 << 24
+# Bytes of the (B, B) matrices that are worked on at once: on a CPU, what a core's caches hold of them and their
+# inverses.
+CHUNK_BYTES = {"cpu": 1 << 21}
+LARGE_CHUNK_BYTES = 1 << 24
 
 
 class BlockedFisher:
@@ -98,16 +97,8 @@ class BlockedFisher:
         self._pending = 0
         rows = num_grads if self.is_dual else min(PENDING_ROWS, num_grads)
         self._rows_MD = torch.empty(rows, dim, dtype=dtype, device=self.device)
-        self._panels_KBP = [
-            torch.zeros(
-                self.num_blocks,
-                self.block_size - start,
-                min(PANEL, self.block_size - start),
-                dtype=torch.float64,
-                device=self.device,
-            )
-            for start in ([] if self.is_dual else range(0, self.block_size, PANEL))
-        ]
+        shape = (0 if self.is_dual else self.num_blocks, triangle(self.block_size))
+        self._sums_KT = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     @staticmethod
     def nbytes(dim: int, block_size: int, num_grads: int, *, dtype: torch.dtype = torch.float32) -> int:
@@ -122,8 +113,7 @@ class BlockedFisher:
         block_size = min(block_size, dim)
         if num_grads < block_size:
             return num_grads * dim * dtype.itemsize
-        panels = sum((block_size - start) * min(PANEL, block_size - start) for start in range(0, block_size, PANEL))
-        return -(-dim // block_size) * panels * 8 + min(PENDING_ROWS, num_grads) * dim * dtype.itemsize
+        return -(-dim // block_size) * triangle(block_size) * 8 + min(PENDING_ROWS, num_grads) * dim * dtype.itemsize
 
     @property
     def damping(self) -> float:
@@ -201,16 +191,15 @@ class BlockedFisher:
             self._pending = 0
 
     def _accumulate(self, grads_ND: Tensor) -> None:
-        """Add `Gᵀ G` of these gradients to the panels."""
-        for panel_KBP, start in zip(self._panels_KBP, range(0, self.block_size, PANEL), strict=True):
-            add_gram(panel_KBP, grads_ND, self.block_size, start)
+        """Add `Gᵀ G` of these gradients to the sums."""
+        add_gram(self._sums_KT, grads_ND, self.block_size)
 
     def _finish(self) -> None:
         """Bring the sums up to date, over all ranks."""
         self._flush()
         if self.process_group is not None and not self._reduced:
             total = torch.tensor(self._count, device=self.device)
-            for tensor in (*self._panels_KBP, total):
+            for tensor in (self._sums_KT, total):
                 dist.all_reduce(tensor, group=self.process_group)
             self._count = int(total)
             self._reduced = True
@@ -219,30 +208,43 @@ class BlockedFisher:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of blocks whose matrices fit into a bounded workspace together."""
-        at_once = max(1, CHUNK_BYTES // (self.block_size**2 * 8))
+        at_once = max(1, CHUNK_BYTES.get(self.device.type, LARGE_CHUNK_BYTES) // (self.block_size**2 * 8))
         for first in range(0, self.num_blocks, at_once):
             yield first, min(first + at_once, self.num_blocks)
 
-    def matrices(self, first: int, last: int) -> Tensor:
+    def matrices(self, first: int, last: int, keep_KB: Tensor | None = None) -> Tensor:
         r""":math:`F_b` of blocks ``first`` to ``last``: shape (k, B, B), float64, :math:`\lambda I` beyond the end.
+
+        Args:
+            first: the first block.
+            last: the one after the last block.
+            keep_KB: mask of coordinates; those that are not kept get the row and the column of the identity.
 
         Raises:
             RuntimeError: if no gradient was added.
         """
         self._finish()
-        size = self.block_size
-        if self.is_dual:
-            grads_KMB = blocks_of(self._rows_MD[: self.count], self.block_size, first, last)
-            fisher_KBB = torch.bmm(grads_KMB.mT, grads_KMB)
-        else:
-            fisher_KBB = torch.empty(last - first, size, size, dtype=torch.float64, device=self.device)
-            for panel_KBP, start in zip(self._panels_KBP, range(0, size, PANEL), strict=True):
-                stop = start + panel_KBP.shape[2]
-                fisher_KBB[:, start:, start:stop] = panel_KBP[first:last]
-                fisher_KBB[:, start:stop, stop:] = panel_KBP[first:last, stop - start :].mT
-        fisher_KBB /= self.count
-        fisher_KBB.diagonal(dim1=1, dim2=2).add_(self.damping)
+        if not self.is_dual:
+            return unpack_gram(self._sums_KT[first:last], self.block_size, self.count, self.damping, keep_KB)
+        grads_KMB = blocks_of(self._rows_MD[: self.count], self.block_size, first, last)
+        if keep_KB is not None:
+            grads_KMB *= keep_KB.unsqueeze(1)
+        fisher_KBB = torch.bmm(grads_KMB.mT, grads_KMB).div_(self.count)
+        diagonal_KB = fisher_KBB.diagonal(dim1=1, dim2=2)
+        diagonal_KB += self.damping if keep_KB is None else torch.where(keep_KB, self.damping, 1.0)
         return fisher_KBB
+
+    def squares(self) -> Tensor:
+        r""":math:`\sum_i g_i^2` over all gradients, entry by entry: shape (d,), float64.
+
+        Raises:
+            RuntimeError: if no gradient was added.
+        """
+        self._finish()
+        if self.is_dual:
+            return self._rows_MD[: self.count].double().square().sum(dim=0)
+        rows_B = torch.arange(self.block_size, device=self.device)
+        return self._sums_KT[:, rows_B * (rows_B + 3) // 2].flatten()[: self.dim]
 
     def _dual_factor(self, first: int, last: int) -> Tensor:
         """`W = L⁻¹ G_b` of blocks ``first`` to ``last``: shape (k, m, B), float64."""

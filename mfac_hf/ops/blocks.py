@@ -4,7 +4,8 @@ PyTorch's batched float64 Cholesky calls LAPACK once for each matrix, which is s
 rows, and its batched products know nothing of symmetry. So there are native kernels, and the PyTorch implementations
 below answer where none is registered (`mfac_hf.ops.registry`).
 
-Shape suffixes: K matrices, B their rows, N gradients, D parameters, P width of a panel.
+Shape suffixes: K matrices, B their rows, T numbers on and below the diagonal, N gradients, D parameters, P rows at
+once.
 """
 
 import torch
@@ -12,31 +13,62 @@ from torch import Tensor
 
 from mfac_hf.ops.registry import operators_for, register
 
-__all__ = ["add_gram", "spd_inverse", "spd_solve"]
+__all__ = ["add_gram", "spd_inverse", "spd_solve", "triangle", "unpack_gram"]
 
 # Rows of the largest matrices for the native kernels, which hold one in a core's own cache. Beyond, PyTorch is faster:
 # its threads share a matrix.
 NATIVE_ROWS = 512
 
+# Rows of a block whose products PyTorch computes at once, with all columns up to the last one's diagonal.
+PANEL = 64
+
 # Bytes of the float64 copy that PyTorch multiplies at once: it should stay in a core's own cache.
 COPY_BYTES = 1 << 20
 
 
-def add_gram(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) -> None:
-    r"""Add a panel of :math:`G_b^\top G_b` for each block b, in float64.
+def triangle(size: int) -> int:
+    """Return how many numbers a symmetric matrix of ``size`` rows has on and below its diagonal.
+
+    >>> triangle(3)
+    6
+    """
+    return size * (size + 1) // 2
+
+
+def add_gram(sums_KT: Tensor, grads_ND: Tensor, block_size: int) -> None:
+    r"""Add :math:`G_b^\top G_b` for each block b, in float64.
 
     Args:
-        sums_KBP: columns ``start`` to ``start + P`` of the sums, from row ``start`` on; float64, contiguous.
+        sums_KT: the sums on and below the diagonal of each block, row after row; float64, contiguous.
         grads_ND: gradients as rows. :math:`G_b` has ``block_size`` consecutive columns of them, zeros beyond the end.
         block_size: columns of a block.
-        start: the first row and column of the panel.
 
     Raises:
         RuntimeError: shapes do not fit; from a native kernel also for another dtype or layout.
     """
     if block_size > NATIVE_ROWS:
-        return _add_gram(sums_KBP, grads_ND, block_size, start)
-    operators_for(grads_ND).add_gram(sums_KBP, grads_ND, block_size, start)
+        return _add_gram(sums_KT, grads_ND, block_size)
+    operators_for(grads_ND).add_gram(sums_KT, grads_ND, block_size)
+
+
+def unpack_gram(
+    sums_KT: Tensor, block_size: int, divisor: float, damping: float, keep_KB: Tensor | None = None
+) -> Tensor:
+    r"""Return :math:`\lambda I + S_b / n` for the sums :math:`S_b` of each block: shape (k, b, b), float64.
+
+    Args:
+        sums_KT: sums as `add_gram` makes them.
+        block_size: rows of a block.
+        divisor: n.
+        damping: :math:`\lambda`.
+        keep_KB: mask of coordinates; those that are not kept get the row and the column of the identity.
+
+    Raises:
+        RuntimeError: shapes do not fit; from a native kernel also for another dtype or layout.
+    """
+    if block_size > NATIVE_ROWS:
+        return _unpack_gram(sums_KT, block_size, divisor, damping, keep_KB)
+    return operators_for(sums_KT).unpack_gram(sums_KT, block_size, divisor, damping, keep_KB)
 
 
 def blocks_of(grads_ND: Tensor, block_size: int, first: int, last: int) -> Tensor:
@@ -86,16 +118,36 @@ def spd_solve(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]:
     return operators_for(matrices_KBB).spd_solve(matrices_KBB, x_KB)
 
 
-def _add_gram(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) -> None:
-    blocks, height, width = sums_KBP.shape
-    if (blocks, start + height) != (-(-grads_ND.shape[1] // block_size), block_size) or width > height:
+def _add_gram(sums_KT: Tensor, grads_ND: Tensor, block_size: int) -> None:
+    blocks, length = sums_KT.shape
+    if (blocks, length) != (-(-grads_ND.shape[1] // block_size), triangle(block_size)):
         raise RuntimeError(
-            f"sums {tuple(sums_KBP.shape)} do not fit blocks of {block_size} in {grads_ND.shape[1]} columns"
+            f"sums {tuple(sums_KT.shape)} do not fit blocks of {block_size} in {grads_ND.shape[1]} columns"
         )
     at_once = max(1, COPY_BYTES // max(1, len(grads_ND) * block_size * 8))
     for first in range(0, blocks, at_once):
         grads_KNB = blocks_of(grads_ND, block_size, first, min(first + at_once, blocks))
-        sums_KBP[first : first + at_once].baddbmm_(grads_KNB[:, :, start:].mT, grads_KNB[:, :, start : start + width])
+        for top in range(0, block_size, PANEL):
+            last = min(top + PANEL, block_size)
+            rows_KPB = torch.bmm(grads_KNB[:, :, top:last].mT, grads_KNB[:, :, :last])
+            at_T = torch.tril_indices(last - top, last, top, device=sums_KT.device)
+            sums_KT[first : first + at_once, triangle(top) : triangle(last)] += rows_KPB[:, at_T[0], at_T[1]]
+
+
+def _unpack_gram(
+    sums_KT: Tensor, block_size: int, divisor: float, damping: float, keep_KB: Tensor | None = None
+) -> Tensor:
+    if sums_KT.shape[1] != triangle(block_size):
+        raise RuntimeError(f"sums of {sums_KT.shape[1]} numbers are no triangle of {block_size} rows")
+    rows_B1 = torch.arange(block_size, device=sums_KT.device).unsqueeze(1)
+    high_BB, low_BB = torch.maximum(rows_B1, rows_B1.T), torch.minimum(rows_B1, rows_B1.T)
+    matrices_KBB = sums_KT[:, high_BB * (high_BB + 1) // 2 + low_BB].div_(divisor)
+    added_KB = torch.full_like(matrices_KBB[:, 0], damping)
+    if keep_KB is not None:
+        matrices_KBB *= keep_KB.unsqueeze(1) * keep_KB.unsqueeze(2)
+        added_KB = torch.where(keep_KB, added_KB, 1)
+    matrices_KBB.diagonal(dim1=1, dim2=2).add_(added_KB)
+    return matrices_KBB
 
 
 def _spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +164,14 @@ def _spd_solve(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]:
     return solution_KB.masked_fill((info_K != 0)[:, None], torch.nan), info_K
 
 
-def _add_gram_fake(sums_KBP: Tensor, grads_ND: Tensor, block_size: int, start: int) -> None:
+def _add_gram_fake(sums_KT: Tensor, grads_ND: Tensor, block_size: int) -> None:
     return None
+
+
+def _unpack_gram_fake(
+    sums_KT: Tensor, block_size: int, divisor: float, damping: float, keep_KB: Tensor | None = None
+) -> Tensor:
+    return sums_KT.new_empty(sums_KT.shape[0], block_size, block_size)
 
 
 def _spd_inverse_fake(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +182,11 @@ def _spd_solve_fake(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]
     return torch.empty_like(x_KB), matrices_KBB.new_empty(matrices_KBB.shape[0], dtype=torch.int32)
 
 
-register("add_gram(Tensor(a!) sums_KBP, Tensor grads_ND, int block_size, int start) -> ()", _add_gram, _add_gram_fake)
+register("add_gram(Tensor(a!) sums_KT, Tensor grads_ND, int block_size) -> ()", _add_gram, _add_gram_fake)
+register(
+    "unpack_gram(Tensor sums_KT, int block_size, float divisor, float damping, Tensor? keep_KB=None) -> Tensor",
+    _unpack_gram,
+    _unpack_gram_fake,
+)
 register("spd_inverse(Tensor matrices_KBB) -> (Tensor, Tensor)", _spd_inverse, _spd_inverse_fake)
 register("spd_solve(Tensor matrices_KBB, Tensor x_KB) -> (Tensor, Tensor)", _spd_solve, _spd_solve_fake)

@@ -200,31 +200,35 @@ class _Step:
     def visit(self, names: Sequence[str]) -> float:
         """Make the Fishers of these targets in place of the present ones; return the mean squared entry of a gradient.
 
-        Pruned weights have no part in either.
+        Pruned weights do not count in it.
         """
         self.fishers = {}  # frees the present ones first
         self.fishers = {name: self._empty_fisher(self.parameters[name]) for name in names}
-        return self._collect(names, lambda name, rows: self.fishers[name].add(rows))
+        self._collect(names, lambda name, rows: self.fishers[name].add(rows))
+        squares = (fisher.squares()[self.kept[name]] for name, fisher in self.fishers.items())
+        return self._mean(names, sum(float(square_D.sum()) for square_D in squares))
 
     def mean_square(self) -> float:
         """Return the mean squared entry of a gradient over all targets, by a pass of its own."""
-        return self._collect(list(self.parameters), lambda name, rows: None)
-
-    def _collect(self, names: Sequence[str], consume: Consumer) -> float:
-        """Hand gradients that are zero where weights are pruned to ``consume``; return their mean squared entry."""
-        everything = {name: bool(self.kept[name].all()) for name in names}
+        names = list(self.parameters)
         total = 0.0
 
         def add(name: str, rows: Tensor) -> None:
             nonlocal total
-            rows = self.layout.rows(name, rows)
-            if not everything[name]:
-                rows = rows * self.kept[name]
-            consume(name, rows)
-            total += float(torch.linalg.vector_norm(rows)) ** 2
+            total += float(torch.linalg.vector_norm(rows * self.kept[name])) ** 2
 
-        self.gradients.collect({name: self.parameters[name] for name in names}, add)
+        self._collect(names, add)
         total = sum_over_ranks(total, self.parameters[names[-1]].device, self.gradients.source.process_group)
+        return self._mean(names, total)
+
+    def _collect(self, names: Sequence[str], consume: Consumer) -> None:
+        """Hand the gradients of some targets to ``consume``, in the order of the vectors."""
+        self.gradients.collect(
+            {name: self.parameters[name] for name in names},
+            lambda name, rows: consume(name, self.layout.rows(name, rows)),
+        )
+
+    def _mean(self, names: Sequence[str], total: float) -> float:
         left = sum(int(self.kept[name].sum()) for name in names)
         return total / (self.gradients.num_grads * max(left, 1))
 

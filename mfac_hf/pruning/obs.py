@@ -44,9 +44,6 @@ __all__ = [
 
 SCOPES = get_args(Scope)
 
-# Bytes of inverse matrices that the trace works on at once: they should fit into a shared cache.
-TRACE_BYTES = 1 << 24
-
 # A trace in float32 keeps three digits where downdating shrinks no diagonal entry by more than this factor.
 FLOAT32_SHRINKAGE = 2e3
 
@@ -77,7 +74,7 @@ def diagonal_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher | Fu
     parts = []
     for first, last in fisher.chunks():
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
-        inverse_KBB = inverse_blocks(_masked(fisher.matrices(first, last), keep_KB))
+        inverse_KBB = inverse_blocks(fisher.matrices(first, last, keep_KB))
         costs_KG = unit_costs(diagonal_units(inverse_KBB, pattern.unit), weights_KB.unflatten(1, (-1, pattern.unit)))
         parts.append(costs_KG.flatten())
     costs_U = torch.cat(parts)[: len(weights_D) // pattern.unit].float()
@@ -94,13 +91,10 @@ def greedy_costs(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, patte
         FloatingPointError: a block is not positive definite.
     """
     _check_flat(weights_D, keep_D, fisher)
-    size = fisher.block_size
-    at_once = max(1, TRACE_BYTES // (size**2 * 8))
     parts = []
-    for first in range(0, fisher.num_blocks, at_once):
-        last = min(first + at_once, fisher.num_blocks)
+    for first, last in fisher.chunks():
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
-        fisher_KBB = _masked(fisher.matrices(first, last), keep_KB)
+        fisher_KBB = fisher.matrices(first, last, keep_KB)
         inverse_KBB = inverse_blocks(fisher_KBB)
         shrinkage = (fisher_KBB.diagonal(dim1=1, dim2=2) * inverse_KBB.diagonal(dim1=1, dim2=2)).max()
         if shrinkage <= FLOAT32_SHRINKAGE:
@@ -187,9 +181,8 @@ def joint_update(weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor, fisher: 
     for first, last in fisher.chunks():
         weights_KB, new_keep_KB = _cut(weights_D, new_keep_D, fisher, first, last)
         removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
-        fisher_KBB = fisher.matrices(first, last)
-        pull_KB = torch.bmm(fisher_KBB, removed_KB.unsqueeze(2)).squeeze(2) * new_keep_KB
-        parts.append((weights_KB + solve_blocks(_masked(fisher_KBB, new_keep_KB), pull_KB)).flatten())
+        pull_KB = torch.bmm(fisher.matrices(first, last), removed_KB.unsqueeze(2)).squeeze(2) * new_keep_KB
+        parts.append((weights_KB + solve_blocks(fisher.matrices(first, last, new_keep_KB), pull_KB)).flatten())
     return _write(parts, weights_D, new_keep_D)
 
 
@@ -217,7 +210,7 @@ def summed_update(
     for first, last in fisher.chunks():
         weights_KB, keep_KB = _cut(weights_D, keep_D, fisher, first, last)
         removed_KB = _cut(weights_D, keep_D & ~new_keep_D, fisher, first, last)[0]
-        inverse_KBB = inverse_blocks(_masked(fisher.matrices(first, last), keep_KB))
+        inverse_KBB = inverse_blocks(fisher.matrices(first, last, keep_KB))
         units_Uuu = diagonal_units(inverse_KBB, pattern.unit).flatten(0, 1)
         pull_KB = solve_blocks(units_Uuu, removed_KB.view(-1, pattern.unit)).view_as(removed_KB)
         parts.append((weights_KB - torch.bmm(inverse_KBB, pull_KB.unsqueeze(2)).squeeze(2)).flatten())
@@ -250,15 +243,6 @@ def _cut(weights_D: Tensor, keep_D: Tensor, fisher: BlockedFisher, first: int, l
     keep_KB.view(-1)[: len(part_D)] = part_D
     weights_KB.view(-1)[: len(part_D)] = weights_D.detach()[first * size : last * size]
     return weights_KB.masked_fill_(~keep_KB, 0), keep_KB
-
-
-def _masked(fisher_KBB: Tensor, keep_KB: Tensor) -> Tensor:
-    """Return the matrices with the coordinates that are not kept decoupled, and 1 on their diagonal."""
-    if bool(keep_KB.all()):
-        return fisher_KBB
-    masked_KBB = fisher_KBB * keep_KB.unsqueeze(1) * keep_KB.unsqueeze(2)
-    masked_KBB.diagonal(dim1=1, dim2=2).add_(~keep_KB)
-    return masked_KBB
 
 
 def _write(parts: list[Tensor], weights_D: Tensor, keep_D: Tensor) -> Tensor:

@@ -83,9 +83,14 @@ def operators(root: Path, folder: Path, exchange: Path) -> dict[str, Any]:
     wide = _draw(200, 48).double().T.contiguous()
     matrices = torch.stack([wide[i : i + 12] @ wide[i : i + 12].T + torch.eye(12) for i in range(0, 36, 12)])
     right = torch.linspace(-1, 1, 36, dtype=torch.float64).view(3, 12)
-    sums = torch.zeros(3, 12, 12, dtype=torch.float64)
-    ops.add_gram(sums, _draw(20, 36), 12, 0)
-    found["blocks"] = [sums, *ops.spd_inverse(matrices), *ops.spd_solve(matrices, right)]
+    sums = torch.zeros(3, 78, dtype=torch.float64)
+    ops.add_gram(sums, _draw(20, 36), 12)
+    found["blocks"] = [
+        sums,
+        ops.unpack_gram(sums, 12, 20, 1e-3),
+        *ops.spd_inverse(matrices),
+        *ops.spd_solve(matrices, right),
+    ]
     rows = torch.tensor([[0, 2, 5], [1, 3, 7], [2, 5, 7]])
     place = torch.tensor([0, -1, 1, -1, -1, 2, -1, -1])
     values, table = _draw(9, 33).view(3, 3, 33), _draw(3, 33, seed=4)

@@ -36,14 +36,34 @@ def add_gram(request):
     return blocks.add_gram if request.param == "dispatched" else blocks._add_gram
 
 
-def panel(matrices, start):
-    """Columns of a panel of 64, from the diagonal on."""
-    return matrices[:, start:, start : start + 64].contiguous()
+@pytest.fixture(params=["dispatched", "pytorch"])
+def unpack_gram(request):
+    return blocks.unpack_gram if request.param == "dispatched" else blocks._unpack_gram
+
+
+def pack(matrices):
+    """What is on and below the diagonal, row after row."""
+    rows, columns = torch.tril_indices(matrices.shape[1], matrices.shape[1])
+    return matrices[:, rows, columns]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    ("size", "dim"), [(1, 3), (2, 5), (7, 7), (9, 100), (50, 612), (64, 64), (128, 700), (200, 450)]
+    ("size", "dim"),
+    [
+        (1, 3),
+        (2, 5),
+        (3, 10),
+        (4, 9),
+        (5, 12),
+        (7, 7),
+        (9, 100),
+        (12, 30),
+        (50, 612),
+        (64, 64),
+        (128, 700),
+        (200, 450),
+    ],
 )
 @pytest.mark.parametrize("rows", [0, 1, 63, 130])
 def test_sums_of_outer_products_match_numpy(add_gram, rows, size, dim, dtype):
@@ -56,12 +76,10 @@ def test_sums_of_outer_products_match_numpy(add_gram, rows, size, dim, dtype):
     columns[:, :dim] = grads.double().numpy()
     columns = columns.reshape(rows, blocks, size)
     expected = torch.from_numpy(np.einsum("nki,nkj->kij", columns, columns))
-    for start in range(0, size, 64):
-        before = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
-        before = panel(before + before.mT, start)
-        sums = before.clone()
-        assert add_gram(sums, grads, size, start) is None
-        torch.testing.assert_close(sums - before, panel(expected, start), rtol=1e-12, atol=1e-11)
+    before = torch.randn(blocks, size * (size + 1) // 2, generator=generator, dtype=torch.float64)
+    sums = before.clone()
+    assert add_gram(sums, grads, size) is None
+    torch.testing.assert_close(sums - before, pack(expected), rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("size", [7, 50, 128])
@@ -72,20 +90,36 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(size):
     try:
         for number in (1, 2, 3, 1):
             torch.set_num_threads(number)
-            sums = torch.zeros(-(-1_000 // size), size, min(64, size), dtype=torch.float64)
-            blocks.add_gram(sums, grads, size, 0)
+            sums = torch.zeros(-(-1_000 // size), blocks.triangle(size), dtype=torch.float64)
+            blocks.add_gram(sums, grads, size)
             found.append(sums)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(sums, found[0]) for sums in found)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 5), (2, 4, 5), (2, 5, 6)])
-def test_sums_of_another_shape_are_refused(add_gram, shape):
+@pytest.mark.parametrize("shape", [(3, 15), (2, 14), (2, 16)])
+def test_sums_of_another_shape_are_refused(add_gram, unpack_gram, shape):
     sums = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(RuntimeError):
-        add_gram(sums, torch.ones(4, 8), 5, 0)
+        add_gram(sums, torch.ones(4, 8), 5)
     assert not sums.any()
+    if shape[1] != 15:
+        with pytest.raises(RuntimeError, match="triangle"):
+            unpack_gram(sums, 5, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_unpacked_sums_are_damped_matrices(unpack_gram, size, masked):
+    matrices, x = draw(5, size)
+    keep = x > 0 if masked else None
+    expected = matrices / 7
+    if masked:
+        expected *= keep[:, :, None] & keep[:, None, :]
+    for matrix, mask in zip(expected, keep if masked else torch.ones(5, size, dtype=torch.bool), strict=True):
+        matrix += torch.diag(torch.where(mask, 0.25, 1.0))
+    torch.testing.assert_close(unpack_gram(pack(matrices), size, 7, 0.25, keep), expected, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -176,7 +210,9 @@ def test_wrong_shapes_are_refused(implementation):
 def test_operators_are_registered_soundly(size):
     matrices, x = draw(3, size)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    sums = torch.zeros(3, size, size, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.mfac.add_gram.default, (sums, torch.ones(2, 3 * size), size, 0), test_utils=tests)
+    sums = torch.zeros(3, blocks.triangle(size), dtype=torch.float64)
+    torch.library.opcheck(torch.ops.mfac.add_gram.default, (sums, torch.ones(2, 3 * size), size), test_utils=tests)
+    for keep in (None, x > 0):
+        torch.library.opcheck(torch.ops.mfac.unpack_gram.default, (sums, size, 2.0, 1e-3, keep), test_utils=tests)
     torch.library.opcheck(torch.ops.mfac.spd_inverse.default, (matrices,), test_utils=tests)
     torch.library.opcheck(torch.ops.mfac.spd_solve.default, (matrices, x), test_utils=tests)
