@@ -6,8 +6,8 @@ Each is written out plainly on one vector of all parameters, without kernels, an
     python scripts/study_window.py --variants adamw nesterov spring --seeds 1 2 3 --steps 250 --batch_size 128
 
 Every variant and seed is a line of ``OUTPUT/window-variants.jsonl`` and is not run again;
-``OUTPUT/window-variants.md`` has the table. ``nesterov`` is the step that MFAC takes, ``average`` the
-one without the look ahead.
+``OUTPUT/window-variants.md`` has the table. ``nesterov, damping 1`` is the step that MFAC takes, and
+``average`` is ``nesterov`` without the look ahead. Where a name gives no damping it is 0.3.
 """
 
 from __future__ import annotations
@@ -65,15 +65,19 @@ VARIANTS: dict[str, Variant | None] = {
     "average": replace(STEP, look_ahead=0.0),
     "nesterov, nearly undamped": replace(STEP, damping=0.03),
     "nesterov, damping 1": replace(STEP, damping=1.0),
+    "nesterov, damping 3": replace(STEP, damping=3.0),
     "nesterov alone": replace(STEP, damping=1e6),
     "4 gradients": replace(STEP, num_grads=4),
     "16 gradients": replace(STEP, num_grads=16),
     "32 gradients": replace(STEP, num_grads=32),
+    "4 gradients, damping 1": replace(STEP, num_grads=4, damping=1.0),
+    "16 gradients, damping 1": replace(STEP, num_grads=16, damping=1.0),
     "falling damping": replace(STEP, damping=1.0, last_damping=0.1),
     "rising damping": replace(STEP, damping=0.1, last_damping=3.0),
     "spring": replace(STEP, look_ahead=0.0, spring=0.5),
     "improved weights": replace(STEP, improved=True),
     "correlations": replace(STEP, correlations=True),
+    "correlations, damping 1": replace(STEP, correlations=True, damping=1.0),
     "8 bits": replace(STEP, bits=8),
     "every second gradient": replace(STEP, every=2),
 }
