@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "mfac_kernels.h"
 
@@ -114,9 +115,12 @@ void check_moment(const Tensor& g, const Tensor& moment, double eps) {
   STD_TORCH_CHECK(eps > 0, "eps is ", eps, "; expected a number above 0");
 }
 
-Tensor metric_push(const Tensor& g, const Tensor& grad, const Tensor& moment, int64_t row, int64_t count, double rate, double eps) {
+Tensor metric_push(const Tensor& g, const std::vector<Tensor>& grads, const Tensor& moment, int64_t row, int64_t count, double rate,
+                   double eps) {
   check_window(g);
   check_moment(g, moment, eps);
+  STD_TORCH_CHECK(grads.size() == 1, "the gradient is in ", grads.size(), " pieces; expected one");
+  const Tensor& grad = grads[0];
   STD_TORCH_CHECK(grad.scalar_type() == moment.scalar_type(), "the gradient's type is not that of the second moment");
   STD_TORCH_CHECK(0 <= row && row < count && count <= g.size(0), "row ", row, " of ", count, "; expected 0 <= row < count <= ",
                   g.size(0));

@@ -1,7 +1,9 @@
-// CPU kernels for the passes over the window in Adam's metric: metric_push and metric_combine (see mfac_hf/ops/metric.py).
+// CPU kernels for the passes over the window in Adam's metric: metric_push, metric_combine and metric_move (see
+// mfac_hf/ops/metric.py).
 //
 // A tile of columns stays in cache from the gradient to the products: metric_push reads the gradient and the second moment once,
-// and metric_combine scales the sums where they lie. The window is read once, as by row_dots and combine.
+// metric_combine scales the sums where they lie, and metric_move takes them to the parameters. The window is read once, as by
+// row_dots and combine. Gradients and parameters are pieces, side by side in the columns, which are read and moved where they lie.
 //
 // Results do not depend on the number of threads: a thread has whole tiles, and the products of tiles are added up in their order.
 
@@ -54,19 +56,49 @@ inline void take(const V* __restrict grad, V* __restrict moment, G* __restrict r
   }
 }
 
+// Tensors that lie side by side in the columns.
+template <typename V>
+class Pieces {
+ public:
+  explicit Pieces(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+      data_.push_back(static_cast<V*>(tensor.data_ptr()));
+      ends_.push_back((ends_.empty() ? 0 : ends_.back()) + tensor.numel());
+    }
+  }
+
+  // Calls f(piece, pointer, offset, count) for the runs that make up n columns from `column` on; offset counts from there.
+  template <typename F>
+  void over(int64_t column, int64_t n, F f) const {
+    const int64_t stop = column + n;
+    size_t piece = std::upper_bound(ends_.begin(), ends_.end(), column) - ends_.begin();
+    for (int64_t at = column; at < stop; ++piece) {
+      const int64_t begin = piece == 0 ? 0 : ends_[piece - 1], end = std::min(ends_[piece], stop);
+      if (end > at) f(piece, data_[piece] + (at - begin), at - column, end - at);
+      at = std::max(at, end);
+    }
+  }
+
+ private:
+  std::vector<V*> data_;
+  std::vector<int64_t> ends_;
+};
+
 template <typename G, typename V>
-void push(G* g, int64_t stride, int64_t d, const V* grad, V* moment, int64_t row, int64_t count, V rate, V eps, double* out) {
+void push(G* g, int64_t stride, int64_t d, const Pieces<V>& grads, V* moment, int64_t row, int64_t count, V rate, V eps, double* out) {
   using A = Working<G, V>;
   const int64_t tiles = (d + COLUMNS - 1) / COLUMNS, groups = (count + STREAMS - 1) / STREAMS;
   std::vector<double> products(tiles * groups * STREAMS, 0.0);
   double* const all = products.data();
-  torch::stable::parallel_for(0, tiles, 1, [=](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles, 1, [=, &grads](int64_t begin, int64_t end) {
     std::vector<A> placed(COLUMNS);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t column = tile * COLUMNS;
       const int64_t n = std::min(COLUMNS, d - column);
       G* const stored = g + row * stride + column;
-      take(grad + column, moment + column, stored, n, rate, eps);
+      grads.over(column, n, [&](size_t, const V* grad, int64_t at, int64_t run) {
+        take(grad, moment + column + at, stored + at, run, rate, eps);
+      });
       for (int64_t i = 0; i < n; ++i) placed[place_of<G, A>(i, n)] = widen<A>(stored[i]);
       double* const totals = all + tile * groups * STREAMS;
       for (int64_t group = 0; group < groups; ++group) {
@@ -87,10 +119,11 @@ void push(G* g, int64_t stride, int64_t d, const V* grad, V* moment, int64_t row
   }
 }
 
-template <typename G, typename A, typename V>
-void combine(const G* g, int64_t stride, int64_t m, int64_t d, const A* w, const V* moment, V eps, V* out) {
+// Calls finish(column, sums, n) for each tile of the combination, whose numbers are in their places and in type V.
+template <typename G, typename A, typename V, typename F>
+void combine(const G* g, int64_t stride, int64_t m, int64_t d, const A* w, const V* moment, V eps, F finish) {
   const int64_t tiles = (d + COLUMNS - 1) / COLUMNS;
-  torch::stable::parallel_for(0, tiles, 1, [=](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles, 1, [=, &finish](int64_t begin, int64_t end) {
     std::vector<A> sums(COLUMNS);
     std::vector<V> ordered(COLUMNS);
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -100,8 +133,9 @@ void combine(const G* g, int64_t stride, int64_t m, int64_t d, const A* w, const
       add_all_rows(g + column, stride, m, w, sums.data(), n);
       for (int64_t i = 0; i < n; ++i) ordered[i] = static_cast<V>(sums[place_of<G, A>(i, n)]);
       const V* const part = moment + column;
-      V* const result = out + column;
-      for (int64_t i = 0; i < n; ++i) result[i] = ordered[i] / std::sqrt(std::sqrt(part[i]) + eps);
+      V* const result = ordered.data();
+      for (int64_t i = 0; i < n; ++i) result[i] /= std::sqrt(std::sqrt(part[i]) + eps);
+      finish(column, result, n);
     }
   });
 }
@@ -129,44 +163,81 @@ void with_types(const Tensor& g, const Tensor& moment, F f) {
   with_moment(static_cast<float*>(g.data_ptr()));
 }
 
-Tensor metric_push_cpu(const Tensor& g, const Tensor& grad, const Tensor& moment, int64_t row, int64_t count, double rate, double eps) {
+void check_pieces(const std::vector<Tensor>& pieces, const Tensor& moment, const char* what) {
+  int64_t numbers = 0;
+  for (const Tensor& piece : pieces) {
+    STD_TORCH_CHECK(piece.scalar_type() == moment.scalar_type(), "the type of ", what, " is not that of the second moment");
+    numbers += piece.numel();
+  }
+  STD_TORCH_CHECK(numbers == moment.numel(), what, " has ", numbers, " numbers; the window has ", moment.numel(), " columns");
+}
+
+Tensor metric_push_cpu(const Tensor& g, const std::vector<Tensor>& grads, const Tensor& moment, int64_t row, int64_t count, double rate,
+                       double eps) {
   check_operands(g, moment, eps);
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == moment.size(0), "the gradient has ", grad.numel(), " numbers; the window has ",
-                  g.size(1), " columns");
-  STD_TORCH_CHECK(grad.scalar_type() == moment.scalar_type(), "the gradient's type is not that of the second moment");
+  check_pieces(grads, moment, "the gradient");
   STD_TORCH_CHECK(0 <= row && row < count && count <= g.size(0), "row ", row, " of ", count, "; expected 0 <= row < count <= ",
                   g.size(0));
-  const Tensor vector = torch::stable::contiguous(grad);
+  std::vector<Tensor> vectors;
+  for (const Tensor& grad : grads) vectors.push_back(torch::stable::contiguous(grad));
   Tensor out = torch::stable::new_empty(g, {count}, ScalarType::Double);
   with_types(g, moment, [&](auto* window, auto* second) {
     using V = std::remove_pointer_t<decltype(second)>;
-    push(window, g.stride(0), g.size(1), static_cast<const V*>(vector.data_ptr()), second, row, count, static_cast<V>(rate),
-         static_cast<V>(eps), static_cast<double*>(out.data_ptr()));
+    push(window, g.stride(0), g.size(1), Pieces<V>(vectors), second, row, count, static_cast<V>(rate), static_cast<V>(eps),
+         static_cast<double*>(out.data_ptr()));
   });
   return out;
 }
 
-Tensor metric_combine_cpu(const Tensor& g, const Tensor& weights, const Tensor& moment, double eps, bool wide) {
+// Calls finish(column, sums, n, working type's second moment) for each tile of the scaled combination.
+template <typename F>
+void combine_tiles(const Tensor& g, const Tensor& weights, const Tensor& moment, double eps, bool wide, F with_finish) {
   check_operands(g, moment, eps);
   const int64_t m = g.size(0);
   STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == m && is_double(weights), "expected a float64 weight for each of the ", m,
                   " rows");
   const Tensor vector = torch::stable::contiguous(weights);
   const double* const given = static_cast<const double*>(vector.data_ptr());
-  Tensor out = torch::stable::new_empty(moment, {g.size(1)});
   with_types(g, moment, [&](auto* window, auto* second) {
     using G = std::remove_pointer_t<decltype(window)>;
     using V = std::remove_pointer_t<decltype(second)>;
+    const auto finish = with_finish(V{});
     auto run = [&](auto working) {
       using A = decltype(working);
       const std::vector<A> w(given, given + m);
-      combine<G, A, V>(window, g.stride(0), m, g.size(1), w.data(), second, static_cast<V>(eps), static_cast<V*>(out.data_ptr()));
+      combine<G, A, V>(window, g.stride(0), m, g.size(1), w.data(), second, static_cast<V>(eps), finish);
     };
     if constexpr (std::is_same_v<Working<G, V>, double>) run(double{});
     else if (wide) run(double{});
     else run(float{});
   });
+}
+
+Tensor metric_combine_cpu(const Tensor& g, const Tensor& weights, const Tensor& moment, double eps, bool wide) {
+  Tensor out = torch::stable::new_empty(moment, {moment.numel()});
+  combine_tiles(g, weights, moment, eps, wide, [&](auto number) {
+    using V = decltype(number);
+    V* const result = static_cast<V*>(out.data_ptr());
+    return [result](int64_t column, const V* sums, int64_t n) { std::copy_n(sums, n, result + column); };
+  });
   return out;
+}
+
+void metric_move_cpu(const Tensor& g, const Tensor& weights, const Tensor& moment, double eps, bool wide,
+                     const std::vector<Tensor>& parameters, const std::vector<double>& factors, const std::vector<double>& rates) {
+  check_pieces(parameters, moment, "the list of parameters");
+  STD_TORCH_CHECK(factors.size() == parameters.size() && rates.size() == parameters.size(), parameters.size(), " parameters, ",
+                  factors.size(), " factors and ", rates.size(), " rates; expected as many of each");
+  for (const Tensor& parameter : parameters) STD_TORCH_CHECK(parameter.is_contiguous(), "a parameter is not contiguous");
+  combine_tiles(g, weights, moment, eps, wide, [&](auto number) {
+    using V = decltype(number);
+    return [&, pieces = Pieces<V>(parameters)](int64_t column, const V* sums, int64_t n) {
+      pieces.over(column, n, [&](size_t piece, V* parameter, int64_t at, int64_t run) {
+        const V factor = static_cast<V>(factors[piece]), rate = static_cast<V>(rates[piece]);
+        for (int64_t i = 0; i < run; ++i) parameter[i] = factor * parameter[i] - rate * sums[at + i];
+      });
+    };
+  });
 }
 
 }  // namespace
@@ -174,4 +245,5 @@ Tensor metric_combine_cpu(const Tensor& g, const Tensor& weights, const Tensor& 
 STABLE_TORCH_LIBRARY_IMPL(mfac, CPU, m) {
   m.impl("metric_push", TORCH_BOX(&metric_push_cpu));
   m.impl("metric_combine", TORCH_BOX(&metric_combine_cpu));
+  m.impl("metric_move", TORCH_BOX(&metric_move_cpu));
 }

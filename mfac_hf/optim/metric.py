@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mfac_hf.fisher.columns import ColumnStore, DenseColumns, RowSparseColumns, SparseRows
-from mfac_hf.ops.metric import metric_combine, metric_push
+from mfac_hf.ops.metric import metric_combine, metric_move, metric_push
 from mfac_hf.optim.placement import Placement
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "IdentityMetric",
     "Member",
     "Metric",
+    "Move",
     "SavedMoment",
     "Scaling",
     "next_scalings",
@@ -61,6 +62,20 @@ class Member(NamedTuple):
 
     size: int
     scaling: Scaling | None
+
+
+class Move(NamedTuple):
+    r"""How a parameter moves along its direction u: :math:`\theta \leftarrow f \theta - \eta u`.
+
+    Attributes:
+        target: :math:`\theta`, contiguous, in the type of directions; it changes.
+        factor: f, which decoupled weight decay makes smaller than 1.
+        rate: :math:`\eta`.
+    """
+
+    target: Tensor
+    factor: float
+    rate: float
 
 
 class SavedMoment(NamedTuple):
@@ -110,14 +125,31 @@ def saved_moments(
 class Metric(Protocol):
     """Stands between the window and its stores."""
 
-    def push(self, columns: ColumnStore, row: int, count: int, part: Any, members: Sequence[Member]) -> Tensor:
-        """Store a part as row ``row`` and return its dot products with the first ``count`` rows, (count,), float64.
+    def push(
+        self, columns: ColumnStore, row: int, count: int, parts: Sequence[Any], members: Sequence[Member]
+    ) -> Tensor:
+        """Store a gradient as row ``row`` and return its products with the first ``count`` rows, (count,), float64.
 
-        ``members`` are the parameters of the store, in the order of its columns.
+        ``parts`` and ``members`` are of the parameters of the store, in the order of its columns.
         """
 
     def combine(self, columns: ColumnStore, weights_M: Tensor, *, dtype: torch.dtype | None) -> Any:
         """The direction for these weights, as a part of the store; in float64 where ``dtype`` says so."""
+
+    def move(
+        self, columns: ColumnStore, weights_M: Tensor, moves: Sequence[Move | None], *, dtype: torch.dtype | None
+    ) -> bool:
+        """Move the parameters of the store along their directions, in the pass that combines.
+
+        Args:
+            columns: the store.
+            weights_M: as for `combine`.
+            moves: of its parameters, in the order of its columns; None for one that has no gradient.
+            dtype: as for `combine`.
+
+        Returns:
+            Whether it was done: this metric has such a pass.
+        """
 
     def admit(self, columns: ColumnStore, moments: Sequence[SavedMoment | None], sizes: Sequence[int]) -> None:
         """Begin with a new store.
@@ -141,14 +173,22 @@ class Metric(Protocol):
 class IdentityMetric:
     """The paper's metric: gradients are stored as they come."""
 
-    def push(self, columns: ColumnStore, row: int, count: int, part: Any, members: Sequence[Member]) -> Tensor:
-        """Store a part and return its dot products."""
-        columns.write(row, part)
+    def push(
+        self, columns: ColumnStore, row: int, count: int, parts: Sequence[Any], members: Sequence[Member]
+    ) -> Tensor:
+        """Store a gradient and return its dot products."""
+        columns.write(row, columns.join(parts))
         return columns.dots(row, count)
 
     def combine(self, columns: ColumnStore, weights_M: Tensor, *, dtype: torch.dtype | None) -> Any:
         """The combination of the stored parts."""
         return columns.combine_part(weights_M, dtype=dtype)
+
+    def move(
+        self, columns: ColumnStore, weights_M: Tensor, moves: Sequence[Move | None], *, dtype: torch.dtype | None
+    ) -> bool:
+        """Not done."""
+        return False
 
     def admit(self, columns: ColumnStore, moments: Sequence[SavedMoment | None], sizes: Sequence[int]) -> None:
         """Nothing to begin."""
@@ -170,13 +210,21 @@ class AdamMetric:
     def __init__(self) -> None:
         self._stores: dict[ColumnStore, _DenseMoment | _TableMoment] = {}
 
-    def push(self, columns: ColumnStore, row: int, count: int, part: Any, members: Sequence[Member]) -> Tensor:
+    def push(
+        self, columns: ColumnStore, row: int, count: int, parts: Sequence[Any], members: Sequence[Member]
+    ) -> Tensor:
         """Take a gradient into the second moment, store it scaled, and return its dot products."""
-        return self._stores[columns].push(row, count, part, members)
+        return self._stores[columns].push(row, count, parts, members)
 
     def combine(self, columns: ColumnStore, weights_M: Tensor, *, dtype: torch.dtype | None) -> Any:
         """The combination of the stored parts, scaled back."""
         return self._stores[columns].combine(weights_M, dtype)
+
+    def move(
+        self, columns: ColumnStore, weights_M: Tensor, moves: Sequence[Move | None], *, dtype: torch.dtype | None
+    ) -> bool:
+        """Done for dense stores."""
+        return self._stores[columns].move(weights_M, moves, dtype)
 
     def admit(self, columns: ColumnStore, moments: Sequence[SavedMoment | None], sizes: Sequence[int]) -> None:
         """Begin with second moments of zero, or go on with those of an earlier run."""
@@ -206,7 +254,7 @@ class _DenseMoment:
         if moment_D is None:
             moment_D = torch.zeros(columns.dim, dtype=columns.result_dtype, device=columns.device)
         self.moment_D = moment_D
-        self._eps: list[tuple[slice, float]] = []  # of the segments of the last push
+        self._segments: list[_Segment] = []  # of the last push, those with a gradient
 
     def take(self, moments: Sequence[SavedMoment | None], sizes: Sequence[int]) -> None:
         """Copy what an earlier run left of each parameter."""
@@ -224,29 +272,40 @@ class _DenseMoment:
         moment = self.moment_D[placement.start : placement.start + placement.size]
         return {"second_moment": moment.view(placement.shape) if placement.keep is None else moment}
 
-    def push(self, row: int, count: int, part_D: Tensor, members: Sequence[Member]) -> Tensor:
+    def push(self, row: int, count: int, parts: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
         buffer_MD = self.columns.buffer_MD
         dots_M = torch.zeros(count, dtype=torch.float64, device=buffer_MD.device)
-        self._eps = []
-        for place, scaling in _segments(members):
-            if scaling is None:  # it stays as it is, and its columns get zeros
-                buffer_MD[row, place].zero_()
+        self._segments = []
+        for segment in _segments(members):
+            if segment.scaling is None:  # it stays as it is, and its columns get zeros
+                buffer_MD[row, segment.columns].zero_()
                 continue
-            moment_D = self.moment_D[place]
-            grad_D = part_D[place].to(moment_D)
-            dots_M += metric_push(buffer_MD[:, place], grad_D, moment_D, row, count, scaling.rate, scaling.eps)
-            self._eps.append((place, scaling.eps))
+            moment_D = self.moment_D[segment.columns]
+            grads = [part.to(moment_D) for part in parts[segment.members]]
+            rate, eps = segment.scaling.rate, segment.scaling.eps
+            dots_M += metric_push(buffer_MD[:, segment.columns], grads, moment_D, row, count, rate, eps)
+            self._segments.append(segment)
         return dots_M
 
     def combine(self, weights_M: Tensor, dtype: torch.dtype | None) -> Tensor:
         buffer_MD, wide = self.columns.buffer_MD[: len(weights_M)], dtype == torch.float64
         weights_M = weights_M.to(buffer_MD.device)
-        if len(self._eps) == 1 and self._eps[0][0] == slice(0, self.columns.dim):
-            return metric_combine(buffer_MD, weights_M, self.moment_D, self._eps[0][1], wide)
         direction_D = torch.zeros_like(self.moment_D)
-        for place, eps in self._eps:  # parameters without a gradient stay where they are
-            direction_D[place] = metric_combine(buffer_MD[:, place], weights_M, self.moment_D[place], eps, wide)
+        for columns, _, scaling in self._segments:  # parameters without a gradient stay where they are
+            step_D = metric_combine(buffer_MD[:, columns], weights_M, self.moment_D[columns], scaling.eps, wide)
+            if len(step_D) == len(direction_D):
+                return step_D
+            direction_D[columns] = step_D
         return direction_D
+
+    def move(self, weights_M: Tensor, moves: Sequence[Move | None], dtype: torch.dtype | None) -> bool:
+        buffer_MD, wide = self.columns.buffer_MD[: len(weights_M)], dtype == torch.float64
+        weights_M = weights_M.to(buffer_MD.device)
+        for columns, members, scaling in self._segments:
+            targets, factors, rates = zip(*moves[members], strict=True)
+            moment_D = self.moment_D[columns]
+            metric_move(buffer_MD[:, columns], weights_M, moment_D, scaling.eps, wide, targets, factors, rates)
+        return True
 
 
 class _TableMoment:
@@ -280,8 +339,8 @@ class _TableMoment:
     def _decayed(self, rows: Tensor) -> Tensor:
         return _decayed(self.moment_VH[rows], self.steps_V[rows], self._now)
 
-    def push(self, row: int, count: int, part: SparseRows, members: Sequence[Member]) -> Tensor:
-        ((_, scaling),) = members
+    def push(self, row: int, count: int, parts: Sequence[SparseRows], members: Sequence[Member]) -> Tensor:
+        ((_, scaling),), (part,) = members, parts
         if scaling is None:
             self.columns.write(row, part)  # of no row
             return self.columns.dots(row, count)
@@ -297,6 +356,9 @@ class _TableMoment:
         scale = self._decayed(rows).sqrt().add_(self._now.eps).sqrt_()
         return SparseRows(rows, values.to(scale.dtype).div_(scale))
 
+    def move(self, weights_M: Tensor, moves: Sequence[Move | None], dtype: torch.dtype | None) -> bool:
+        return False
+
 
 def _decayed(moment_NH: Tensor, steps_N: Tensor, now: Scaling) -> Tensor:
     """Rows of a table's second moment at the present step, had no gradient touched them since theirs."""
@@ -305,11 +367,25 @@ def _decayed(moment_NH: Tensor, steps_N: Tensor, now: Scaling) -> Tensor:
     return moment_NH * factor_N.unsqueeze(1).to(moment_NH)
 
 
-def _segments(members: Sequence[Member]) -> Iterator[tuple[slice, Scaling | None]]:
-    """Runs of neighbours that are scaled alike, with their columns."""
-    start = stop = 0
-    for number, (size, scaling) in enumerate(members):
+class _Segment(NamedTuple):
+    """Neighbours that are scaled alike.
+
+    Attributes:
+        columns: of the store.
+        members: places among the parameters of the store.
+        scaling: None without gradients.
+    """
+
+    columns: slice
+    members: slice
+    scaling: Any
+
+
+def _segments(members: Sequence[Member]) -> Iterator[_Segment]:
+    """The segments of a store."""
+    start = stop = first = 0
+    for number, (size, scaling) in enumerate(members, start=1):
         stop += size
-        if number + 1 == len(members) or members[number + 1].scaling != scaling:
-            yield slice(start, stop), scaling
-            start = stop
+        if number == len(members) or members[number].scaling != scaling:
+            yield _Segment(slice(start, stop), slice(first, number), scaling)
+            start, first = stop, number

@@ -43,7 +43,7 @@ from mfac_hf.optim.metric import next_scalings, saved_moments
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.settings import BY_METRIC, settings_of, warn_of_old_habits
-from mfac_hf.optim.update import apply_directions
+from mfac_hf.optim.update import apply_directions, plan_moves
 from mfac_hf.optim.windowed import WindowedOptimizer
 
 __all__ = ["MFAC"]
@@ -269,19 +269,34 @@ class MFAC(WindowedOptimizer):
         if not gradients:
             return
         masks = self._masks()
-        moments = saved_moments(self.param_groups, self.state)
-        if self._window is None:
-            self._window = ParameterWindow.from_gradients(
-                gradients, masks, self._options, moments=moments, sharing=self._process_group, shards=shards
-            )
-        else:
-            self._window.add(gradients, masks, moments)
+        window = self._let_in(gradients, masks, shards)
         scalings = next_scalings(self.param_groups, self.state, gradients)
-        self._window.push(gradients, masks, scalings)
+        window.push(gradients, masks, scalings)
+        moves = plan_moves(self.param_groups, self.state, self._options.result_dtype)
+        directions = window.directions(gradients, moves)
+        apply_directions(self.param_groups, self.state, directions)
+        for p in gradients:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
         for p, scaling in scalings.items():
             self.state[p]["moment_step"] = scaling.step
-        apply_directions(self.param_groups, self.state, self._window.directions(gradients))
         self._publish()
+
+    def _let_in(
+        self, gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], shards: dist.ProcessGroup | None
+    ) -> ParameterWindow:
+        """The window, with columns for every parameter that has a gradient."""
+        window = self._window
+        new = gradients if window is None else {p: g for p, g in gradients.items() if p not in window.owners}
+        if window is not None and not new:
+            return window
+        moments = saved_moments(self.param_groups, self.state)
+        if window is None:
+            window = self._window = ParameterWindow.from_gradients(
+                new, masks, self._options, moments=moments, sharing=self._process_group, shards=shards
+            )
+        else:
+            window.add(new, masks, moments)
+        return window
 
     def train(self) -> None:
         """Count a batch: Trainer calls this before each. A step that has several may warn of the loss's scale."""

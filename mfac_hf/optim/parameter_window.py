@@ -16,7 +16,7 @@ from mfac_hf.fisher.gram import GramMatrix
 from mfac_hf.memory import gram_matrix_bytes
 from mfac_hf.optim.borrowed import own_buffers
 from mfac_hf.optim.masks import without_masked
-from mfac_hf.optim.metric import AdamMetric, IdentityMetric, Member, Metric, SavedMoment, Scaling
+from mfac_hf.optim.metric import AdamMetric, IdentityMetric, Member, Metric, Move, SavedMoment, Scaling
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import (
     DensePlacement,
@@ -49,6 +49,7 @@ class ParameterWindow:
         placements: of the parameters whose columns this rank keeps, in the order of the columns.
         owners: of every parameter with columns, on whichever rank.
         borrows: whether the stores are those of a loaded state, which others may hold too.
+        rearranged: whether columns have come, gone or moved since the window was put into the optimizer's state.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ParameterWindow:
         for store in self.columns:
             self._admit(store, moments or {})
         self.borrows = False
+        self.rearranged = True
 
     @classmethod
     def from_gradients(
@@ -107,6 +109,11 @@ class ParameterWindow:
         """Bytes that the stored gradients take here."""
         return sum(columns.nbytes for columns in self.columns)
 
+    @property
+    def tables(self) -> dict[Tensor, Placement]:
+        """The parameters with row-sparse columns."""
+        return {p: placement for p, placement in self.placements.items() if isinstance(placement, TablePlacement)}
+
     def _members(self, columns: ColumnStore) -> dict[Tensor, Placement]:
         """The parameters whose columns a store holds, in order."""
         return {p: placement for p, placement in self.placements.items() if placement.columns is columns}
@@ -117,18 +124,16 @@ class ParameterWindow:
 
     def add(
         self,
-        gradients: dict[Tensor, Tensor],
+        new: dict[Tensor, Tensor],
         masks: dict[Tensor, Tensor],
         moments: Mapping[Tensor, SavedMoment] | None = None,
     ) -> None:
-        """Let in the parameters among these that have no columns yet, with zeros in the rows already stored.
+        """Let in parameters that have no columns yet, with zeros in the rows already stored.
 
         Raises:
             MemoryError: if they do not fit, with the numbers; nothing changes then.
         """
-        new = {p: grad for p, grad in gradients.items() if p not in self.owners}
-        if not new:
-            return
+        self.rearranged = True
         owners = assign_owners(new, masks, self.options.row_sparse, self.owners, self.sharing)
         placements = _place_own(new, owners, masks, self.options, self.sharing)
         self.owners.update(owners)
@@ -169,10 +174,7 @@ class ParameterWindow:
             members[placement.columns].append(Member(placement.size, scaling))
         row, count = self.gram.next_row, self.gram.next_count
         self.gram.push(
-            [
-                self.metric.push(columns, row, count, columns.join(parts[columns]), members[columns])
-                for columns in self.columns
-            ]
+            [self.metric.push(columns, row, count, parts[columns], members[columns]) for columns in self.columns]
         )
 
     def _densify(self, p: Tensor, table: TablePlacement, mask: Tensor | None) -> DensePlacement:
@@ -181,17 +183,44 @@ class ParameterWindow:
         self.metric.replace(table.columns, dense.columns, dense.keep)
         self.columns[self.columns.index(table.columns)] = dense.columns
         self.placements[p] = dense
+        self.rearranged = True
         return dense
 
-    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Part]:
-        """The direction of each parameter with a gradient: a tensor of its shape, or the rows of a table."""
+    def _move(
+        self,
+        columns: ColumnStore,
+        weights_M: Tensor,
+        gradients: dict[Tensor, Tensor],
+        moves: Mapping[Tensor, Move],
+        dtype: torch.dtype | None,
+    ) -> bool:
+        """Move the parameters of a store, unless one of them or the metric needs the directions for it."""
+        members = self._members(columns)
+        stepped = [p for p in members if p in gradients]
+        if self.sharing is not None or any(p not in moves or p.device != columns.device for p in stepped):
+            return False
+        ordered = [moves[p] if p in gradients else None for p in members]
+        return self.metric.move(columns, weights_M, ordered, dtype=dtype)
+
+    def directions(self, gradients: dict[Tensor, Tensor], moves: Mapping[Tensor, Move]) -> dict[Tensor, Part]:
+        """The direction of each parameter with a gradient: a tensor of its shape, or the rows of a table.
+
+        Args:
+            gradients: by parameter.
+            moves: of parameters that may be moved at once, which saves their directions a way through memory. Those
+                that were moved have no direction in the result.
+        """
         weights_M = self.gram.direction_weights(self.options.grad_decay, nesterov=self.options.nesterov)
         dtype = self.gram.combine_dtype(weights_M)
-        combined = {columns: self.metric.combine(columns, weights_M, dtype=dtype) for columns in self.columns}
+        combined = {
+            columns: self.metric.combine(columns, weights_M, dtype=dtype)
+            for columns in self.columns
+            if not self._move(columns, weights_M, gradients, moves, dtype)
+        }
         directions: dict[Tensor, Part] = {
             p: placement.direction(combined[placement.columns], p.device)
             for p, placement in self.placements.items()
-            if p in gradients
+            if p in gradients and placement.columns in combined
         }
         if self.sharing is None:
             return directions
@@ -219,6 +248,7 @@ class ParameterWindow:
                 placements |= fewer
                 replaced.append((columns, smaller, positions))
         # Last, because nothing fails from here on. Tables stay and lose numbers in place.
+        self.rearranged = True
         for columns, smaller, positions in replaced:
             self.metric.replace(columns, smaller, positions)
         for p, placement in placements.items():
@@ -267,7 +297,7 @@ class ParameterWindow:
         if self.borrows:
             for columns in self.columns:
                 own_buffers(columns, sum(placement.columns is columns for placement in self.placements.values()))
-            self.borrows = False
+            self.borrows, self.rearranged = False, True
 
     def stored_gradients(self, p: Tensor) -> Tensor:
         """The gradients held of one parameter, oldest first, shape (count, p.numel()); zero where they are masked.

@@ -59,24 +59,27 @@ def publish_window(
     """Put the window into the states of its parameters: views of its buffers, no copies.
 
     After each step, not when the state is read: a ``state_dict`` that somebody holds has the same dictionaries, and
-    would mix today's gradients with the counters of then.
+    would mix today's gradients with the counters of then. Views of dense columns stay right as long as the window is
+    not rearranged; tables may have grown.
     """
-    stores = {columns: i for i, columns in enumerate(window.columns)}
-    for i, (p, placement) in enumerate(window.placements.items()):
+    changed = window.placements if window.rearranged else window.tables
+    stores = {columns: i for i, columns in enumerate(window.columns)} if changed else {}
+    for p, placement in changed.items():
         entries = {**placement.state(), "window_store": stores[placement.columns], "window_start": placement.start}
         entries |= window.metric.state(placement)
-        if i == 0:
-            entries |= {
-                "gram": window.gram.gram_MM,
-                "pushed": window.gram.pushed,
-                "jitter_escalations": window.gram.jitter_escalations,
-                "window_parameters": len(window.placements),
-                "skipped_steps": skipped_steps,
-            }
         state = states[p]
         for name in [name for name in state if name in (*WINDOW_KEYS, "moment_steps") and name not in entries]:
             del state[name]  # of columns that have become dense
         state.update(entries)
+    window.rearranged = False
+    if window.placements:
+        states[next(iter(window.placements))].update(
+            gram=window.gram.gram_MM,
+            pushed=window.gram.pushed,
+            jitter_escalations=window.gram.jitter_escalations,
+            window_parameters=len(window.placements),
+            skipped_steps=skipped_steps,
+        )
 
 
 def without_window(states: dict[Any, dict[str, Any]], *, moments: bool) -> dict[Any, dict[str, Any]]:

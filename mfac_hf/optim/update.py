@@ -1,4 +1,8 @@
-"""Moving the parameters along their directions: weight decay, momentum, and the step itself."""
+"""Moving the parameters along their directions: weight decay, momentum, and the step itself.
+
+Those that `plan_moves` names may be moved in the pass over the window that gives their directions; `apply_directions`
+moves the others.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +11,35 @@ import torch
 from torch import Tensor
 
 from mfac_hf.fisher.columns import Part
+from mfac_hf.optim.metric import Move
 from mfac_hf.optim.sharded import local
 
-__all__ = ["apply_directions"]
+__all__ = ["apply_directions", "plan_moves"]
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+def plan_moves(
+    groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]], dtype: torch.dtype
+) -> dict[Tensor, Move]:
+    """How the parameters move that need nothing but their directions: no momentum, mask, rounding or copy.
+
+    Args:
+        groups: parameter groups of the optimizer.
+        states: of each parameter.
+        dtype: of directions.
+    """
+    moves = {}
+    for group in groups:
+        if group.get("momentum", 0.0):
+            continue
+        lr = float(group["lr"])
+        factor = 1 - lr * group["weight_decay"] if group.get("decoupled_weight_decay", True) else 1.0
+        for p in group["params"]:
+            target = local(p)
+            if target.dtype == dtype and target.is_contiguous() and "mask" not in states.get(p, ()):
+                moves[p] = Move(target, factor, lr)
+    return moves
 
 
 def apply_directions(
@@ -24,20 +52,19 @@ def apply_directions(
 
     Args:
         groups: parameter groups of the optimizer.
-        states: of each parameter; step and momentum_buffer are brought up to date.
+        states: of each parameter; momentum_buffer is brought up to date.
         directions: a tensor of the parameter's shape, or the rows of a table that are not zero.
     """
     for group in groups:
         lr, momentum = group["lr"], group.get("momentum", 0.0)
         decay = lr * group["weight_decay"] if group.get("decoupled_weight_decay", True) else 0.0
         dense_moved, dense_directions = [], []
-        for p in group["params"]:
+        for p in group["params"] if directions else ():
             if p not in directions:
                 continue
             state, direction, target = states[p], directions[p], local(p)
             if decay:
                 _shrink_weights(target, decay, state.get("mask"))
-            state["step"] = state.get("step", 0) + 1
             if momentum:
                 direction = _average(state, direction, momentum, p)
             if target.dtype in HALF:
