@@ -16,15 +16,18 @@ class BatchCount:
 
     Attributes:
         trusted: whether somebody knows that the loss is scaled as it should be, or a warning was given.
+        announced: whether a batch was ever announced: Trainer trains, and its ranks step together.
     """
 
     def __init__(self) -> None:
         self.batches = 0
         self.trusted = False
+        self.announced = False
 
     def add(self) -> None:
         """Count a batch."""
         self.batches += 1
+        self.announced = True
 
     def check(self) -> None:
         """Begin a step: warn, once, if it has several batches or ranks."""

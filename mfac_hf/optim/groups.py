@@ -113,12 +113,14 @@ def labels(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def check_process_group(group: Any) -> dist.ProcessGroup | None:
-    """The process group; refuses what is none, before a step calls it."""
+    """The process group, None for ``"auto"``; refuses what is none, before a step calls it."""
     if group is None or isinstance(group, dist.ProcessGroup):
         return group
+    if isinstance(group, str) and group == "auto":
+        return None
     raise ValueError(
-        f"process_group is {group!r}; expected one of torch.distributed, such as torch.distributed.group.WORLD once "
-        "init_process_group was called, or None"
+        f"process_group is {group!r}; expected 'auto', one of torch.distributed, such as "
+        "torch.distributed.group.WORLD once init_process_group was called, or None"
     )
 
 

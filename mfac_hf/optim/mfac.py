@@ -92,8 +92,9 @@ class MFAC(WindowedOptimizer):
         masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in
             the window.
         process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one
-            window: each keeps the columns of some parameters. FSDP2 does not need it: each rank keeps the columns of
-            its shards. In both cases ``state_dict`` does not have the window, which refills after a resume.
+            window: each keeps the columns of some parameters. With ``"auto"`` Trainer's ranks share a window of 16 MiB
+            or more; None keeps it whole on each. FSDP2 does not need it: each rank keeps the columns of its shards.
+            In both cases ``state_dict`` does not have the window, which refills after a resume.
         row_sparse: store gradients with few non-zero rows by these rows. Exact; turn it off for fixed state shapes.
         save_window: put the window into ``state_dict``. Without it, checkpoints are small and the window refills after
             a resume.
@@ -125,7 +126,7 @@ class MFAC(WindowedOptimizer):
         window_dtype: torch.dtype = BY_METRIC,
         window_device: torch.device | str | list[torch.device | str] | None = None,
         masks: Mapping[Tensor, Tensor] | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | str | None = "auto",
         row_sparse: bool = True,
         save_window: bool = True,
     ) -> None:
@@ -156,6 +157,7 @@ class MFAC(WindowedOptimizer):
         )
         defaults = {**settings, **asdict(self._options)}
         self._process_group, self._batches = check_process_group(process_group), BatchCount()
+        self._undecided = isinstance(process_group, str)
         self._start_anew()
         super().__init__(params, defaults)
         check_masks(masks or {}, self.param_groups)
@@ -259,6 +261,7 @@ class MFAC(WindowedOptimizer):
         self._agree()
         gradients = read_gradients(self.param_groups)
         shards = self._find_shards(gradients)
+        self._decide_sharing(gradients)
         ranks = self._process_group or shards
         if not gradients and ranks is None:
             return
@@ -294,6 +297,7 @@ class MFAC(WindowedOptimizer):
             window = self._window = ParameterWindow.from_gradients(
                 new, masks, self._options, moments=moments, sharing=self._process_group, shards=shards
             )
+            self._leave_to_others()
         else:
             window.add(new, masks, moments)
         return window

@@ -25,6 +25,7 @@ from mfac_hf.optim.placement import (
     distinct_columns,
     kept_positions,
     place,
+    stored_numbers,
     to_dense,
 )
 from mfac_hf.optim.sharing import Owner, assign_owners, broadcast_directions
@@ -93,7 +94,7 @@ class ParameterWindow:
         Raises:
             MemoryError: if it does not fit, with the numbers; nothing is allocated then.
         """
-        owners = assign_owners(gradients, masks, options.row_sparse, {}, sharing)
+        owners = assign_owners(_sizes(gradients, masks, options), {}, sharing)
         own = _place_own(gradients, owners, masks, options, sharing, gram_bytes=gram_matrix_bytes(options.num_grads))
         window = cls(own, options, moments=moments, sharing=sharing, shards=shards)
         window.owners = owners
@@ -134,7 +135,7 @@ class ParameterWindow:
             MemoryError: if they do not fit, with the numbers; nothing changes then.
         """
         self.rearranged = True
-        owners = assign_owners(new, masks, self.options.row_sparse, self.owners, self.sharing)
+        owners = assign_owners(_sizes(new, masks, self.options), self.owners, self.sharing)
         placements = _place_own(new, owners, masks, self.options, self.sharing)
         self.owners.update(owners)
         self.placements.update(placements)
@@ -232,6 +233,15 @@ class ParameterWindow:
         Raises:
             MemoryError: if a smaller buffer does not fit beside the one that it replaces; nothing changes then.
         """
+        self._keep_columns(masks)
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        """Compute the Gram matrix from the stored gradients."""
+        self.gram.set(self.gram.add_up([columns.gram(self.count) for columns in self.columns]))
+
+    def _keep_columns(self, masks: dict[Tensor, Tensor]) -> None:
+        """Drop the columns that these masks no longer keep; the Gram matrix stays as it is."""
         if self.borrows:
             for p in masks:
                 if isinstance(placement := self.placements.get(p), TablePlacement):
@@ -259,7 +269,6 @@ class ParameterWindow:
         for p in masks.keys() & self.owners.keys():
             owner = self.owners[p]
             self.owners[p] = owner._replace(size=min(owner.size, int(masks[p].sum())))
-        self.gram.set(self.gram.add_up([columns.gram(self.count) for columns in self.columns]))
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Take out parameters, as if the window had never held them.
@@ -267,19 +276,37 @@ class ParameterWindow:
         Raises:
             MemoryError: as `shrink`; nothing changes then.
         """
-        before, gone = self.placements, set(parameters)
+        gone = set(parameters)
+        self._drop(gone)
+        for p in gone:
+            self.owners.pop(p)
+        self._count_anew()
+
+    def share(self, group: dist.ProcessGroup) -> None:
+        """Keep this rank's part of a window that every rank holds whole.
+
+        Raises:
+            MemoryError: as `shrink`; nothing changes then.
+        """
+        sizes = {p: placement.stored_size for p, placement in self.placements.items()}
+        owners = assign_owners(sizes, {}, group)
+        self._drop({p for p in owners if owners[p].rank != dist.get_rank(group)})
+        self.owners, self.sharing, self.gram.process_group = owners, group, group
+
+    def _drop(self, gone: set[Tensor]) -> None:
+        """Drop the columns of parameters; the Gram matrix stays as it is."""
+        before = self.placements
         dense = {
             p: placement for p, placement in before.items() if p in gone and isinstance(placement, DensePlacement)
         }
         self.placements = {p: placement for p, placement in before.items() if p in dense or p not in gone}
         try:
-            self.shrink({p: torch.zeros(part.shape, dtype=torch.bool) for p, part in dense.items()})
+            self._keep_columns({p: torch.zeros(part.shape, dtype=torch.bool) for p, part in dense.items()})
         except MemoryError:
             self.placements = before
             raise
         for p in gone:
             self.placements.pop(p, None)
-            self.owners.pop(p)
         idle: ColumnStore = DenseColumns(self.options.num_grads, 0, dtype=self.options.window_dtype)
         self.columns = distinct_columns(self.placements.values()) or [idle]
         self.metric.keep_only(self.columns)
@@ -312,6 +339,13 @@ class ParameterWindow:
         if not self.borrows:  # else somebody has done so
             for columns in self.columns:
                 columns.clear(slice(self.count, None))
+
+
+def _sizes(
+    gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], options: ParameterWindowOptions
+) -> dict[Tensor, int]:
+    """Numbers of each gradient that the columns of parameters with these first gradients hold."""
+    return {p: stored_numbers(grad, masks.get(p), options.row_sparse) for p, grad in gradients.items()}
 
 
 def _place_own(

@@ -17,7 +17,15 @@ from mfac_hf.fisher.columns import ColumnStore, DenseColumns, RowSparseColumns, 
 from mfac_hf.memory import ROW_SPARSE_MIN_NUMEL, require_memory
 from mfac_hf.optim.options import ParameterWindowOptions
 
-__all__ = ["DensePlacement", "Placement", "TablePlacement", "distinct_columns", "kept_positions", "place"]
+__all__ = [
+    "DensePlacement",
+    "Placement",
+    "TablePlacement",
+    "distinct_columns",
+    "kept_positions",
+    "place",
+    "window_bytes",
+]
 
 # A parameter gets row-sparse columns if at most this share of the rows of its first gradient is non-zero ...
 ROW_SPARSE_MAX_DENSITY = 0.25
@@ -42,6 +50,11 @@ class DensePlacement:
     start: int
     size: int
     keep: Tensor | None = None
+
+    @property
+    def stored_size(self) -> int:
+        """Numbers of each gradient that its columns hold."""
+        return self.size
 
     @property
     def _place(self) -> slice:
@@ -92,6 +105,11 @@ class TablePlacement:
     def size(self) -> int:
         """Its columns: the numbers of the table."""
         return self.shape.numel()
+
+    @property
+    def stored_size(self) -> int:
+        """Numbers of each gradient that its columns hold."""
+        return self.columns.values_MNH[0].numel()
 
     def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> SparseRows:
         """The gradient as its columns store it, zero where it is masked; no row for None."""
@@ -187,6 +205,14 @@ def _deal_out(sizes: dict[Tensor, int], devices: list[torch.device]) -> dict[tor
         chosen[p] = min(load, key=lambda device: load[device])
         load[chosen[p]] += sizes[p]
     return {device: [p for p in sizes if chosen[p] == device] for device in devices}
+
+
+def window_bytes(gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], options: ParameterWindowOptions) -> int:
+    """Bytes of the columns of parameters with these first gradients, their second moments included."""
+    tables = {p: g for p, g in gradients.items() if options.row_sparse and _is_row_sparse(g)}
+    dense = sum(stored_numbers(g, masks.get(p), False) for p, g in gradients.items() if p not in tables)
+    rows = sum(_table_bytes(g, len(nonzero_rows(g).rows), options) for g in tables.values())
+    return dense * options.column_bytes + rows
 
 
 def _table_bytes(grad: Tensor, slots: int, options: ParameterWindowOptions) -> int:

@@ -11,44 +11,40 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.columns import Part
-from mfac_hf.optim.placement import stored_numbers
 
-__all__ = ["Owner", "assign_owners", "broadcast_directions"]
+__all__ = ["SHARE_MIN_BYTES", "Owner", "assign_owners", "broadcast_directions"]
+
+# From this size of a whole window on, Trainer's ranks share it by themselves. Below it the memory is little, and a
+# step waits for the messages; above it a step with gloo on one machine was seen to take less time, too.
+SHARE_MIN_BYTES = 16 << 20
 
 
 class Owner(NamedTuple):
-    """The rank that keeps a parameter's columns, and the numbers of a gradient that it stores for it."""
+    """The rank that keeps a parameter's columns, and the numbers of each gradient that it stores for it."""
 
     rank: int
     size: int
 
 
 def assign_owners(
-    new: dict[Tensor, Tensor],
-    masks: dict[Tensor, Tensor],
-    row_sparse: bool,
-    owners: dict[Tensor, Owner],
-    group: dist.ProcessGroup | None,
+    sizes: dict[Tensor, int], owners: dict[Tensor, Owner], group: dist.ProcessGroup | None
 ) -> dict[Tensor, Owner]:
     """The owner of each new parameter: largest first, to the rank with the least so far.
 
     Every rank sees the same gradients, so all come to the same end.
 
     Args:
-        new: gradients of the parameters that have no owner yet.
-        masks: {parameter: bool tensor, True = keep}, for those that have one.
-        row_sparse: whether gradients with few non-zero rows are stored by these rows.
+        sizes: of the parameters that have no owner yet, the numbers of each gradient that are stored.
         owners: of the other parameters.
         group: the ranks; None if there is only this one.
     """
     if group is None:
-        return dict.fromkeys(new, Owner(0, 0))
+        return dict.fromkeys(sizes, Owner(0, 0))
     load = [0] * dist.get_world_size(group)
     for owner in owners.values():
         load[owner.rank] += owner.size
-    sizes = {p: stored_numbers(grad, masks.get(p), row_sparse) for p, grad in new.items()}
     assigned = {}
-    for p in sorted(new, key=lambda p: -sizes[p]):
+    for p in sorted(sizes, key=lambda p: -sizes[p]):
         assigned[p] = Owner(load.index(min(load)), sizes[p])
         load[assigned[p].rank] += sizes[p]
     return assigned

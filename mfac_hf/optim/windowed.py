@@ -1,6 +1,7 @@
 """An optimizer with a gradient window: its state is saved, loaded and copied, and window, masks and groups agree."""
 
 import copy
+import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,11 +19,15 @@ from mfac_hf.optim.masks import check_masks_have_parameters
 from mfac_hf.optim.metric import saved_moments
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
+from mfac_hf.optim.placement import window_bytes
 from mfac_hf.optim.restore import restore_placements
 from mfac_hf.optim.sharded import is_sharded, shard_group
+from mfac_hf.optim.sharing import SHARE_MIN_BYTES
 from mfac_hf.optim.state import WINDOW_KEYS, check_state, publish_window, without_window
 
 __all__ = ["WindowedOptimizer"]
+
+logger = logging.getLogger(__name__)
 
 
 class WindowedOptimizer(torch.optim.Optimizer):
@@ -30,6 +35,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
 
     _options: ParameterWindowOptions
     _process_group: dist.ProcessGroup | None
+    _undecided: bool  # whether Trainer's ranks may yet come to share the window
     _batches: BatchCount
 
     def _start_anew(self) -> None:
@@ -50,6 +56,45 @@ class WindowedOptimizer(torch.optim.Optimizer):
             self._shards = shard_group(trained, self._process_group)
             self._placed = placed
         return self._shards
+
+    def _decide_sharing(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Share the window among Trainer's ranks, where nobody said whether to and it pays."""
+        if not (self._undecided and gradients and self._batches.announced):
+            return
+        self._undecided = False
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks == 1 or self.shares_window:
+            return
+        window = self._window
+        size = window_bytes(gradients, self._masks(), self._options) if window is None else window.nbytes
+        if size >= SHARE_MIN_BYTES:
+            logger.info("%d ranks share a gradient window of %d MiB", ranks, size >> 20)
+            self._process_group = dist.group.WORLD
+            self._share_whole()
+
+    def _share_whole(self) -> None:
+        """Keep this rank's part of a window that every rank holds whole."""
+        if self._window is not None and self._process_group is not None:
+            self._window.share(self._process_group)
+            self._leave_to_others()
+            self._publish()
+
+    def _leave_to_others(self) -> None:
+        """Take what other ranks keep out of the states."""
+        for p, state in self.state.items():
+            if self._window is not None and p not in self._window.placements:
+                for name in (*WINDOW_KEYS, "second_moment", "moment_steps"):
+                    state.pop(name, None)
+
+    def keep_window_whole(self) -> None:
+        """Do not share the window among Trainer's ranks, as ``process_group=None``: before the first step.
+
+        Raises:
+            ValueError: ranks share it already.
+        """
+        if self.shares_window:
+            raise ValueError("ranks share this window: build MFAC with process_group=None to keep it whole on each")
+        self._undecided = False
 
     def _keep_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         self._kept |= {p: mask.detach().clone() for p, mask in masks.items()}
@@ -122,9 +167,11 @@ class WindowedOptimizer(torch.optim.Optimizer):
     @property
     def shares_window(self) -> bool:
         """Whether the window's columns are, or will be, spread over several ranks."""
-        return self._process_group is not None or any(
-            is_sharded(p) for group in self.param_groups for p in group["params"]
-        )
+        return self._process_group is not None or self._is_sharded
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -165,11 +212,12 @@ class WindowedOptimizer(torch.optim.Optimizer):
         saved = check_state(state_dict, self.param_groups, self._masks(), self._options)
         groups = _merge(self.param_groups, state_dict["param_groups"])
         options = follow_groups(groups, self._options)
-        if any("gram" in state for state in saved.values()) and self.shares_window:
-            warnings.warn("ranks that share a window do not load a saved one: it refills", stacklevel=2)
+        if any("gram" in state for state in saved.values()) and self._is_sharded:
+            warnings.warn("sharded parameters do not load the window of whole ones: it refills", stacklevel=2)
             saved = without_window(saved, moments=False)
         states = {p: {name: _own(name, value, p) for name, value in state.items()} for p, state in saved.items()}
         self._restore(states, groups, options)
+        self._share_whole()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -207,7 +255,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the window from the per-parameter state."""
         super().__setstate__(state)
-        self._process_group, self._batches = None, BatchCount()
+        self._process_group, self._undecided, self._batches = None, False, BatchCount()
         options = ParameterWindowOptions.pick(self.defaults)
         self._restore(dict(self.state), self.param_groups, follow_groups(self.param_groups, options))
 

@@ -38,7 +38,11 @@ class WindowGradients:
                 f"gradients='optimizer' needs MFAC as the optimizer, not {type(optimizer).__name__}; use 'data'"
             )
         if optimizer.shares_window:
-            raise ValueError("gradients='optimizer' needs a whole window on each rank, and ranks share it; use 'data'")
+            raise ValueError(
+                "gradients='optimizer' needs a whole window on each rank, and ranks share it; use 'data', or build "
+                "MFAC with process_group=None"
+            )
+        optimizer.keep_window_whole()
         self.optimizer = optimizer
         self.losses = losses
         self.fisher: Fisher = "empirical"

@@ -124,6 +124,9 @@ class OptimizerArguments:
         None, "mfac: device or devices that hold the window; default: the parameters' own."
     )
     row_sparse: bool = flag(True, "mfac: keep only the rows of embedding gradients that a batch touches.")
+    share_window: bool = flag(
+        True, "mfac: under several processes (accelerate launch) each keeps a part of the window, if that is large."
+    )
     save_window: bool = flag(True, "mfac: write the window into checkpoints; without it, a resumed run refills it.")
 
     def given(self) -> dict[str, Any]:
@@ -302,6 +305,7 @@ def build_optimizer(
         **options,
         weight_decay=training_args.weight_decay,
         window_device=devices[0] if devices is not None and len(devices) == 1 else devices,
+        process_group="auto" if optimizer_args.share_window else None,
         row_sparse=optimizer_args.row_sparse,
         save_window=optimizer_args.save_window,
     )

@@ -95,6 +95,9 @@ class VisionArguments:
         "mfac, --metric identity: divide the Fisher by ngrads (the paper, default), or by the gradients that the "
         "window holds so far.",
     )
+    share_window: bool = flag(
+        True, "mfac: under several processes (accelerate launch) each keeps a part of the window, if that is large."
+    )
     nesterov: bool | None = flag(
         None,
         "mfac, --metric adam: let the average of the gradients look one step ahead, as NAdam does; default: True.",
@@ -121,7 +124,7 @@ class VisionArguments:
 
     def to_dict(self) -> dict[str, Any]:
         """The flags that decide the result, as plain values."""
-        free = ("resume", "progress", "nworkers")
+        free = ("resume", "progress", "nworkers", "share_window")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 
@@ -263,7 +266,7 @@ def build_optimizer(
 ) -> Any:
     """Make an optimizer and prepare it.
 
-    Several processes share M-FAC's window.
+    Several processes share M-FAC's window, if it is large (``--share_window``).
 
     Args:
         run: the run with the model.
@@ -296,8 +299,9 @@ def build_optimizer(
             **{name: value for name, value in options.items() if value is not None},
             weight_decay=args.weightdecay,
             masks=None if masks is None else masks.parameter_masks(run.bare_model),
-            process_group=run.process_group,
+            process_group="auto" if args.share_window else None,
         )
+        optimizer.trust_loss_scale()  # the loss is a mean over the batch, and the gradients are one over the processes
     return run.accelerator.prepare(optimizer)
 
 

@@ -137,6 +137,7 @@ class VisionRun:
             FloatingPointError: the loss of a step is not finite.
         """
         self.model.train()
+        optimizer.train()  # as Trainer does: its processes step together
         self.train_loader.set_epoch(epoch)
         if isinstance(self._train_images, FolderImages):
             self._train_images.epoch = epoch

@@ -1,6 +1,7 @@
 """Runs a function on several processes that talk over gloo on the loopback interface."""
 
 import gc
+import multiprocessing
 import os
 import socket
 import sys
@@ -13,10 +14,14 @@ import torch.multiprocessing as mp
 
 def run_on_ranks(function, directory, *args, ranks=2):
     """Call ``function(rank, *args)`` on each rank; a failure on any of them is raised here with its traceback."""
-    mp.spawn(_run, (function, f"file://{directory / 'rendezvous'}", ranks, args), nprocs=ranks)
+    # One process imports everything and is forked for each rank: imports take longer than most tests.
+    multiprocessing.set_forkserver_preload(["mfac_hf", "accelerate", function.__module__])
+    arguments = (function, f"file://{directory / 'rendezvous'}", ranks, args, dict(os.environ))
+    mp.start_processes(_run, arguments, nprocs=ranks, start_method="forkserver")
 
 
-def _run(rank, function, rendezvous, ranks, args):
+def _run(rank, function, rendezvous, ranks, args, environment):
+    os.environ.update(environment)  # that of the process that is forked is older
     torch.set_num_threads(1)
     if "lo" in [name for _, name in socket.if_nameindex()]:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
