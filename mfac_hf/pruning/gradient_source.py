@@ -35,7 +35,8 @@ class GradientSource(Protocol):
     ) -> None:
         """Hand ``num_grads`` gradients of each parameter to ``consume(name, rows)``, rows being n x numel, float32.
 
-        The same seed gives the gradients of the same examples, for whichever parameters.
+        Rows may be overwritten once ``consume`` has returned. The same seed gives the gradients of the same examples,
+        for whichever parameters.
         """
 
     def loss(self, model: nn.Module) -> float | None:

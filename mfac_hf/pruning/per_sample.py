@@ -46,7 +46,7 @@ def batch_gradients(
         differentiate: takes the loss and tensors inside the model, and returns its gradients by them.
 
     Yields:
-        The name of each parameter, and its rows in float32.
+        The name of each parameter, and its rows in float32: the next ones overwrite them.
 
     Raises:
         NotImplementedError: the gradients cannot be told apart this way; the message says why.
@@ -76,32 +76,44 @@ def batch_gradients(
         if len(inputs) != batch_size:
             raise NotImplementedError(f"{names[layer.weight]} sees inputs that are not one for each example")
     gradients = differentiate(value, [output for *_, output in calls])
+    # One piece of memory for all: the system takes longer to hand out a new one than the products take.
+    largest = max(parameter.numel() for parameter in parameters.values())
+    memory = torch.empty(batch_size * largest, device=calls[0][1].device)
     for name, parameter in parameters.items():
-        rows = torch.zeros(batch_size, parameter.numel(), device=parameter.device)
+        rows_ND = memory[: batch_size * parameter.numel()].view(batch_size, -1)
+        found = False
         for (layer, inputs, _), gradient in zip(calls, gradients, strict=True):
             if layer.weight is parameter and gradient is not None:
-                rows += _rows(layer, inputs.float(), gradient.float()).reshape(batch_size, -1)
-        yield name, rows.mul_(batch_size)
+                left, right = _factors(layer, inputs.float(), gradient.float() * batch_size)
+                rows_ND.view(len(left), left.shape[1], -1).baddbmm_(left, right, beta=int(found))
+                found = True
+        yield name, rows_ND if found else rows_ND.zero_()
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Return whether :func:`_rows` knows the gradient of the layer's weight."""
+    """Return whether :func:`_factors` knows the gradient of the layer's weight."""
     if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, (nn.Linear, Conv1D))
 
 
-def _rows(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradients of a layer's weight, example by example, from one input and the gradient of its output."""
+def _factors(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two batches of matrices whose products are the gradients of a layer's weight, example by example.
+
+    Args:
+        layer: the layer.
+        inputs: what it was called with.
+        gradient: gradient of its output.
+    """
     if isinstance(layer, nn.Conv2d):
         groups = layer.groups
         padding: Any = layer.padding  # numbers: _is_plain
         patches = functional.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
         patches_NGIL = patches.unflatten(1, (groups, -1))
         gradient_NGOL = gradient.flatten(2).unflatten(1, (groups, -1))
-        return gradient_NGOL @ patches_NGIL.transpose(2, 3)
+        return gradient_NGOL.flatten(0, 1), patches_NGIL.mT.flatten(0, 1)
     inputs_NTI = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     gradient_NTO = gradient.reshape(len(gradient), -1, gradient.shape[-1])
     if isinstance(layer, Conv1D):  # stores its weight as I x O
-        return inputs_NTI.transpose(1, 2) @ gradient_NTO
-    return gradient_NTO.transpose(1, 2) @ inputs_NTI
+        return inputs_NTI.mT, gradient_NTO
+    return gradient_NTO.mT, inputs_NTI

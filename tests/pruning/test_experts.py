@@ -189,7 +189,7 @@ def rows_of(model, words, **options):
     examples = [{"input_ids": ids, "labels": ids} for ids in words]
     targets, found = find_targets(model), {}
     source = DataLoaderGradients(DataLoader(examples, batch_size=4), **options)
-    source.collect(model, targets, len(words), 0, lambda name, rows: found.setdefault(name, []).append(rows))
+    source.collect(model, targets, len(words), 0, lambda name, rows: found.setdefault(name, []).append(rows.clone()))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

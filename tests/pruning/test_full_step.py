@@ -40,7 +40,7 @@ def dense_answer(update, sparsity):
     model, source, masks = problem()
     parameters = masks.parameters(model)
     rows = {name: [] for name in parameters}
-    source.collect(model, parameters, OPTIONS.num_grads, 5, lambda name, r: rows[name].append(r))
+    source.collect(model, parameters, OPTIONS.num_grads, 5, lambda name, r: rows[name].append(r.clone()))
     keep = torch.cat([masks[name].flatten() for name in parameters])
     grads = torch.cat([torch.cat(rows[name]) for name in parameters], dim=1).double() * keep
     weights = torch.cat([p.detach().flatten() for p in parameters.values()]).double()

@@ -62,7 +62,7 @@ def source(rows=None, **options):
 def collect(model, source, num_grads, *, parameters=None, seed=0):
     parameters = parameters or find_targets(model)
     rows = {name: [] for name in parameters}
-    source.collect(model, parameters, num_grads, seed, lambda name, part: rows[name].append(part))
+    source.collect(model, parameters, num_grads, seed, lambda name, part: rows[name].append(part.clone()))
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
@@ -109,9 +109,8 @@ def shared(monkeypatch):
     counts, plain = [], gradients.batch_gradients
 
     def watch(model, parameters, loss, batch_size, differentiate):
-        found = list(plain(model, parameters, loss, batch_size, differentiate))
+        yield from plain(model, parameters, loss, batch_size, differentiate)
         counts.append(batch_size)
-        return found
 
     monkeypatch.setattr(gradients, "batch_gradients", watch)
     return counts

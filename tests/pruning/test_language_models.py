@@ -77,7 +77,7 @@ def test_gradients_of_padded_sentences_are_those_of_each_alone(learned, fisher):
     few = examples[:12]
     targets, found = find_targets(model), {}
     source = DataLoaderGradients(loader(few), fisher=fisher)
-    source.collect(model, targets, 12, 0, lambda name, rows: found.setdefault(name, []).append(rows))
+    source.collect(model, targets, 12, 0, lambda name, rows: found.setdefault(name, []).append(rows.clone()))
     rows = torch.cat([torch.cat(parts) for parts in found.values()], dim=1)
     expected = []
     for words in few:

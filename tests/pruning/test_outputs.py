@@ -101,7 +101,9 @@ def collected(task, **options):
     source = DataLoaderGradients(DataLoader(sentences(), collate_fn=collate(task)), fisher="scaled", **options)
     found = []
     count = COUNT // options.get("batch_size", 1)
-    source.collect(model, {TARGET: find_targets(model)[TARGET]}, count, 0, lambda name, rows: found.append(rows))
+    source.collect(
+        model, {TARGET: find_targets(model)[TARGET]}, count, 0, lambda name, rows: found.append(rows.clone())
+    )
     return torch.cat(found), torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
 
 

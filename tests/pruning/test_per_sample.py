@@ -31,6 +31,11 @@ MODELS = {
 }
 
 
+def collect(model, parameters, loss):
+    """The rows of all parameters, each copied before the next one overwrites it."""
+    return {name: rows.clone() for name, rows in batch_gradients(model, parameters, loss, COUNT)}
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_rows_are_the_gradients_of_single_examples(kind):
     build, shape = MODELS[kind]
@@ -41,7 +46,7 @@ def test_rows_are_the_gradients_of_single_examples(kind):
     def loss(inputs):
         return model(inputs).square().flatten(1).sum(dim=1).mean()
 
-    found = dict(batch_gradients(model, parameters, lambda: loss(inputs), COUNT))
+    found = collect(model, parameters, lambda: loss(inputs))
     assert list(found) == list(parameters)
     for i in range(COUNT):
         expected = torch.autograd.grad(loss(inputs[i : i + 1]), list(parameters.values()))
@@ -53,7 +58,7 @@ def test_rows_are_the_gradients_of_single_examples(kind):
 def test_a_weight_that_the_loss_does_not_depend_on_has_zeros():
     model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
     parameters = {"0.weight": model[0].weight, "1.weight": model[1].weight}
-    found = dict(batch_gradients(model, parameters, lambda: model[0](torch.randn(COUNT, 3)).mean(), COUNT))
+    found = collect(model, parameters, lambda: model[0](torch.randn(COUNT, 3)).mean())
     assert found["0.weight"].any() and not found["1.weight"].any() and found["1.weight"].shape == (COUNT, 6)
 
 

@@ -96,7 +96,7 @@ def test_weights_of_classes_have_no_say_in_scaled_gradients(tmp_path):
             trainer.get_train_dataloader(), pruning.options, training_loss(trainer, trainer.args)
         )
         rows = []
-        source.collect(trainer.model, parameters, 6, 0, lambda name, part, rows=rows: rows.append(part))
+        source.collect(trainer.model, parameters, 6, 0, lambda name, part, rows=rows: rows.append(part.clone()))
         pruned.append(torch.cat([part.flatten() for part in rows]))
         trainer.train()
     for other in pruned[1:]:
