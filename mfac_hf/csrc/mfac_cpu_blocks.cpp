@@ -1,8 +1,8 @@
-// CPU kernels for batches of small symmetric positive definite matrices: spd_inverse and spd_solve (see mfac_hf/ops/blocks.py).
+// CPU kernels for batches of small symmetric positive definite matrices: spd_inverse, spd_solve and the dual form's dual_inverse (see
+// mfac_hf/ops/blocks.py).
 //
 // A = U^T U is computed by panels of ROWS rows. A tile of the current panel takes the products with all earlier panels in
-// registers, is then solved with the triangle on the diagonal, and is written once. The identity, carried along as further
-// columns, becomes U^-T.
+// registers, is then solved with the triangle on the diagonal, and is written once. Further columns can be carried along.
 //
 // Results do not depend on the number of threads: a thread has whole matrices.
 
@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 
 #include "mfac_cpu_tile.h"
@@ -66,9 +67,10 @@ inline void eliminate(double* target, const double* left, const double* right, i
   write(t, target, stride);
 }
 
-// Writes U over A and, unless below is null, U^-T over the identity there; scale gets the reciprocals of the diagonal. Returns
-// the number of the first pivot that is not positive, or 0.
-int64_t factor(double* a, double* below, double* scale, int64_t rows, int64_t stride) {
+// Writes U over A; scale gets the reciprocals of the diagonal. Calls carry(p) when the rows from p to p + ROWS are done, for what else
+// takes the same steps. Returns the number of the first pivot that is not positive, or 0.
+template <typename F>
+int64_t factor(double* a, double* scale, int64_t rows, int64_t stride, const F& carry) {
   for (int64_t p = 0; p < rows; p += ROWS) {
     double* panel = a + p * stride;
     Tile<double> t;
@@ -77,13 +79,18 @@ int64_t factor(double* a, double* below, double* scale, int64_t rows, int64_t st
     if (const int bad = factor_tile(t, scale + p)) return p + bad;
     write(t, panel + p, stride);
     for (int64_t c = p + WIDTH; c < rows; c += WIDTH) eliminate(panel + c, a + p, a + c, p, panel + p, scale + p, stride);
-    if (below == nullptr) continue;
-    for (int64_t c = 0; c < p + ROWS; c += WIDTH) {
-      eliminate(below + p * stride + c, a + c * stride + p, below + c * stride + c, std::max<int64_t>(p - c, 0), panel + p, scale + p,
-                stride);
-    }
+    carry(p);
   }
   return 0;
+}
+
+// Solves U^T U z = y, and writes z over y.
+void substitute(const double* a, const double* scale, double* y, int64_t n, int64_t stride) {
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] *= scale[i];
+    add(-y[i], a + i * stride + i + 1, y + i + 1, n - i - 1);
+  }
+  for (int64_t i = n - 1; i >= 0; --i) y[i] = (y[i] - dot(a + i * stride + i + 1, y + i + 1, n - i - 1)) * scale[i];
 }
 
 // Writes the lower tiles of X^T X, with X lower triangular, into out.
@@ -128,7 +135,13 @@ std::tuple<Tensor, Tensor> spd_inverse_cpu(const Tensor& matrices) {
       copy_in(in + block * n * n, n, a, rows, work.stride);
       copy_in(nullptr, 0, below, rows, work.stride);
       double* target = out + block * n * n;
-      bad[block] = static_cast<int32_t>(factor(a, below, scale.data(), rows, work.stride));
+      bad[block] = static_cast<int32_t>(factor(a, scale.data(), rows, work.stride, [&](int64_t p) {
+        // The identity becomes U^-T, which is zero right of the diagonal.
+        for (int64_t c = 0; c < p + ROWS; c += WIDTH) {
+          eliminate(below + p * work.stride + c, a + c * work.stride + p, below + c * work.stride + c, std::max<int64_t>(p - c, 0),
+                    a + p * work.stride + p, scale.data() + p, work.stride);
+        }
+      }));
       if (bad[block] != 0) {
         std::fill(target, target + n * n, NOTHING);
         continue;
@@ -162,27 +175,95 @@ std::tuple<Tensor, Tensor> spd_solve_cpu(const Tensor& matrices, const Tensor& x
     for (int64_t block = begin; block < end; ++block) {
       copy_in(in + block * n * n, n, work.data, rows, work.stride);
       double* y = out + block * n;
-      bad[block] = static_cast<int32_t>(factor(work.data, nullptr, scale.data(), rows, work.stride));
+      bad[block] = static_cast<int32_t>(factor(work.data, scale.data(), rows, work.stride, [](int64_t) {}));
       if (bad[block] != 0) {
         std::fill(y, y + n, NOTHING);
         continue;
       }
       std::copy(right + block * n, right + (block + 1) * n, y);
-      for (int64_t i = 0; i < n; ++i) {
-        y[i] *= scale[i];
-        add(-y[i], work.data + i * work.stride + i + 1, y + i + 1, n - i - 1);
-      }
-      for (int64_t i = n - 1; i >= 0; --i) {
-        y[i] = (y[i] - dot(work.data + i * work.stride + i + 1, y + i + 1, n - i - 1)) * scale[i];
-      }
+      substitute(work.data, scale.data(), y, n, work.stride);
     }
   });
   return {solution, info};
 }
 
+// Widens the columns of a block: into rows, one for each gradient, and into turned, one for each column.
+template <typename G>
+void copy_block(const G* g, int64_t grad_stride, int64_t m, int64_t columns, double* rows, double* turned, int64_t stride) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < columns; ++j) rows[i * stride + j] = turned[j * stride + i] = widen<double>(g[i * grad_stride + j]);
+  }
+}
+
+// The m x m system of each block, K = shift I + G G^T = U^T U, and what it is for: with W = U^-T G the diagonal 1 - sum of W^2, or
+// x - G^T K^-1 G x.
+template <typename G>
+void dual_inverse(const G* g, int64_t grad_stride, int64_t m, int64_t d, int64_t size, double shift, const double* x, double* out,
+                  int32_t* bad) {
+  const int64_t blocks = (d + size - 1) / size, rows = round_up(m, ROWS);
+  torch::stable::parallel_for(0, blocks, 1, [=](int64_t begin, int64_t end) {
+    Workspace<double> work(std::max(rows, size), 2 * rows + size);
+    const int64_t stride = work.stride;
+    std::vector<double> scale(rows), y(rows);
+    double *a = work.data, *w = a + rows * stride, *turned = w + rows * stride;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t column = block * size, columns = std::min(size, d - column);
+      double* target = out + column;
+      copy_block(g + column, grad_stride, m, columns, w, turned, stride);
+      for (int64_t p = 0; p < rows; p += ROWS) {
+        for (int64_t c = p; c < rows; c += WIDTH) {
+          Tile<double> t = {};
+          add_products<true>(t, turned + p, turned + c, columns, stride);
+          write(t, a + p * stride + c, stride);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) a[i * stride + i] += i < m ? shift : 1.0;
+      bad[block] = static_cast<int32_t>(factor(a, scale.data(), rows, stride, [&](int64_t p) {
+        for (int64_t c = 0; x == nullptr && c < columns; c += WIDTH) {
+          eliminate(w + p * stride + c, a + p, w + c, p, a + p * stride + p, scale.data() + p, stride);
+        }
+      }));
+      if (bad[block] != 0) {
+        std::fill(target, target + columns, NOTHING);
+      } else if (x == nullptr) {
+        std::fill(target, target + columns, 1.0);
+        for (int64_t i = 0; i < m; ++i) {
+          for (int64_t j = 0; j < columns; ++j) target[j] -= w[i * stride + j] * w[i * stride + j];
+        }
+      } else {
+        for (int64_t i = 0; i < m; ++i) y[i] = dot(w + i * stride, x + column, columns);
+        substitute(a, scale.data(), y.data(), m, stride);
+        std::copy(x + column, x + column + columns, target);
+        for (int64_t i = 0; i < m; ++i) add(-y[i], w + i * stride, target, columns);
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> dual_inverse_cpu(const Tensor& g, int64_t size, double shift, const std::optional<Tensor>& x) {
+  STD_TORCH_CHECK(g.dim() == 2 && (g.size(1) <= 1 || g.stride(1) == 1), "expected gradients (m, d) with contiguous rows");
+  const int64_t m = g.size(0), d = g.size(1);
+  STD_TORCH_CHECK(size >= 1, "expected a block size of at least 1");
+  STD_TORCH_CHECK(!x || (x->dim() == 1 && x->size(0) == d && x->scalar_type() == ScalarType::Double && x->is_contiguous()),
+                  "expected a contiguous float64 vector of ", d, " numbers");
+  Tensor out = torch::stable::new_empty(g, {d}, ScalarType::Double);
+  Tensor info = torch::stable::new_empty(g, {(d + size - 1) / size}, ScalarType::Int);
+  const double* vector = x ? static_cast<const double*>(x->data_ptr()) : nullptr;
+  double* to = static_cast<double*>(out.data_ptr());
+  int32_t* bad = static_cast<int32_t*>(info.data_ptr());
+  if (g.scalar_type() == ScalarType::Float) {
+    dual_inverse(static_cast<const float*>(g.data_ptr()), g.stride(0), m, d, size, shift, vector, to, bad);
+  } else {
+    STD_TORCH_CHECK(g.scalar_type() == ScalarType::Double, "gradients are float32 or float64");
+    dual_inverse(static_cast<const double*>(g.data_ptr()), g.stride(0), m, d, size, shift, vector, to, bad);
+  }
+  return {out, info};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mfac, CPU, m) {
+  m.impl("dual_inverse", TORCH_BOX(&dual_inverse_cpu));
   m.impl("spd_inverse", TORCH_BOX(&spd_inverse_cpu));
   m.impl("spd_solve", TORCH_BOX(&spd_solve_cpu));
 }

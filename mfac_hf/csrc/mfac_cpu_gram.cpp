@@ -61,7 +61,7 @@ void add_gram(double* sums, int64_t size, const G* g, int64_t grad_stride, int64
   const int64_t blocks = (d + size - 1) / size, rows = round_up(size, ROWS), group = std::max<int64_t>(1, COLUMNS / size);
   const int64_t length = triangle(size);
   torch::stable::parallel_for(0, (blocks + group - 1) / group, 1, [=](int64_t begin, int64_t end) {
-    Workspace<double> gradients(size, group * RUN, Lanes<double>::COUNT), totals(size, group * rows);
+    Workspace<double> gradients(size, group * RUN, 0), totals(size, group * rows, 0);  // no tile goes beyond its rows
     for (int64_t first = begin * group; first < std::min(end * group, blocks); first += group) {
       const int64_t count = std::min(group, blocks - first);
       std::fill(totals.data, totals.data + count * rows * totals.stride, 0.0);

@@ -57,13 +57,13 @@ inline void add_products(Tile<A, R, V>& t, const A* left, const A* right, int64_
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory for rows of n numbers, with room for whole tiles at the end of each; aligned to cache lines, and zero at first. Rows are
-// an odd number of lines apart: with a power of two they would share a few places of the cache.
+// Memory for rows of n numbers, and `room` more for a tile that begins in a row's last ones; aligned to cache lines, and zero at first.
+// Rows are an odd number of lines apart: with a power of two they would share a few places of the cache.
 template <typename A>
 class Workspace {
  public:
-  Workspace(int64_t n, int64_t rows, int64_t padding = Tile<A>::WIDTH)
-      : stride((round_up(n, padding) / LANES | 1) * LANES), storage_(rows * stride + LINE / sizeof(A)) {
+  Workspace(int64_t n, int64_t rows, int64_t room = Tile<A>::WIDTH)
+      : stride((round_up(n + room, LANES) / LANES | 1) * LANES), storage_(rows * stride + LINE / sizeof(A)) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.data());
     data = storage_.data() + (round_up(address, LINE) - address) / sizeof(A);
   }

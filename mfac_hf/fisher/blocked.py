@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.fisher.definite import check_damping, factor_blocks, inverse_blocks, solve_blocks
+from mfac_hf.fisher.definite import check_damping, dual_blocks, inverse_blocks, solve_blocks
 from mfac_hf.fisher.options import MAX_NORM
 from mfac_hf.ops.blocks import add_gram, blocks_of, triangle, unpack_gram
 
@@ -246,13 +246,6 @@ class BlockedFisher:
         rows_B = torch.arange(self.block_size, device=self.device)
         return self._sums_KT[:, rows_B * (rows_B + 3) // 2].flatten()[: self.dim]
 
-    def _dual_factor(self, first: int, last: int) -> Tensor:
-        """`W = L⁻¹ G_b` of blocks ``first`` to ``last``: shape (k, m, B), float64."""
-        grads_KMB = blocks_of(self._rows_MD[: self.count], self.block_size, first, last)
-        system_KMM = torch.bmm(grads_KMB, grads_KMB.mT)
-        system_KMM.diagonal(dim1=1, dim2=2).add_(self.count * self.damping)
-        return torch.linalg.solve_triangular(factor_blocks(system_KMM), grads_KMB, upper=False)
-
     def inverse_diagonal(self) -> Tensor:
         r""":math:`[F^{-1}]_{ii}` for every parameter: shape (d,), in the dtype of this object.
 
@@ -261,13 +254,12 @@ class BlockedFisher:
             FloatingPointError: if a block is not positive definite in float64: its damping is too small.
         """
         self._finish()
+        if self.is_dual:
+            return dual_blocks(self._rows_MD[: self.count], self.block_size, self.damping).to(self.dtype)
         parts = []
         for first, last in self.chunks():
-            if self.is_dual:
-                part_KB = (1 - self._dual_factor(first, last).square().sum(dim=1)) / self.damping
-            else:
-                part_KB = inverse_blocks(self.matrices(first, last)).diagonal(dim1=1, dim2=2)
-            parts.append(part_KB.flatten())
+            inverse_KBB = inverse_blocks(self.matrices(first, last))
+            parts.append(inverse_KBB.diagonal(dim1=1, dim2=2).flatten())
         return torch.cat(parts)[: self.dim].to(self.dtype)
 
     def solve(self, x_D: Tensor) -> Tensor:
@@ -281,15 +273,14 @@ class BlockedFisher:
         if x_D.shape != (self.dim,):
             raise ValueError(f"vector of shape {tuple(x_D.shape)}; expected ({self.dim},)")
         self._finish()
+        x_D = x_D.detach().to(self.device, torch.float64)
+        if self.is_dual:
+            x_D = x_D.contiguous()
+            return dual_blocks(self._rows_MD[: self.count], self.block_size, self.damping, x_D).to(self.dtype)
         parts = []
         for first, last in self.chunks():
-            x_KB = blocks_of(x_D.detach().to(self.device).unsqueeze(0), self.block_size, first, last).squeeze(1)
-            if self.is_dual:
-                factor_KMB, x_KB1 = self._dual_factor(first, last), x_KB.unsqueeze(2)
-                part_KB = (x_KB1 - torch.bmm(factor_KMB.mT, torch.bmm(factor_KMB, x_KB1))).squeeze(2) / self.damping
-            else:
-                part_KB = solve_blocks(self.matrices(first, last), x_KB)
-            parts.append(part_KB.flatten())
+            x_KB = blocks_of(x_D.unsqueeze(0), self.block_size, first, last).squeeze(1)
+            parts.append(solve_blocks(self.matrices(first, last), x_KB).flatten())
         return torch.cat(parts)[: self.dim].to(self.dtype)
 
 

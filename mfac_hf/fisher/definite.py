@@ -3,18 +3,18 @@
 Every matrix here is a damped Fisher or Gram matrix. One that is not positive definite in float64 has too small a
 damping for the size of its gradients.
 
-Shape suffixes: K matrices, B their rows.
+Shape suffixes: K matrices, B their rows, M gradients, D parameters.
 """
 
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from mfac_hf.ops.blocks import spd_inverse, spd_solve
+from mfac_hf.ops.blocks import dual_inverse, spd_inverse, spd_solve
 
-__all__ = ["check_damping", "factor_blocks", "inverse_blocks", "is_number", "solve_blocks"]
+__all__ = ["check_damping", "dual_blocks", "factor_blocks", "inverse_blocks", "is_number", "solve_blocks"]
 
 
 def is_number(value: Any) -> bool:
@@ -46,6 +46,28 @@ def factor_blocks(matrices_KBB: Tensor) -> Tensor:
     return factor_KBB
 
 
+def dual_blocks(grads_MD: Tensor, block_size: int, damping: float, x_D: Tensor | None = None) -> Tensor:
+    r"""The diagonal of each block's :math:`F_b^{-1}` from the m x m system of its gradients, or :math:`F_b^{-1} x`.
+
+    With :math:`F_b = \lambda I + G_b^\top G_b / m`, :math:`F_b^{-1} = (I - G_b^\top (m \lambda I + G_b G_b^\top)^{-1}
+    G_b) / \lambda`.
+
+    Args:
+        grads_MD: gradients as rows, float32 or float64.
+        block_size: consecutive columns that make a block; the last one may be shorter.
+        damping: :math:`\lambda`.
+        x_D: a float64 vector to multiply; None for the diagonal.
+
+    Raises:
+        FloatingPointError: a system is not positive definite.
+    """
+    found_D, info_K = dual_inverse(grads_MD, block_size, len(grads_MD) * damping, x_D)
+    if bool(info_K.any()):
+        columns = slice((bad := int(info_K.nonzero()[0])) * block_size, (bad + 1) * block_size)
+        _refuse(float(grads_MD[:, columns].double().square().sum()) + len(grads_MD) ** 2 * damping)
+    return found_D.div_(damping)
+
+
 def inverse_blocks(matrices_KBB: Tensor) -> Tensor:
     """Inverses of a batch of matrices.
 
@@ -74,8 +96,10 @@ def solve_blocks(matrices_KBB: Tensor, x_KB: Tensor) -> Tensor:
 
 def _check_definite(matrices_KBB: Tensor, info_K: Tensor) -> None:
     if bool(info_K.any()):
-        bad = int(info_K.nonzero()[0])
-        raise FloatingPointError(
-            f"a damped Fisher or Gram matrix of trace {float(matrices_KBB[bad].trace()):g} is not positive definite "
-            "in float64: raise the damping"
-        )
+        _refuse(float(matrices_KBB[int(info_K.nonzero()[0])].trace()))
+
+
+def _refuse(trace: float) -> NoReturn:
+    raise FloatingPointError(
+        f"a damped Fisher or Gram matrix of trace {trace:g} is not positive definite in float64: raise the damping"
+    )

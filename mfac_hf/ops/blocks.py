@@ -4,7 +4,7 @@ PyTorch's batched float64 Cholesky calls LAPACK once for each matrix, which is s
 rows, and its batched products know nothing of symmetry. So there are native kernels, and the PyTorch implementations
 below answer where none is registered (`mfac_hf.ops.registry`).
 
-Shape suffixes: K matrices, B their rows, T numbers on and below the diagonal, N gradients, D parameters, P rows at
+Shape suffixes: K matrices, B their rows, T numbers on and below the diagonal, N, M gradients, D parameters, P rows at
 once.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfac_hf.ops.registry import operators_for, register
 
-__all__ = ["add_gram", "spd_inverse", "spd_solve", "triangle", "unpack_gram"]
+__all__ = ["add_gram", "dual_inverse", "spd_inverse", "spd_solve", "triangle", "unpack_gram"]
 
 # Rows of the largest matrices for the native kernels, which hold one in a core's own cache. Beyond, PyTorch is faster:
 # its threads share a matrix.
@@ -79,6 +79,28 @@ def blocks_of(grads_ND: Tensor, block_size: int, first: int, last: int) -> Tenso
         columns_ND = torch.nn.functional.pad(columns_ND, (0, missing))
     grads_KNB = columns_ND.unflatten(1, (last - first, block_size)).transpose(0, 1)
     return grads_KNB.to(torch.float64, memory_format=torch.contiguous_format)
+
+
+def dual_inverse(grads_MD: Tensor, block_size: int, shift: float, x_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""Return the diagonal of :math:`P_b = I - G_b^\top (s I + G_b G_b^\top)^{-1} G_b`, or :math:`P_b x`, for all b.
+
+    Args:
+        grads_MD: gradients as rows, which are contiguous, float32 or float64; the columns of :math:`G_b` are
+            ``block_size`` consecutive ones.
+        block_size: columns of a block; the last one may be shorter.
+        shift: s > 0.
+        x_D: a float64 vector to multiply; None for the diagonal.
+
+    Returns:
+        The diagonal or the product, shape (d,), float64, NaN where a system is not positive definite; and for each
+        block an int32 number, as `spd_inverse` returns them.
+
+    Raises:
+        RuntimeError: shapes do not fit; from a native kernel also for another dtype or layout.
+    """
+    if max(block_size, len(grads_MD)) > NATIVE_ROWS:
+        return _dual_inverse(grads_MD, block_size, shift, x_D)
+    return operators_for(grads_MD).dual_inverse(grads_MD, block_size, shift, x_D)
 
 
 def spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +172,31 @@ def _unpack_gram(
     return matrices_KBB
 
 
+def _dual_inverse(grads_MD: Tensor, block_size: int, shift: float, x_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    num_grads, dim = grads_MD.shape
+    if x_D is not None and x_D.shape != (dim,):
+        raise RuntimeError(f"vector of shape {tuple(x_D.shape)}; expected ({dim},)")
+    blocks = -(-dim // block_size)
+    at_once = max(1, COPY_BYTES // max(1, num_grads * block_size * 8))
+    parts, infos = [grads_MD.new_empty(0, dtype=torch.float64)], [grads_MD.new_empty(0, dtype=torch.int32)]
+    for first in range(0, blocks, at_once):
+        last = min(first + at_once, blocks)
+        grads_KMB = blocks_of(grads_MD, block_size, first, last)
+        system_KMM = torch.bmm(grads_KMB, grads_KMB.mT)
+        system_KMM.diagonal(dim1=1, dim2=2).add_(shift)
+        factor_KMM, info_K = torch.linalg.cholesky_ex(system_KMM)
+        if x_D is None:
+            root_KMB = torch.linalg.solve_triangular(factor_KMM, grads_KMB, upper=False)
+            part_KB = 1 - root_KMB.square().sum(dim=1)
+        else:
+            x_KB1 = blocks_of(x_D.unsqueeze(0), block_size, first, last).mT
+            weights_KM1 = torch.cholesky_solve(torch.bmm(grads_KMB, x_KB1), factor_KMM)
+            part_KB = (x_KB1 - torch.bmm(grads_KMB.mT, weights_KM1)).squeeze(2)
+        parts.append(part_KB.masked_fill((info_K != 0).unsqueeze(1), torch.nan).flatten())
+        infos.append(info_K)
+    return torch.cat(parts)[:dim], torch.cat(infos)
+
+
 def _spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
     factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
     identity_BB = torch.eye(matrices_KBB.shape[-1], dtype=matrices_KBB.dtype, device=matrices_KBB.device)
@@ -174,6 +221,16 @@ def _unpack_gram_fake(
     return sums_KT.new_empty(sums_KT.shape[0], block_size, block_size)
 
 
+def _dual_inverse_fake(
+    grads_MD: Tensor, block_size: int, shift: float, x_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    blocks = -(-grads_MD.shape[1] // block_size)
+    return (
+        grads_MD.new_empty(grads_MD.shape[1], dtype=torch.float64),
+        grads_MD.new_empty(blocks, dtype=torch.int32),
+    )
+
+
 def _spd_inverse_fake(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(matrices_KBB), matrices_KBB.new_empty(matrices_KBB.shape[0], dtype=torch.int32)
 
@@ -187,6 +244,11 @@ register(
     "unpack_gram(Tensor sums_KT, int block_size, float divisor, float damping, Tensor? keep_KB=None) -> Tensor",
     _unpack_gram,
     _unpack_gram_fake,
+)
+register(
+    "dual_inverse(Tensor grads_MD, int block_size, float shift, Tensor? x_D=None) -> (Tensor, Tensor)",
+    _dual_inverse,
+    _dual_inverse_fake,
 )
 register("spd_inverse(Tensor matrices_KBB) -> (Tensor, Tensor)", _spd_inverse, _spd_inverse_fake)
 register("spd_solve(Tensor matrices_KBB, Tensor x_KB) -> (Tensor, Tensor)", _spd_solve, _spd_solve_fake)

@@ -33,12 +33,17 @@ def test_static_recursion(m, d, damping):
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 5, 16, 20])
-@pytest.mark.parametrize("blocks_at_once", [1, 2, 16])
-def test_blocked_recursion(block_size, blocks_at_once):
+@pytest.mark.parametrize("blocks_at_once", [1, 2, None])
+@pytest.mark.parametrize("grads_at_once", [1, 3, 7, 9])
+def test_blocked_recursion(block_size, blocks_at_once, grads_at_once):
     grads, x = draw(7, 16), draw(1, 16, seed=1)[0]
     blocks = [torch.linalg.inv(dense_fisher(part, 1e-3)) for part in grads.split(block_size, dim=1)]
     inverse = torch.block_diag(*blocks)
-    paper = PaperBlockedInverse(grads, block_size, damping=1e-3, blocks_at_once=blocks_at_once)
+    before = grads.clone()
+    paper = PaperBlockedInverse(
+        grads, block_size, damping=1e-3, grads_at_once=grads_at_once, blocks_at_once=blocks_at_once
+    )
+    assert torch.equal(grads, before)
     assert relative_error(paper.solve(x), inverse @ x) <= 1e-9
     assert relative_error(paper.inverse_diagonal(), inverse.diagonal()) <= 1e-9
 

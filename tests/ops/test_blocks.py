@@ -151,6 +151,53 @@ def test_solution_along_strong_directions_keeps_its_digits(implementation):
     assert float(residual.norm()) <= 1e-12
 
 
+@pytest.fixture(params=["dispatched", "pytorch"])
+def dual_inverse(request):
+    return blocks.dual_inverse if request.param == "dispatched" else blocks._dual_inverse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "dim"), [(1, 3), (5, 12), (9, 9), (20, 50), (50, 130), (128, 200)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 17, 64])
+def test_dual_form_matches_numpy(dual_inverse, rows, size, dim, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    wide = torch.randn(rows, dim + 3, generator=generator).to(dtype)
+    wide[:, dim:] = torch.nan  # beside the gradients, and never read
+    grads, x = wide[:, :dim], torch.randn(dim, generator=generator, dtype=torch.float64)
+    parts = []
+    for first in range(0, dim, size):
+        block = grads[:, first : first + size].double().numpy()
+        system = 0.1 * np.eye(rows) + block @ block.T
+        parts.append(torch.from_numpy(np.eye(block.shape[1]) - block.T @ np.linalg.solve(system, block)))
+    exact = torch.block_diag(*parts)
+    diagonal, info = dual_inverse(grads, size, 0.1)
+    assert info.dtype == torch.int32 and info.tolist() == [0] * -(-dim // size)
+    torch.testing.assert_close(diagonal, exact.diagonal(), rtol=1e-9, atol=1e-11)
+    product, info = dual_inverse(grads, size, 0.1, x)
+    assert info.dtype == torch.int32 and not info.any()
+    torch.testing.assert_close(product, exact @ x, rtol=1e-9, atol=1e-11)
+
+
+def test_dual_form_marks_what_is_not_positive_definite(dual_inverse):
+    """A negative shift makes every system indefinite whose gradients are smaller."""
+    grads = torch.ones(3, 10)
+    grads[:, 4:8] = 1e-3
+    for x in (None, torch.ones(10, dtype=torch.float64)):
+        found, info = dual_inverse(grads, 4, -1e-2, x)
+        assert info.tolist() == [2, 1, 2]  # 4 - 0.01, 4e-6 - 0.01 and 2 - 0.01 are the first pivots
+        assert bool(found.isnan().all())
+    spoilt = grads.clone()
+    spoilt[1, 9] = torch.nan
+    found, info = dual_inverse(spoilt, 4, 1.0)
+    assert info.tolist()[:2] == [0, 0] and info[2] > 0
+    assert bool(found[:8].isfinite().all()) and bool(found[8:].isnan().all())
+
+
+def test_dual_form_refuses_a_vector_of_another_length(dual_inverse):
+    with pytest.raises(RuntimeError):
+        dual_inverse(torch.ones(2, 6), 3, 1.0, torch.ones(5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("size", [1, 9, 50])
 def test_no_matrices(implementation, size):
     matrices, x = draw(0, size)
@@ -186,11 +233,12 @@ def test_threads_and_repeats_give_the_same_bits(size):
         # PyTorch promises repeats, and nothing about other thread counts or about a batch of another size.
         for number in (1, 2, 3, 1) if load_native("cpu") else (1, 1):
             torch.set_num_threads(number)
-            found.append((blocks.spd_inverse(matrices)[0], blocks.spd_solve(matrices, x)[0]))
+            duals = [blocks.dual_inverse(matrices[0], 3, 1.0, vector)[0] for vector in (None, x[0])]
+            found.append((blocks.spd_inverse(matrices)[0], blocks.spd_solve(matrices, x)[0], *duals))
     finally:
         torch.set_num_threads(threads)
-    for inverse, solution in found[1:]:
-        assert torch.equal(inverse, found[0][0]) and torch.equal(solution, found[0][1])
+    for results in found[1:]:
+        assert all(map(torch.equal, results, found[0]))
     if load_native("cpu"):  # Nor on the matrices beside it.
         assert torch.equal(blocks.spd_inverse(matrices[4:5])[0], found[0][0][4:5])
 
@@ -214,5 +262,8 @@ def test_operators_are_registered_soundly(size):
     torch.library.opcheck(torch.ops.mfac.add_gram.default, (sums, torch.ones(2, 3 * size), size), test_utils=tests)
     for keep in (None, x > 0):
         torch.library.opcheck(torch.ops.mfac.unpack_gram.default, (sums, size, 2.0, 1e-3, keep), test_utils=tests)
+    for vector in (None, x[0]):
+        arguments = (matrices[0], max(1, size // 2), 1.0, vector)
+        torch.library.opcheck(torch.ops.mfac.dual_inverse.default, arguments, test_utils=tests)
     torch.library.opcheck(torch.ops.mfac.spd_inverse.default, (matrices,), test_utils=tests)
     torch.library.opcheck(torch.ops.mfac.spd_solve.default, (matrices, x), test_utils=tests)
