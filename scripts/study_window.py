@@ -6,8 +6,8 @@ Each is written out plainly on one vector of all parameters, without kernels, an
     python scripts/study_window.py --variants adamw nesterov spring --seeds 1 2 3 --steps 250 --batch_size 128
 
 Every variant and seed is a line of ``OUTPUT/window-variants.jsonl`` and is not run again;
-``OUTPUT/window-variants.md`` has the table. ``nesterov, damping 1`` is the step that MFAC takes, and
-``average`` is ``nesterov`` without the look ahead. Where a name gives no damping it is 0.3.
+``OUTPUT/window-variants.md`` has the table. ``nesterov`` is the step that MFAC takes, ``average`` the
+one without the look ahead.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ VARIANTS: dict[str, Variant | None] = {
     "average": replace(STEP, look_ahead=0.0),
     "nesterov, nearly undamped": replace(STEP, damping=0.03),
     "nesterov, damping 1": replace(STEP, damping=1.0),
+    "nesterov, damping 0.5": replace(STEP, damping=0.5),
     "nesterov, damping 3": replace(STEP, damping=3.0),
     "nesterov alone": replace(STEP, damping=1e6),
     "4 gradients": replace(STEP, num_grads=4),
