@@ -14,6 +14,24 @@ import pytest  # noqa: E402
 SHARED_DATA_VARIABLE = "MFAC_SHARED_DATA"
 
 
+def pytest_configure(config):
+    """Let the tests compute on the device that MFAC_TEST_DEVICE names (`tests.helpers.device`)."""
+    if os.environ.get("MFAC_TEST_DEVICE", "cpu") != "cpu":
+        from tests.helpers.device import DEVICE, OnDevice
+
+        mode = OnDevice(DEVICE)
+        mode.__enter__()
+        config.add_cleanup(lambda: mode.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is about the CPU alone where the tests compute elsewhere."""
+    if os.environ.get("MFAC_TEST_DEVICE", "cpu") != "cpu":
+        for item in items:
+            if reason := item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason=f"about the CPU alone: {reason.args[0]}"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets and weights; a test that asks for it is skipped where there is none."""

@@ -15,16 +15,20 @@ called something change nothing. Joined clauses always have opposite polarity, s
 bag of words and the other label: no classifier that only counts words gets these sentences right. A small BERT,
 whose attention sees positions, can learn the rule exactly.
 
-Everything is built here from a seed: no file and no network is needed.
+Everything is built here from a seed: no file and no network is needed, and `toy_rows` does without ``datasets``.
 """
 
+from __future__ import annotations
+
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from sklearn.metrics import accuracy_score
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, EvalPrediction
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 LABEL_NAMES = ("negative", "positive")
 
@@ -115,7 +119,7 @@ def _sentence(rng: random.Random, label: int) -> str:
     return f"{opener}{body}{closer} ."
 
 
-def toy_dataset(num_train: int = 32768, num_validation: int = 1024, *, seed: int = 0) -> DatasetDict:
+def toy_rows(num_train: int = 32768, num_validation: int = 1024, *, seed: int = 0) -> dict[str, list[tuple[str, int]]]:
     """Generate the task's splits.
 
     Labels alternate before a shuffle, so each split is balanced (within one example if its size is odd). No sentence
@@ -127,8 +131,8 @@ def toy_dataset(num_train: int = 32768, num_validation: int = 1024, *, seed: int
         seed: decides every sentence and their order; equal seeds and sizes give equal data.
 
     Returns:
-        Splits ``train`` and ``validation`` with the columns ``sentence`` (string, words separated by blanks) and
-        ``label`` (`ClassLabel`: 0 negative, 1 positive).
+        Splits ``train`` and ``validation``: pairs of a sentence (words separated by blanks) and its label (0 negative,
+        1 positive).
 
     Raises:
         ValueError: a split would be empty.
@@ -138,20 +142,41 @@ def toy_dataset(num_train: int = 32768, num_validation: int = 1024, *, seed: int
         if size < 1:
             raise ValueError(f"the {name} split needs at least 1 sentence, got {size}: raise num_{name}")
     rng = random.Random(seed)
-    features = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES))})
     seen: set[str] = set()
     splits = {}
     for name, size in sizes.items():
-        rows: list[dict[str, str | int]] = []
+        rows: list[tuple[str, int]] = []
         while len(rows) < size:
             label = len(rows) % 2
             sentence = _sentence(rng, label)
             if sentence not in seen:
                 seen.add(sentence)
-                rows.append({"sentence": sentence, "label": label})
+                rows.append((sentence, label))
         rng.shuffle(rows)
-        splits[name] = Dataset.from_list(rows, features=features)
-    return DatasetDict(splits)
+        splits[name] = rows
+    return splits
+
+
+def toy_dataset(num_train: int = 32768, num_validation: int = 1024, *, seed: int = 0) -> DatasetDict:
+    """The splits of `toy_rows` with the columns ``sentence`` (string) and ``label`` (`datasets.ClassLabel`).
+
+    Args:
+        num_train: sentences in ``train``, at least 1.
+        num_validation: sentences in ``validation``, at least 1.
+        seed: decides every sentence and their order; equal seeds and sizes give equal data.
+
+    Raises:
+        ValueError: a split would be empty.
+    """
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value  # here: not every machine has it
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES))})
+    return DatasetDict(
+        {
+            name: Dataset.from_list([{"sentence": text, "label": label} for text, label in rows], features=features)
+            for name, rows in toy_rows(num_train, num_validation, seed=seed).items()
+        }
+    )
 
 
 def toy_features(splits: DatasetDict) -> DatasetDict:
@@ -162,7 +187,7 @@ def toy_features(splits: DatasetDict) -> DatasetDict:
 
 def toy_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of sentences whose larger logit is the label's, for ``Trainer(compute_metrics=...)``."""
-    return {"accuracy": float(accuracy_score(prediction.label_ids, np.argmax(prediction.predictions, axis=-1)))}
+    return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
 
 
 def toy_tokenizer() -> BertTokenizer:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from bench.common import print_table
 from mfac_hf.fisher import GradientWindow
 from mfac_hf.fisher.reference import PaperDynamicInverse, dense_fisher
 
@@ -51,17 +50,19 @@ def benchmark_accuracy(num_grads: int = 256, dim: int = 3000) -> list[dict[str, 
                     "paper_float32": error(from_paper),
                 }
             )
-    table = Table(title=f"relative error of the direction against float64, m = {num_grads}, d = {dim}")
-    for heading in ("|g|", "damping", "float32", "bfloat16", "cosine (bfloat16)", "paper, float32"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['norm']:g}",
-            f"{row['damping']:g}",
-            f"{row['float32']:.1e}",
-            f"{row['bfloat16']:.1e}",
-            f"{row['bfloat16_cosine']:.6f}",
-            f"{row['paper_float32']:.1e}",
-        )
-    Console().print(table)
+    print_table(
+        f"relative error of the direction against float64, m = {num_grads}, d = {dim}",
+        ("norm of g", "damping", "float32", "bfloat16", "cosine (bfloat16)", "paper, float32"),
+        (
+            (
+                f"{row['norm']:g}",
+                f"{row['damping']:g}",
+                f"{row['float32']:.1e}",
+                f"{row['bfloat16']:.1e}",
+                f"{row['bfloat16_cosine']:.6f}",
+                f"{row['paper_float32']:.1e}",
+            )
+            for row in rows
+        ),
+    )
     return rows

@@ -1,9 +1,9 @@
-"""What every benchmark needs: a description of the machine, and a clock."""
+"""What every benchmark needs: a description of the machine, a clock, and tables."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,3 +34,10 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table in Markdown, so that `benchmarks/README.md` and reports take it as it is."""
+    print(f"\n{title}\n")
+    for cells in (headings, ["---"] * len(headings), *rows):
+        print("|", " | ".join(map(str, cells)), "|")

@@ -22,11 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from bench.common import GB, seconds
+from bench.common import GB, print_table, seconds
 from bench.optimizer import WINDOW_DTYPES, read_kernels
 from mfac_hf import MFAC
 
@@ -147,7 +145,6 @@ def _median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
 
 def print_cost(rows: list[dict[str, Any]]) -> None:
     """Print the costs as a table."""
-    table = Table(title="one step in Adam's metric beside AdamW's, medians")
     columns = {
         "model": ("model", "{}"),
         "m": ("num_grads", "{}"),
@@ -163,8 +160,8 @@ def print_cost(rows: list[dict[str, Any]]) -> None:
         "MFAC / fused": ("mfac_over_fused", "{:.2f}"),
         "MFAC / foreach": ("mfac_over_foreach", "{:.2f}"),
     }
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*(form.format(row[key]) for key, form in columns.values()))
-    Console().print(table)
+    print_table(
+        "one step in Adam's metric beside AdamW's, medians",
+        list(columns),
+        ([form.format(row[key]) for key, form in columns.values()] for row in rows),
+    )

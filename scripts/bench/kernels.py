@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.common import GB, seconds
+from bench.common import GB, print_table, seconds
 from mfac_hf.machine import available_bytes
 from mfac_hf.ops import build, cuda_toolkit
 from mfac_hf.ops.window import combine, row_dots
@@ -41,13 +39,25 @@ def benchmark_kernels(device: torch.device, shapes: list[tuple[int, int]], round
     Raises:
         RuntimeError: there are none; the message has the reason.
     """
+    results = check_kernels(device)
+    if device.type == "cuda":
+        results["sanitizer"] = run_sanitizer()
+    results["timing"] = [row for m, d in shapes for row in time_kernels(m, d, device, rounds)]
+    return results
+
+
+def check_kernels(device: torch.device) -> dict[str, Any]:
+    """Check the native kernels on this device, within torch.
+
+    Raises:
+        RuntimeError: there are none; the message has the reason.
+    """
     if not build.load_native(device.type):
         raise RuntimeError(f"no native kernels for {device.type}: {build.native_status(device.type)}")
     checks = {"against_float64": [check(m, d, name, device) for m, d in SHAPES for name in DTYPES]}
     results: dict[str, Any] = {"checks": checks, "large": check_large(device), "repeats": check_repeats(device)}
     if device.type == "cuda":
-        results |= {"stream": check_stream(device), "graph": check_graph(device), "sanitizer": run_sanitizer()}
-    results["timing"] = [row for m, d in shapes for row in time_kernels(m, d, device, rounds)]
+        results |= {"stream": check_stream(device), "graph": check_graph(device)}
     return results
 
 
@@ -213,41 +223,36 @@ def time_kernels(m: int, d: int, device: torch.device, rounds: int) -> list[dict
 
 def print_kernels(results: dict[str, Any]) -> None:
     """Print the outcome of each check, and the times as a table."""
-    console = Console()
+    print_checks(results)
+    print_timing(results["timing"])
+
+
+def print_checks(results: dict[str, Any]) -> None:
+    """Print the outcome of each check."""
     checks = results["checks"]["against_float64"]
     worst = max((max(row["row_dots"], row["combine"]) for row in checks), key=lambda error: (error != error, error))
-    console.print(
-        f"against float64: {sum(row['passed'] for row in checks)} of {len(checks)} passed, worst {worst:.2f}"
-    )
+    print(f"against float64: {sum(row['passed'] for row in checks)} of {len(checks)} passed, worst {worst:.2f}")
     for name in ("large", "repeats", "stream", "graph", "sanitizer"):
         if name in results:
-            console.print(f"{name}: {results[name]}")
-    table = Table(title="a pass over the window, medians")
-    headings = (
-        "d",
-        "m",
-        "window",
-        "pass",
-        "ms",
-        "GB/s",
-        "/ copy",
-        "torch float32 /",
-        "torch same type /",
-        "Cholesky ms",
+            print(f"{name}: {results[name]}")
+
+
+def print_timing(rows: list[dict[str, Any]]) -> None:
+    """Print the times as a table."""
+    columns = {
+        "d": ("dim", "{:,}"),
+        "m": ("num_grads", "{}"),
+        "window": ("window_dtype", "{}"),
+        "pass": ("kernel", "{}"),
+        "ms": ("ms", "{:.2f}"),
+        "GB/s": ("gb_per_s", "{:.1f}"),
+        "/ copy": ("of_copy", "{:.2f}"),
+        "torch float32 /": ("torch_float32_over_native", "{:.2f}"),
+        "torch same type /": ("torch_same_over_native", "{:.2f}"),
+        "Cholesky ms": ("cholesky_ms", "{:.1f}"),
+    }
+    print_table(
+        "a pass over the window, medians",
+        list(columns),
+        ([form.format(row[key]) for key, form in columns.values()] for row in rows),
     )
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in results["timing"]:
-        table.add_row(
-            f"{row['dim']:,}",
-            str(row["num_grads"]),
-            row["window_dtype"],
-            row["kernel"],
-            f"{row['ms']:.2f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['of_copy']:.2f}",
-            f"{row['torch_float32_over_native']:.2f}",
-            f"{row['torch_same_over_native']:.2f}",
-            f"{row['cholesky_ms']:.1f}",
-        )
-    console.print(table)

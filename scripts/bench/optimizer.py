@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.common import GB, seconds
+from bench.common import GB, print_table, seconds
 from mfac_hf import MFAC
 from mfac_hf.fisher.reference import PaperDynamicInverse
 from mfac_hf.machine import GIB
@@ -122,12 +120,14 @@ def benchmark_epoch(model: str, data: str) -> dict[str, Any]:
             written = json.loads((Path(directory) / "results.json").read_text())
         rows[name] = {"seconds": written["results"]["train_runtime"], "peak_gib": written["peak_memory_gib"]}
         rows[name]["over_adamw"] = rows[name]["seconds"] / rows["adamw"]["seconds"]
-    table = Table(title="an epoch of SST-2, BERT-tiny, batch 32, m = 1024")
-    for heading in ("optimizer", "seconds", "/ AdamW", "peak GiB of the process"):
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        table.add_row(name, f"{row['seconds']:.0f}", f"{row['over_adamw']:.2f}", f"{row['peak_gib']:.2f}")
-    Console().print(table)
+    print_table(
+        "an epoch of SST-2, BERT-tiny, batch 32, m = 1024",
+        ("optimizer", "seconds", "/ AdamW", "peak GiB of the process"),
+        (
+            (name, f"{row['seconds']:.0f}", f"{row['over_adamw']:.2f}", f"{row['peak_gib']:.2f}")
+            for name, row in rows.items()
+        ),
+    )
     return rows
 
 
@@ -142,31 +142,22 @@ def read_kernels(buffer_MD: Tensor) -> dict[str, Callable[[], Any]]:
 
 def print_steps(rows: list[dict[str, Any]]) -> None:
     """Print the step times as a table."""
-    table = Table(title="one optimizer step, medians")
-    for heading in (
-        "d",
-        "m",
-        "window",
-        "GiB",
-        "read GB/s",
-        "floor ms",
-        "MFAC ms",
-        "/ floor",
-        "/ AdamW",
-        "paper / MFAC",
-    ):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['dim']:,}",
-            str(row["num_grads"]),
-            row["window_dtype"],
-            f"{row['window_gib']:.2f}",
-            f"{row['read_gb_per_s']:.1f}",
-            f"{row['floor_ms']:.1f}",
-            f"{row['mfac_ms']:.1f}",
-            f"{row['mfac_over_floor']:.2f}",
-            f"{row['mfac_over_adamw']:.1f}",
-            "-" if row["paper_over_mfac"] is None else f"{row['paper_over_mfac']:.2f}",
-        )
-    Console().print(table)
+    print_table(
+        "one optimizer step, medians",
+        ("d", "m", "window", "GiB", "read GB/s", "floor ms", "MFAC ms", "/ floor", "/ AdamW", "paper / MFAC"),
+        (
+            (
+                f"{row['dim']:,}",
+                row["num_grads"],
+                row["window_dtype"],
+                f"{row['window_gib']:.2f}",
+                f"{row['read_gb_per_s']:.1f}",
+                f"{row['floor_ms']:.1f}",
+                f"{row['mfac_ms']:.1f}",
+                f"{row['mfac_over_floor']:.2f}",
+                f"{row['mfac_over_adamw']:.1f}",
+                "-" if row["paper_over_mfac"] is None else f"{row['paper_over_mfac']:.2f}",
+            )
+            for row in rows
+        ),
+    )

@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.common import seconds
+from bench.common import print_table, seconds
 from mfac_hf.fisher import BlockedFisher, FullFisher
 from mfac_hf.fisher.reference import PaperBlockedInverse, PaperSwapInverse
 from mfac_hf.machine import GIB, peak_memory
@@ -146,7 +144,7 @@ def _full_peak(num_grads: int, pages: int, sizes: list[int]) -> float:
 
 def print_blocked(rows: list[dict[str, Any]]) -> None:
     """Print the blocked inverses as a table."""
-    _print(
+    print_table(
         "blocked inverse of ResNet-20: build, diagonal and one product",
         ("m", "B", "ours s", "paper s", "paper / ours", "ours peak GiB", "m * d floats GiB"),
         [(row["num_grads"], row["block_size"], *_figures(row, "ours_peak_gib")) for row in rows],
@@ -155,7 +153,7 @@ def print_blocked(rows: list[dict[str, Any]]) -> None:
 
 def print_full(rows: list[dict[str, Any]]) -> None:
     """Print the full inverses as a table."""
-    _print(
+    print_table(
         "full inverse of ResNet-20: build, diagonal and one product",
         ("m", "pages", "ours s", "paper s", "paper / ours", "ours GiB over gradients", "gradients GiB"),
         [(row["num_grads"], row["pages"], *_figures(row, "ours_extra_gib")) for row in rows],
@@ -168,12 +166,3 @@ def _figures(row: dict[str, Any], memory: str) -> Iterator[str]:
     yield f"{row['paper_over_ours']:.1f}"
     yield f"{row[memory]:.2f}"
     yield f"{row['gradients_gib']:.2f}"
-
-
-def _print(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from mfac_hf.fisher import BlockedFisher, blocked
 from mfac_hf.fisher.reference import PaperBlockedInverse, dense_fisher, paper_static_solve
 from mfac_hf.ops import blocks
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.real_gradients import REAL
 from tests.helpers.tensors import draw, relative_error
@@ -88,7 +89,7 @@ def test_damping_may_change_after_all_gradients_were_added(m):
 def test_many_chunks_give_the_result_of_one(m, monkeypatch):
     grads, x = draw(m, 57), draw(1, 57, seed=1)[0]
     whole = build(grads, 5, 1e-3)
-    monkeypatch.setitem(blocked.CHUNK_BYTES, "cpu", 2 * 5 * 5 * 8)
+    monkeypatch.setitem(blocked.CHUNK_BYTES, DEVICE.type, 2 * 5 * 5 * 8)
     monkeypatch.setattr(blocks, "COPY_BYTES", 2 * m * 5 * 8)
     pieces = build(grads, 5, 1e-3)
     assert list(pieces.chunks()) == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]

@@ -75,7 +75,7 @@ def test_sums_of_outer_products_match_numpy(add_gram, rows, size, dim, dtype):
     columns = np.zeros((rows, blocks * size))
     columns[:, :dim] = grads.double().numpy()
     columns = columns.reshape(rows, blocks, size)
-    expected = torch.from_numpy(np.einsum("nki,nkj->kij", columns, columns))
+    expected = torch.as_tensor(np.einsum("nki,nkj->kij", columns, columns))
     before = torch.randn(blocks, size * (size + 1) // 2, generator=generator, dtype=torch.float64)
     sums = before.clone()
     assert add_gram(sums, grads, size) is None
@@ -130,12 +130,12 @@ def test_inverse_and_solution_match_linear_algebra(implementation, size):
     inverse, info = spd_inverse(matrices)
     assert info.dtype == torch.int32 and info.tolist() == [0] * 5
     # Condition numbers of 1e3 leave twelve of sixteen digits, and two are for the additions.
-    torch.testing.assert_close(inverse, torch.from_numpy(np.linalg.inv(matrices.numpy())), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(inverse, torch.as_tensor(np.linalg.inv(matrices.numpy())), rtol=1e-10, atol=1e-10)
     # Products of the same numbers, possibly in another order.
     torch.testing.assert_close(inverse, inverse.mT, rtol=0, atol=1e-12 * float(inverse.abs().max()))
     solution, info = spd_solve(matrices, x)
     assert info.dtype == torch.int32 and info.tolist() == [0] * 5
-    expected = torch.from_numpy(np.linalg.solve(matrices.numpy(), x.unsqueeze(2).numpy())).squeeze(2)
+    expected = torch.as_tensor(np.linalg.solve(matrices.numpy(), x.unsqueeze(2).numpy())).squeeze(2)
     torch.testing.assert_close(solution, expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(matrices, before[0]) and torch.equal(x, before[1])
 
@@ -210,7 +210,7 @@ def test_no_matrices(implementation, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_not_positive_definite_is_marked(implementation, size):
     matrices, x = draw(4, size)
-    expected = [torch.from_numpy(np.linalg.inv(matrices[i].numpy())) for i in (0, 3)]
+    expected = [torch.as_tensor(np.linalg.inv(matrices[i].numpy())) for i in (0, 3)]
     last = size - 1
     matrices[1, last, last] = -1.0
     matrices[2, last // 2, last // 2] = torch.nan

@@ -5,6 +5,7 @@ import torch
 
 from mfac_hf import MFAC
 from mfac_hf.optim.parameter_window import ParameterWindow
+from tests.helpers.device import DEVICE
 from tests.helpers.parameters import all_equal, feed, make_grads, make_params
 
 
@@ -18,11 +19,11 @@ def test_no_digit_changes_inside_autocast(options, dtype):
     optimizer, plain = MFAC(params, metric="identity", **settings), MFAC(twins, metric="identity", **settings)
     for step, grads in enumerate(make_grads(params, 8)):
         grads[2][5:] = 0.0
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(DEVICE.type, dtype=dtype):
             feed(optimizer, params, grads)
             if step == 5:
                 optimizer.set_masks({params[0]: torch.arange(12).view(4, 3) % 2 > 0})
-            assert torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_enabled(DEVICE.type)
         feed(plain, twins, grads)
         if step == 5:
             plain.set_masks({twins[0]: torch.arange(12).view(4, 3) % 2 > 0})
@@ -40,7 +41,7 @@ def test_the_closure_keeps_its_autocast():
         loss.backward()
         return loss
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert optimizer.step(closure) == 27
 
 
@@ -64,13 +65,13 @@ def test_autocast_is_off_where_products_are_taken(monkeypatch):
         original = getattr(ParameterWindow, name)
 
         def watched(*args, original=original):
-            seen.append(torch.is_autocast_enabled("cpu"))
+            seen.append(torch.is_autocast_enabled(DEVICE.type))
             return original(*args)
 
         monkeypatch.setattr(ParameterWindow, name, watched)
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = MFAC([p], metric="identity", num_grads=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         feed(optimizer, [p], [torch.ones(3)])
         optimizer.set_masks({p: torch.tensor([True, True, False])})
         feed(optimizer, [p], [torch.ones(3)])

@@ -6,6 +6,7 @@ from torch import nn
 
 from mfac_hf import MFAC
 from mfac_hf.ops.build import load_native
+from tests.helpers.device import DEVICE
 from tests.helpers.oracles import NaiveMFAC
 from tests.helpers.parameters import all_equal, assert_same, feed, make_grads, make_params, values
 
@@ -188,7 +189,7 @@ def test_learning_rate_as_a_tensor():
 def test_gradient_scaler_keeps_overflowed_steps_out_of_the_window():
     model = nn.Linear(3, 1)
     optimizer = MFAC(model.parameters(), metric="identity", lr=1e-3, num_grads=4)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
     for step in range(6):
         optimizer.zero_grad()
         loss = model(torch.full((2, 3), float(step + 1))).mean()

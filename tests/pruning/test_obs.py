@@ -11,6 +11,7 @@ from mfac_hf.fisher import BlockedFisher, blocked
 from mfac_hf.fisher.reference import dense_fisher
 from mfac_hf.pruning import obs, trace
 from mfac_hf.pruning.patterns import Pattern
+from tests.helpers.device import DEVICE
 from tests.helpers.real_gradients import BERT_NAMES, bert_on_sst2
 
 INF = float("inf")
@@ -94,7 +95,7 @@ TRACE_CASES = [
 def test_greedy_trace_is_that_of_brute_force(name, dim, block_size, pruned, damping, monkeypatch):
     pattern = Pattern.parse(name)
     weights, keep, fisher, dense = problem(dim, block_size, damping=damping, pruned=pruned)
-    monkeypatch.setitem(blocked.CHUNK_BYTES, "cpu", 2 * block_size**2 * 8)  # several batches of blocks
+    monkeypatch.setitem(blocked.CHUNK_BYTES, DEVICE.type, 2 * block_size**2 * 8)  # several batches of blocks
     monkeypatch.setattr(trace, "PANEL", 3)
     costs = obs.greedy_costs(weights, keep, fisher, pattern)
     assert costs.shape == (dim // pattern.unit,)
