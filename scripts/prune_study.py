@@ -43,11 +43,12 @@ import torch
 
 from mfac_hf.machine import describe_run
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
-from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
+from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step
 from mfac_hf.pruning.damping import Dampings
 from mfac_hf.pruning.engine import substep_seed
 from mfac_hf.pruning.gradient_source import GradientSet
 from mfac_hf.pruning.gradients import DataLoaderGradients
+from mfac_hf.pruning.groups import plan_groups
 from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.storage import write_text

@@ -83,6 +83,13 @@ def _add_method(group: Any) -> None:
     add("update", "how the other weights make up for them; sum is the paper's way", choices=get_args(Update))
     add("pattern", "unstructured, 2:4 (any N:M), block4 (any length)")
     add("scope", "rank the weights of all targets together, or prune each alike", choices=get_args(Scope))
+    group.add_argument(
+        "--first-order",
+        action="store_true",
+        help="a step of the survivors down the loss after each sub-step, as long as held-out examples say; needs "
+        "a number for --damping",
+    )
+    add("batch-norm-samples", "examples that batch norms are averaged over after each sub-step; 0: not", type=int)
     add("seed", "seed that chooses the examples", type=int)
 
 
@@ -154,6 +161,8 @@ def _options(arguments: argparse.Namespace) -> PruningOptions:
         update=arguments.update,
         pattern=arguments.pattern,
         scope=arguments.scope,
+        first_order=arguments.first_order,
+        batch_norm_samples=arguments.batch_norm_samples,
         seed=arguments.seed,
     )
 

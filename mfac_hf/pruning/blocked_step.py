@@ -16,61 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from mfac_hf.fisher import BlockedFisher
-from mfac_hf.machine import GIB
 from mfac_hf.pruning import obs
 from mfac_hf.pruning.agreement import sum_over_ranks
 from mfac_hf.pruning.damping import Dampings
-from mfac_hf.pruning.gradient_source import Consumer, GradientSet, GradientSource
+from mfac_hf.pruning.first_order import LengthSearch
+from mfac_hf.pruning.gradient_source import Consumer, GradientSet
 from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.options import PruningOptions
-from mfac_hf.pruning.passes import memory_budget
 from mfac_hf.pruning.patterns import Pattern
-from mfac_hf.pruning.proposal import Level, Proposal
+from mfac_hf.pruning.proposal import Level, Proposal, write_weights
 
-__all__ = ["magnitude_step", "mfac_step", "plan_groups"]
-
-
-def plan_groups(parameters: Mapping[str, Tensor], options: PruningOptions, source: GradientSource) -> list[list[str]]:
-    """Divide targets into groups whose Fishers fit into memory together; without blocks there is one group.
-
-    Args:
-        parameters: the targets, by name.
-        options: block size, number of gradients and budget.
-        source: source of the gradients.
-
-    Raises:
-        MemoryError: a single target exceeds the budget; the message has the numbers and the ways out.
-        ValueError: the Fisher has no blocks, and each rank takes a share of the gradients.
-    """
-    if options.block_size is None:
-        if source.process_group is not None:
-            raise ValueError(
-                "without blocks (block_size None) every rank needs all gradients, and this source shares them among "
-                "ranks: give a block_size, or a source without a process group"
-            )
-        return [list(parameters)]
-    device = next(iter(parameters.values())).device
-    budget = memory_budget(options.memory_budget, device, share=0.5)
-    # Ranks that add up their sums hold whole blocks, however few the gradients.
-    shared = source.process_group is not None
-    num_grads = max(options.num_grads, options.block_size) if shared else options.num_grads
-    groups: list[list[str]] = []
-    left = 0
-    for name, parameter in parameters.items():
-        size = parameter.numel()
-        needed = BlockedFisher.nbytes(size, options.block_size, num_grads)
-        if needed > budget:
-            raise MemoryError(
-                f"the Fisher of {name} ({size:,} weights in blocks of {options.block_size}, {options.num_grads} "
-                f"gradients) needs {needed / GIB:.3f} GiB, and the budget on {device} is {budget / GIB:.3f} GiB. Ways "
-                "out: a smaller block_size, fewer num_grads than block_size, or a larger memory_budget"
-            )
-        if needed > left or not groups:
-            groups.append([])
-            left = budget
-        groups[-1].append(name)
-        left -= needed
-    return groups
+__all__ = ["first_order_step", "magnitude_step", "mfac_step"]
 
 
 def magnitude_step(
@@ -101,6 +57,7 @@ def mfac_step(
     groups: Sequence[Sequence[str]],
     dampings: Dampings,
     layout: Layout,
+    search: LengthSearch | None = None,
 ) -> list[Proposal]:
     """Remove the weights that the Fisher says cost least, and move the others to make up for them.
 
@@ -110,9 +67,11 @@ def mfac_step(
         levels: one or more sparsities to reach from here. The same gradients and costs serve all of them.
         options: options of the pruning; ``dampings`` stands in for the damping.
         gradients: gradients that the Fisher is the average of.
-        groups: names of targets whose Fishers fit into memory together (:func:`plan_groups`).
+        groups: names of targets whose Fishers fit into memory together (`mfac_hf.pruning.groups`).
         dampings: dampings to try.
         layout: order of the targets' weights in vectors.
+        search: before weights are removed, those that are left take a first-order step of the length that it finds,
+            which the model keeps; None for no step.
 
     Returns:
         A proposal at each level for each damping with which the Fisher can be inverted.
@@ -122,6 +81,8 @@ def mfac_step(
         FloatingPointError: every damping is too small for the Fisher to be inverted.
     """
     step = _Step(parameters, masks, options, gradients, layout)
+    if search is not None:
+        step.descend(groups, search)
     costs, scale = _costs(step, groups, dampings)
     proposals = [
         Proposal(
@@ -144,6 +105,20 @@ def mfac_step(
     for proposal in proposals:
         layout.restore(proposal)
     return proposals
+
+
+def first_order_step(
+    parameters: Mapping[str, nn.Parameter],
+    masks: Mapping[str, Tensor],
+    options: PruningOptions,
+    gradients: GradientSet,
+    *,
+    groups: Sequence[Sequence[str]],
+    layout: Layout,
+    search: LengthSearch,
+) -> None:
+    """Move the weights that are left along a first-order step, and remove none; see :func:`mfac_step`."""
+    _Step(parameters, masks, options, gradients, layout).descend(groups, search)
 
 
 def _costs(
@@ -196,17 +171,53 @@ class _Step:
         self.layout = layout
         self.weights, self.kept = _flat(parameters, masks, layout)
         self.fishers: dict[str, BlockedFisher] = {}
+        self._mean_square = 0.0
 
     def visit(self, names: Sequence[str]) -> float:
         """Make the Fishers of these targets in place of the present ones; return the mean squared entry of a gradient.
 
-        Pruned weights do not count in it.
+        Pruned weights do not count in it. Where the Fishers of these targets are there, they stay.
         """
+        if list(self.fishers) == list(names):
+            return self._mean_square
         self.fishers = {}  # frees the present ones first
         self.fishers = {name: self._empty_fisher(self.parameters[name]) for name in names}
         self._collect(names, lambda name, rows: self.fishers[name].add(rows))
         squares = (fisher.squares()[self.kept[name]] for name, fisher in self.fishers.items())
-        return self._mean(names, sum(float(square_D.sum()) for square_D in squares))
+        self._mean_square = self._mean(names, sum(float(square_D.sum()) for square_D in squares))
+        return self._mean_square
+
+    def descend(self, groups: Sequence[Sequence[str]], search: LengthSearch) -> None:
+        """Move the weights that are left down the loss, by the length that the search finds; the model has them then.
+
+        One group keeps its Fishers for what follows; several are visited again, at the new weights.
+        """
+        slopes, directions = self.gradients.mean(self.parameters), {}
+        damping = self.options.damping
+        assert damping is not None and not isinstance(damping, str)  # PruningOptions
+        for names in groups:
+            self.visit(names)
+            for name in names:
+                slope_D = self.layout.rows(name, slopes.pop(name).unsqueeze(0)).squeeze(0)
+                self.fishers[name].damping = damping
+                directions[name] = obs.descent_direction(slope_D, self.kept[name], self.fishers[name])
+
+        def move(length: float) -> dict[str, Tensor]:
+            moved = {name: self.weights[name] + length * directions[name] for name in self.weights}
+            proposal = Proposal(0.0, dict(moved), dict(self.kept))
+            self.layout.restore(proposal)
+            write_weights(self.parameters, proposal.weights)
+            return moved
+
+        def loss(length: float) -> float:
+            move(length)
+            found = self.gradients.source.loss(self.gradients.model)
+            assert found is not None  # PruningOptions holds examples out
+            return found
+
+        self.weights = move(search.find(loss))
+        if len(groups) > 1:
+            self.fishers = {}
 
     def mean_square(self) -> float:
         """Return the mean squared entry of a gradient over all targets, by a pass of its own."""

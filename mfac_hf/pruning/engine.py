@@ -6,7 +6,8 @@ code:
 .. math:: s_j = 1 - (1 - s_0) \left(\frac{1 - s}{1 - s_0}\right)^{j/k}
 
 Each sub-step collects new gradients of the weights that are left, removes the cheapest weights and moves the others to
-make up for them.
+make up for them. Where the options ask for it, batch norms are averaged anew after that, and before the next sub-step
+removes weights the survivors take a first-order step with its gradients; after the last sub-step they take one more.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from tqdm.auto import tqdm
 
 from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.pruning.agreement import follow_first_rank, of_first_rank
-from mfac_hf.pruning.blocked_step import magnitude_step, mfac_step, plan_groups
+from mfac_hf.pruning.batch_norm import check_batch_norms
+from mfac_hf.pruning.blocked_step import first_order_step, magnitude_step, mfac_step
 from mfac_hf.pruning.damping import Dampings, best_proposal
 from mfac_hf.pruning.experts import whole_experts
+from mfac_hf.pruning.first_order import LengthSearch
 from mfac_hf.pruning.full_step import full_step
 from mfac_hf.pruning.gradient_source import GradientSet, GradientSource
+from mfac_hf.pruning.groups import plan_groups
 from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.options import PruningOptions, PruningReport, check_sparsity
@@ -79,7 +83,7 @@ def prune_to(
     _check(model, masks, source, sparsity, options)
     groups = _groups(parameters, source, options, process_group)
     before, new = masks.sparsity, masks.copy()
-    with _all_or_nothing(parameters), torch.no_grad():
+    with _all_or_nothing([*parameters.values(), *model.buffers()]), torch.no_grad():
         loss_before = _loss(source, model, options)
         steps = _Substeps(model, parameters, source, options, groups, progress, process_group).run(new, sparsity)
         loss_after = _loss(source, model, options)
@@ -150,19 +154,21 @@ class _Substeps:
 
     def run(self, masks: MaskSet, sparsity: float) -> list[dict[str, Any]]:
         """Prune model and masks to a sparsity; return ``PruningReport.steps``."""
-        records = []
+        records: list[dict[str, Any]] = []
+        search = LengthSearch() if self.options.first_order else None
         levels, dampings = list(_levels(masks, sparsity, self.options)), Dampings.of_options(self.options)
         for step, level in enumerate(levels, 1):
             begun = time.perf_counter()
             # Several dampings are judged where they differ most: as if these gradients had to do for all sub-steps.
             asked = [level] if len(dampings.values) == 1 or level == levels[-1] else [level, levels[-1]]
-            proposals = self.propose(step, masks, asked, dampings)
+            proposals = self.propose(step, masks, asked, dampings, search if records else None)
             chosen, losses = best_proposal(self.model, self.parameters, proposals, self.source)
             dampings = dampings.after(chosen)
             follow_first_rank(chosen.weights, chosen.keep, self.process_group)
             write_weights(self.parameters, chosen.weights)
             masks.update({name: keep.view_as(masks[name]) for name, keep in chosen.keep.items()})
-            record = {
+            self.average_batch_norms()
+            record: dict[str, Any] = {
                 "sparsity": masks.sparsity,
                 "predicted_loss_increase": chosen.predicted_loss_increase,
                 "damping": chosen.damping,
@@ -173,24 +179,59 @@ class _Substeps:
             }
             records.append(record)
             logger.info("pruned to %.4f in sub-step %d", masks.sparsity, step)
+        if search is not None and records:
+            self.descend(masks, search, records)
+        for number, record in enumerate(records):
+            record["first_order"] = search.steps[number] if search else None
         return records
 
+    def average_batch_norms(self) -> None:
+        """Average the batch norms anew, over the same examples each time, if the options ask for it."""
+        if count := self.options.batch_norm_samples:
+            assert self.source is not None  # _check
+            self.source.average_batch_norms(self.model, count, substep_seed(self.options.seed, 0))
+
+    def descend(self, masks: MaskSet, search: LengthSearch, records: list[dict[str, Any]]) -> None:
+        """Take the first-order step after the last sub-step, whose record gets its gradients and its time."""
+        begun, step = time.perf_counter(), len(records) + 1
+        assert self.source is not None  # _check
+        with self._bar("first-order step", len(self.groups)) as bar:
+            seed = substep_seed(self.options.seed, step)
+            gradients = GradientSet(self.source, self.model, self.options.num_grads, seed, bar.update)
+            layout = Layout.of(self.model, self.parameters)
+            first_order_step(
+                *(self.parameters, masks, self.options, gradients), groups=self.groups, layout=layout, search=search
+            )
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        follow_first_rank(weights, {name: keep for name, keep in masks.items()}, self.process_group)
+        self.average_batch_norms()
+        records[-1]["num_grads"] += self.options.num_grads
+        records[-1]["seconds"] += time.perf_counter() - begun
+
+    def _bar(self, text: str, passes: int) -> tqdm[Any]:
+        total = passes * self.options.num_grads
+        return tqdm(desc=text, total=total, unit="gradient", disable=not self.progress)
+
     def propose(
-        self, step: int, masks: Mapping[str, Tensor], levels: Sequence[Level], dampings: Dampings
+        self,
+        step: int,
+        masks: Mapping[str, Tensor],
+        levels: Sequence[Level],
+        dampings: Dampings,
+        search: LengthSearch | None,
     ) -> list[Proposal]:
-        """Return new weights and masks for each damping at each of these levels; the model does not change."""
+        """Return new weights and masks for each damping at each of these levels.
+
+        The model does not change, unless a search of the length of a first-order step is given: it takes that step.
+        """
         options = self.options
         layout = Layout.of(self.model, self.parameters)
         if options.method == "magnitude":
             return magnitude_step(self.parameters, masks, levels, options, layout)
         assert self.source is not None  # _check
-        passes = 1 if len(self.groups) == 1 else 2 * len(self.groups) + dampings.relative
-        with tqdm(
-            desc=f"pruning {step}/{options.recomputations}",
-            total=passes * options.num_grads,
-            unit="gradient",
-            disable=not self.progress,
-        ) as bar:
+        many = len(self.groups) if len(self.groups) > 1 else 0
+        passes = 2 * many + dampings.relative if many else 1
+        with self._bar(f"pruning {step}/{options.recomputations}", passes + (many if search else 0)) as bar:
             seed = substep_seed(options.seed, step)
             gradients = GradientSet(self.source, self.model, options.num_grads, seed, bar.update)
             if options.block_size is None:
@@ -201,6 +242,7 @@ class _Substeps:
                 groups=self.groups,
                 dampings=dampings,
                 layout=layout,
+                search=search,
             )
 
 
@@ -213,18 +255,20 @@ def _check(
 ) -> None:
     """Refuse what can be refused before work begins."""
     check_targets(model, masks, sparsity, options)
+    check_batch_norms(model, options.batch_norm_samples)
     if source is None:
         if options.method == "mfac":
             raise ValueError("method 'mfac' needs gradients: pass a data loader (or method='magnitude')")
-        if options.loss_samples:
-            raise ValueError(f"loss_samples is {options.loss_samples}, and there is no data loader to take them from")
+        for name in ("loss_samples", "batch_norm_samples"):
+            if count := getattr(options, name):
+                raise ValueError(f"{name} is {count}, and there is no data loader to take them from")
     elif options.method == "mfac":
         if source.fisher != options.fisher:
             raise ValueError(
                 f"fisher is {options.fisher!r}, and the source's gradients are for the {source.fisher!r} one; give "
                 "both the same, as DataLoaderGradients.of_options does"
             )
-        source.check(options.num_grads)
+        source.check(options.num_grads, options.batch_norm_samples)
 
 
 def _groups(
@@ -274,13 +318,13 @@ def _loss(source: GradientSource | None, model: nn.Module, options: PruningOptio
 
 
 @contextmanager
-def _all_or_nothing(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Put the weights back where anything at all goes wrong inside the block."""
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+def _all_or_nothing(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put the values of tensors back where anything at all goes wrong inside the block."""
+    before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name])
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
         raise

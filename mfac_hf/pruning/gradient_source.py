@@ -27,8 +27,8 @@ class GradientSource(Protocol):
     fisher: Fisher
     process_group: dist.ProcessGroup | None
 
-    def check(self, num_grads: int) -> None:
-        """Raise ValueError unless ``num_grads`` gradients can be drawn."""
+    def check(self, num_grads: int, batch_norm_samples: int = 0) -> None:
+        """Raise ValueError unless there are ``num_grads`` gradients, and examples for averages of batch norms."""
 
     def collect(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int, consume: Consumer
@@ -38,6 +38,14 @@ class GradientSource(Protocol):
         Rows may be overwritten once ``consume`` has returned. The same seed gives the gradients of the same examples,
         for whichever parameters.
         """
+
+    def mean(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int
+    ) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss over the examples of :meth:`collect`: flat, float32, by name."""
+
+    def average_batch_norms(self, model: nn.Module, count: int, seed: int) -> None:
+        """Replace the statistics of batch norms by averages over ``count`` examples."""
 
     def loss(self, model: nn.Module) -> float | None:
         """Return the loss on held-out examples; None where there are none."""
@@ -75,3 +83,7 @@ class GradientSet:
                 self.advance(len(rows))
 
         self.source.collect(self.model, parameters, self.num_grads, self.seed, consume_and_count)
+
+    def mean(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss over all examples: flat, float32, by name."""
+        return self.source.mean(self.model, parameters, self.num_grads, self.seed)

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from mfac_hf.pruning.batch_norm import averaging_anew
 from mfac_hf.pruning.gradient_source import Consumer
-from mfac_hf.pruning.losses import BatchLoss, LossFunction, is_unlabelled, model_loss, to_device
+from mfac_hf.pruning.losses import BatchLoss, LossFunction, check_counts, is_unlabelled, model_loss, to_device
+from mfac_hf.pruning.mean_gradient import mean_gradient
 from mfac_hf.pruning.options import Fisher, PruningOptions, check_fisher
 from mfac_hf.pruning.outputs import OutputsFunction, Scaling
 from mfac_hf.pruning.passes import (
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 _ROWS, _BUFFER = 32, 1 << 26
 # Relative error that rounding in another batch size explains; a loss that is no mean over examples is far above it.
 _SAME = 1e-3
+# Examples of a pass through batch norms in training mode: statistics of small batches differ from those of all.
+_NORM_BATCH = 128
 
 
 class DataLoaderGradients:
@@ -132,8 +136,10 @@ class DataLoaderGradients:
             process_group=process_group,
         )
 
-    def check(self, num_grads: int) -> None:
-        """Raise ValueError unless the data set has examples for ``num_grads`` gradients."""
+    def check(self, num_grads: int, batch_norm_samples: int = 0) -> None:
+        """Raise ValueError unless the data set has examples for ``num_grads`` gradients, and for averages."""
+        if batch_norm_samples > len(self.pool):
+            raise ValueError(f"batch_norm_samples is {batch_norm_samples}, and there are {len(self.pool)} examples")
         if (available := len(self.pool) // self.batch_size) < num_grads:
             raise ValueError(
                 f"{num_grads} gradients of {self.batch_size} example(s) each were asked for, and {len(self.pool)} "
@@ -186,7 +192,24 @@ class DataLoaderGradients:
                 unlabelled += count * loss.missing
                 steep += int(loss.norms.count_nonzero())
             _hand_over(parameters, waiting, consume)
-        self._check_counts(torch.tensor([len(indices), unlabelled, steep], device=device_of(model)))
+        counts = torch.tensor([len(indices), unlabelled, steep], device=device_of(model))
+        if self.process_group is not None:
+            dist.all_reduce(counts, group=self.process_group)
+        check_counts(*counts.tolist())
+
+    def mean(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int
+    ) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss, as it is, over the examples of :meth:`collect`: flat, by name."""
+        self.check(num_grads)
+        return mean_gradient(self, model, parameters, self._draw(num_grads, seed), seed)
+
+    def average_batch_norms(self, model: nn.Module, count: int, seed: int) -> None:
+        """Replace the statistics of batch norms by averages over ``count`` examples."""
+        queue = PassQueue(self._drawn(count, seed), min(count, _NORM_BATCH))
+        with undisturbed(model, {}, seed), torch.no_grad(), averaging_anew(model):
+            for batch in self.batches(model, queue):
+                self.loss_fn(model, batch)
 
     def try_batch(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the gradient of one batch, so that what cannot work fails before hours of training.
@@ -214,11 +237,14 @@ class DataLoaderGradients:
                     total, counted = total + count * loss, counted + count
         return total / counted if counted else math.nan
 
+    def _drawn(self, count: int, seed: int) -> list[int]:
+        """Return examples at random, the same on all ranks."""
+        order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
+        return [self.pool[i] for i in order[:count].tolist()]
+
     def _draw(self, num_grads: int, seed: int) -> list[int]:
         """Return the examples of the gradients that this rank takes."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(self.pool), generator=generator)[: num_grads * self.batch_size]
-        indices = [self.pool[i] for i in drawn.tolist()]
+        indices = self._drawn(num_grads * self.batch_size, seed)
         if self.process_group is None:
             return indices
         rank, ranks = self.process_group.rank(), self.process_group.size()
@@ -284,29 +310,6 @@ class DataLoaderGradients:
     def loss_of(self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], count: int) -> BatchLoss:
         """Return the loss of a batch of so many examples, and its gradients as this source scales them."""
         return BatchLoss(self.loss_fn, model, batch, count, parameters, self._scaling)
-
-    def _check_counts(self, counts: Tensor) -> None:
-        """Refuse gradients that are all zero.
-
-        Args:
-            counts: examples that gave gradients; those without a label; those whose loss changes with the outputs.
-        """
-        if self.process_group is not None:
-            dist.all_reduce(counts, group=self.process_group)
-        examples, unlabelled, steep = counts.tolist()
-        if unlabelled == examples:
-            raise ValueError(
-                f"the loss of each of {examples} examples is nan, and has no gradient: their labels are missing or "
-                "all ignored (-100); check the labels and what the collate function makes of them"
-            )
-        if not steep:
-            raise ValueError(
-                f"the gradient of the loss by the model's outputs is zero for each of {examples} examples, so that "
-                "there is nothing to prune by: the model may fit them to the last digit; check loss and labels, or "
-                "take other examples"
-            )
-        if unlabelled:
-            logger.info("%d of %d examples have no label that counts; their gradient is zero", unlabelled, examples)
 
     def batches(self, model: nn.Module, queue: PassQueue) -> Iterator[Any]:
         """Yield the batch of each pass, on the model's device."""

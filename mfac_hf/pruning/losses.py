@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from mfac_hf.pruning.outputs import Scaling, plain_gradients
 
-__all__ = ["IGNORED_LABEL", "BatchLoss", "LossFunction", "is_unlabelled", "model_loss", "to_device"]
+__all__ = ["IGNORED_LABEL", "BatchLoss", "LossFunction", "check_counts", "is_unlabelled", "model_loss", "to_device"]
+
+logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -151,6 +154,32 @@ class BatchLoss:
             f"the loss of a batch is {self._value}; expected one finite number. A model whose loss is not finite "
             "cannot be pruned by its gradients: check its weights and the data"
         )
+
+
+def check_counts(examples: int, unlabelled: int, steep: int) -> None:
+    """Refuse gradients that are all zero.
+
+    Args:
+        examples: examples that gave gradients.
+        unlabelled: those of them without a label.
+        steep: those whose loss changes with the outputs.
+
+    Raises:
+        ValueError: no example has a label, or none a gradient.
+    """
+    if unlabelled == examples:
+        raise ValueError(
+            f"the loss of each of {examples} examples is nan, and has no gradient: their labels are missing or "
+            "all ignored (-100); check the labels and what the collate function makes of them"
+        )
+    if not steep:
+        raise ValueError(
+            f"the gradient of the loss by the model's outputs is zero for each of {examples} examples, so that "
+            "there is nothing to prune by: the model may fit them to the last digit; check loss and labels, or "
+            "take other examples"
+        )
+    if unlabelled:
+        logger.info("%d of %d examples have no label that counts; their gradient is zero", unlabelled, examples)
 
 
 def is_unlabelled(batch: Any) -> bool:

@@ -34,6 +34,7 @@ from mfac_hf.pruning.trace import diagonal_units, kept_units, trace_blocks, unit
 
 __all__ = [
     "SCOPES",
+    "descent_direction",
     "diagonal_costs",
     "greedy_costs",
     "joint_update",
@@ -215,6 +216,26 @@ def summed_update(
         pull_KB = solve_blocks(units_Uuu, removed_KB.view(-1, pattern.unit)).view_as(removed_KB)
         parts.append((weights_KB - torch.bmm(inverse_KBB, pull_KB.unsqueeze(2)).squeeze(2)).flatten())
     return _write(parts, weights_D, new_keep_D)
+
+
+def descent_direction(slope_D: Tensor, keep_D: Tensor, fisher: BlockedFisher) -> Tensor:
+    r"""Return :math:`-F_{SS}^{-1} g_S` of the kept weights S: shape (d,), in the dtype of ``slope_D``, zero elsewhere.
+
+    Args:
+        slope_D: gradient of the loss, g.
+        keep_D: bool, False where a weight is pruned.
+        fisher: the Fisher, with the gradients of pruned weights or without.
+
+    Raises:
+        ValueError: shapes differ.
+        FloatingPointError: a block is not positive definite.
+    """
+    _check_flat(slope_D, keep_D, fisher)
+    parts = []
+    for first, last in fisher.chunks():
+        slope_KB, keep_KB = _cut(slope_D, keep_D, fisher, first, last)
+        parts.append(solve_blocks(fisher.matrices(first, last, keep_KB), -slope_KB).flatten())
+    return _write(parts, slope_D, keep_D)
 
 
 def _check_single(pattern: Pattern) -> None:

@@ -47,6 +47,8 @@ def prune_one_shot(
     update: Update = PruningOptions.update,
     pattern: str = PruningOptions.pattern,
     scope: Scope = PruningOptions.scope,
+    first_order: bool = PruningOptions.first_order,
+    batch_norm_samples: int = PruningOptions.batch_norm_samples,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     outputs_fn: OutputsFunction | None = None,
     loss_samples: int = PruningOptions.loss_samples,
@@ -81,6 +83,9 @@ def prune_one_shot(
         update: ``"joint"``, or ``"sum"`` as in the paper.
         pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
         scope: ``"global"`` ranks all targets together, ``"uniform"`` prunes each alike.
+        first_order: whether the survivors of each sub-step also take a step down the loss, of a length that is
+            searched on held-out examples (1,024 unless ``loss_samples`` says otherwise).
+        batch_norm_samples: examples with which batch norms are averaged anew after each sub-step; 0 leaves them.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of a batch; default ``model(**batch).loss``.
         outputs_fn: for the scaled Fisher, ``outputs_fn(returned)`` takes what the model returned and returns the
             tensor, or tensors, that the loss is computed from, with a row for each example. Default: what the model
@@ -114,6 +119,8 @@ def prune_one_shot(
         update=update,
         pattern=pattern,
         scope=scope,
+        first_order=first_order,
+        batch_norm_samples=batch_norm_samples,
         loss_samples=loss_samples,
         seed=seed,
         pages=pages,

@@ -31,7 +31,7 @@ Selection = Literal["greedy", "diagonal"]
 Update = Literal["joint", "sum"]
 Scope = Literal["global", "uniform"]
 
-AUTO_LOSS_SAMPLES = 256
+AUTO_LOSS_SAMPLES, FIRST_ORDER_LOSS_SAMPLES = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,14 @@ class PruningOptions:
             sum of what each removed weight alone would ask for, as the paper does.
         pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
         scope: ``"global"`` ranks the weights of all targets together, ``"uniform"`` prunes every target alike.
+        first_order: whether the survivors of each sub-step also take a step down the loss, along its mean gradient
+            times the inverse Fisher, of a length that is searched on the ``loss_samples`` held-out examples
+            (`mfac_hf.pruning.first_order`). Gradients are those of the next sub-step, and ``num_grads`` new ones
+            after the last.
+        batch_norm_samples: examples over which the statistics of batch norms are averaged anew after each sub-step,
+            the same ones each time; 0 leaves them as they are.
         loss_samples: held-out examples on which the loss is measured before and after; 0 for none, which
-            ``damping="auto"`` raises to 256. They give no gradients.
+            ``damping="auto"`` raises to 256 and ``first_order`` to 1024. They give no gradients.
         seed: seed of the choice of examples.
         pages: pieces in which the gradients go to the device where ``block_size`` is None; the result is the same.
         memory_budget: bytes for the Fisher's blocks, and as many for a pass through the model. Targets that need more
@@ -90,6 +96,8 @@ class PruningOptions:
     update: Update = "joint"
     pattern: str = "unstructured"
     scope: Scope = "global"
+    first_order: bool = False
+    batch_norm_samples: int = 0
     loss_samples: int = 0
     seed: int = 0
     pages: int = 1
@@ -101,7 +109,7 @@ class PruningOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(choices))}")
         for name, least in {
             "num_grads": 1, "grad_batch_size": 1, "examples_per_pass": 1, "pages": 1, "recomputations": 1,
-            "loss_samples": 0,
+            "loss_samples": 0, "batch_norm_samples": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -120,6 +128,10 @@ class PruningOptions:
                 object.__setattr__(self, "loss_samples", AUTO_LOSS_SAMPLES)
         elif self.damping is not None and not 0 < self.damping < float("inf"):
             raise ValueError(f"damping is {self.damping!r}; expected a positive number or 'auto'")
+        if not isinstance(self.first_order, bool):
+            raise ValueError(f"first_order is {self.first_order!r}; expected True or False")
+        if self.first_order:
+            self._check_first_order()
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ValueError(f"memory_budget is {self.memory_budget}; expected a number of bytes, or None")
 
@@ -132,6 +144,17 @@ class PruningOptions:
                 )
         if isinstance(self.damping, str):
             raise ValueError("damping is 'auto'; without blocks (block_size None) it has to be a number")
+
+    def _check_first_order(self) -> None:
+        """Refuse what a first-order step cannot go with, and hold examples out for its length."""
+        for name, wrong in {"method": "magnitude", "block_size": None, "damping": "auto"}.items():
+            if getattr(self, name) == wrong:
+                raise ValueError(
+                    f"{name} is {wrong!r}; a first-order step (first_order) needs method 'mfac', a block_size and a "
+                    "number for the damping"
+                )
+        if self.loss_samples == 0:
+            object.__setattr__(self, "loss_samples", FIRST_ORDER_LOSS_SAMPLES)
 
 
 class PruningKeywords(TypedDict, total=False):
@@ -150,6 +173,8 @@ class PruningKeywords(TypedDict, total=False):
     update: Update
     pattern: str
     scope: Scope
+    first_order: bool
+    batch_norm_samples: int
     loss_samples: int
     seed: int
     pages: int
@@ -171,7 +196,8 @@ class PruningReport:
         loss_after: the same after the pruning.
         num_grads: gradients taken in all sub-steps together.
         steps: of each sub-step ``sparsity``, ``predicted_loss_increase``, ``damping``, ``damping_losses`` (of all
-            dampings that were tried), ``num_grads``, ``groups`` (of targets) and ``seconds``.
+            dampings that were tried), ``first_order`` (``length``, ``loss_before`` and ``loss_after`` of the step of
+            its survivors; None without one), ``num_grads``, ``groups`` (of targets) and ``seconds``.
         seconds: wall time.
         masks: masks of the weights that are kept now.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from mfac_hf.optim.mfac import MFAC
 from mfac_hf.optim.unwrap import unwrap_optimizer
@@ -49,7 +49,7 @@ class WindowGradients:
         # Under DistributedDataParallel all ranks hold the same window.
         self.process_group: dist.ProcessGroup | None = None
 
-    def check(self, num_grads: int) -> None:
+    def check(self, num_grads: int, batch_norm_samples: int = 0) -> None:
         """Raise ValueError unless the window holds ``num_grads`` gradients."""
         self._check(num_grads, round(self.optimizer.window_stats()["window_fill"] * self._size))
 
@@ -79,6 +79,24 @@ class WindowGradients:
         self.check(num_grads)
         for name, parameter in parameters.items():
             consume(name, self.optimizer.stored_gradients(parameter)[-num_grads:].to(parameter.device).float())
+
+    def mean(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], num_grads: int, seed: int
+    ) -> dict[str, Tensor]:
+        """Refuse: the window holds gradients at the weights of earlier steps.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a first-order step needs gradients at the pruned weights: take gradients='data'")
+
+    def average_batch_norms(self, model: nn.Module, count: int, seed: int) -> None:
+        """Refuse: the window holds no examples.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("batch norms are averaged over examples: take gradients='data'")
 
     def loss(self, model: nn.Module) -> float | None:
         """Return the loss on held-out examples; None where there are none."""

@@ -63,6 +63,13 @@ class PruningArguments:
     prune_scope: Scope = flag(
         PruningOptions.scope, "global ranks the weights of all targets together; uniform prunes all targets alike."
     )
+    prune_first_order: bool = flag(
+        PruningOptions.first_order,
+        "A step of the survivors down the loss after each sub-step, as long as 1,024 held-out examples say.",
+    )
+    prune_batch_norm_samples: int = flag(
+        PruningOptions.batch_norm_samples, "Examples that batch norms are averaged over after each sub-step; 0: not."
+    )
 
     def options(self, seed: int, gradients: str = "data") -> PruningOptions:
         """The flags as `PruningOptions`.
@@ -87,6 +94,8 @@ class PruningArguments:
             update=self.prune_update,
             pattern=self.prune_pattern,
             scope=self.prune_scope,
+            first_order=self.prune_first_order,
+            batch_norm_samples=self.prune_batch_norm_samples,
             seed=seed,
         )
         if self.prune_fisher is not None:

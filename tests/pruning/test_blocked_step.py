@@ -8,7 +8,6 @@ from torch.nn.utils import prune
 from mfac_hf import prune_one_shot
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
-from mfac_hf.pruning.blocked_step import plan_groups
 from tests.helpers.pruning_network import Spy, loader, network, one_shot, weights
 
 
@@ -84,5 +83,3 @@ def test_a_target_too_large_for_memory_is_refused_with_the_numbers(model):
     with pytest.raises(MemoryError, match=r"0.weight \(96 weights in blocks of 8, 16 gradients\) needs .* budget"):
         prune_to(model, MaskSet.dense(model, find_targets(model)), source, 0.5, options)
     assert source.collections == [] and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    # by default what is free on the machine is shared with everything else
-    assert plan_groups({"a": torch.empty(10), "b": torch.empty(20)}, PruningOptions(), source) == [["a", "b"]]

@@ -109,6 +109,11 @@ def test_an_already_sparse_model_is_pruned_further(model):
         ({"pattern": "2:4", "block_size": 6}, "block_size is 6"),
         ({"memory_budget": 0}, "memory_budget is 0"),
         ({"loss_samples": 64}, "64 of 64 examples"),
+        ({"first_order": True}, "1024 of 64 examples"),
+        ({"first_order": True, "damping": "auto"}, "damping is 'auto'; a first-order step"),
+        ({"first_order": True, "method": "magnitude"}, "method is 'magnitude'; a first-order step"),
+        ({"first_order": True, "block_size": None, "selection": "diagonal"}, "block_size is None; a first-order step"),
+        ({"first_order": "yes"}, "first_order is 'yes'; expected True or False"),
     ],
 )
 def test_bad_input_is_refused_before_a_weight_changes(model, changes, message):

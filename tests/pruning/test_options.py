@@ -22,6 +22,11 @@ def test_automatic_damping_holds_examples_out_by_itself():
     assert PruningOptions(damping="auto", method="magnitude").loss_samples == 0
 
 
+def test_a_first_order_step_holds_examples_out_by_itself():
+    assert PruningOptions(first_order=True).loss_samples == 1024
+    assert PruningOptions(first_order=True, loss_samples=9).loss_samples == 9
+
+
 def test_the_damping_is_that_of_the_fisher():
     assert PruningOptions().damping == PRUNING_DAMPING["scaled"]
     assert PruningOptions(grad_batch_size=4).damping == PRUNING_DAMPING["scaled"] / 4

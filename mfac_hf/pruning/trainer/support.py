@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from mfac_hf.pruning.blocked_step import plan_groups
 from mfac_hf.pruning.gradient_source import GradientSource
 from mfac_hf.pruning.gradients import DataLoaderGradients
+from mfac_hf.pruning.groups import plan_groups
 from mfac_hf.pruning.options import PruningKeywords, PruningOptions
 from mfac_hf.pruning.outputs import OutputsFunction
 from mfac_hf.pruning.schedule import SparsitySchedule
@@ -58,6 +58,11 @@ def pruning_options(gradients: str, keywords: PruningKeywords) -> PruningOptions
                 "gradients='optimizer' takes gradients of training, which are means over examples, and "
                 "fisher='scaled' divides each example's by a number of its own: leave fisher out (it is the empirical "
                 "one then), or take gradients='data'"
+            )
+        if keywords.get("first_order") or keywords.get("batch_norm_samples"):
+            raise ValueError(
+                "first_order and batch_norm_samples need examples at the pruned weights, and gradients='optimizer' "
+                "has none: leave them out, or take gradients='data'"
             )
         keywords = {"fisher": "empirical", **keywords}
     return PruningOptions(**keywords)

@@ -278,6 +278,11 @@ def test_a_teacher_that_is_given_teaches_from_the_first_step(tmp_path):
             ValueError,
             "means over examples, and fisher='scaled' .* leave fisher out .*or take gradients='data'",
         ),
+        (
+            lambda: MFACPruningCallback(SCHEDULE, gradients="optimizer", first_order=True),
+            ValueError,
+            "first_order and batch_norm_samples need examples .* or take gradients='data'",
+        ),
     ],
 )
 def test_bad_options(make, error, message):
