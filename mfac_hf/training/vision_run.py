@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
+from mfac_hf.pruning.batch_norm import averaging_anew, batch_norms
 from mfac_hf.storage import load_tensors, save_tensors, write_json, write_text
 from mfac_hf.tasks.vision import FolderImages, VisionData, whole_batch
 from mfac_hf.tasks.vision_preprocess import AugmentedImages, Preprocess
@@ -189,21 +190,16 @@ class VisionRun:
             num_images: images to average over, in all processes together, rounded up to whole batches.
             salt: each value draws other images.
         """
-        norms = [m for m in self.bare_model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain average
-        self.model.train()
         self.train_loader.set_epoch(10_000 + salt)  # images that no epoch sees in this order
         generator, seen = self.generator(2, salt), 0
-        for batch in self.train_loader:
-            self.logits(self.bare_model, batch, generator if self.augment else None)
-            seen += len(batch[1]) * self.accelerator.num_processes
-            if seen >= num_images:
-                break
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        self.model.eval()
+        with averaging_anew(self.bare_model):
+            for batch in self.train_loader:
+                self.logits(self.bare_model, batch, generator if self.augment else None)
+                seen += len(batch[1]) * self.accelerator.num_processes
+                if seen >= num_images:
+                    break
+        for norm in batch_norms(self.bare_model):
             for buffer in (norm.running_mean, norm.running_var):
                 if buffer is not None:
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
