@@ -104,6 +104,14 @@ class PruneArguments(VisionArguments):
     scope: Scope = flag(
         PruningOptions.scope, "global ranks the weights of all layers together; uniform prunes all layers alike."
     )
+    first_order: bool = flag(
+        PruningOptions.first_order,
+        "A step of the survivors down the loss after each recomputation, as long as 1,024 held-out images say.",
+    )
+    batch_norm_samples: int = flag(
+        PruningOptions.batch_norm_samples,
+        "Images that batch norms are averaged over in each recomputation; 0: not.",
+    )
     reestimate_bn: Literal["none", "before", "after", "both"] = flag(
         "after", "When to keep batch norm statistics that were re-estimated on augmented training images."
     )
@@ -180,6 +188,8 @@ class PruneArguments(VisionArguments):
             update=self.update,
             pattern=self.pattern,
             scope=self.scope,
+            first_order=self.first_order,
+            batch_norm_samples=self.batch_norm_samples,
             seed=self.seed + 1000 * step,
         )
 

@@ -302,6 +302,7 @@ def load_state(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> di
         raise ValueError(f"{path} is no state of a run: it has no arguments. Start anew without --resume")
     # What runs from before there was a choice do not name.
     older = {"metric": "identity", "fisher": "empirical", "fisher_floor": arguments.get("fisher_floor")}
+    older |= {"first_order": False, "batch_norm_samples": 0}
     before = {**older, **state["arguments"]}
     differing = [key for key in arguments if before.get(key) != arguments[key]]
     if differing:

@@ -37,6 +37,12 @@ def test_the_references_own_call_gives_its_plan():
     assert (options.fisher, options.fisher_floor, options.damping, args.prundamp) == ("empirical", 0.01, 1e-5, 1e-5)
 
 
+def test_steps_down_the_loss_and_batch_norms_are_the_options():
+    args = arguments(*CALL.split()[2:], "--first_order", "--batch_norm_samples", "96")
+    options = args.options(0, 3)
+    assert (options.first_order, options.batch_norm_samples, options.loss_samples) == (True, 96, 1024)
+
+
 def test_drops_are_counted_over_all_epochs_and_rates_cycle_from_each_pruning_step():
     flags = "--nepochs 9 --lr 1 --sparsities .1 .2 .3 --prun_every 3 --prun_lrs 5 4 3 --drop_at 4 8 --drop_by .5"
     assert arguments(*flags.split()).plan() == [5, 4, 3, 5, 4, 3, 0.5, 0.5, 0.25]
@@ -144,7 +150,7 @@ def test_a_state_without_a_fisher_is_one_of_the_empirical(prune):
     flags = ["--nepochs", "0", "--sparsities", ".5", "--nrecomps", "1"]
     rows = prune(*flags, "--fisher", "empirical")
     state = load_tensors("out/model.state")
-    for name in ("fisher", "fisher_floor"):
+    for name in ("fisher", "fisher_floor", "first_order", "batch_norm_samples"):
         del state["arguments"][name]
     save_tensors("out/model.state", state)
     assert prune(*flags, "--fisher", "empirical", "--resume") == rows
