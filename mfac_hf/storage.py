@@ -24,6 +24,7 @@ __all__ = [
     "read_yaml",
     "save_safetensors",
     "save_tensors",
+    "sync_directory",
     "write_json",
     "write_text",
     "written_aside",
@@ -58,7 +59,7 @@ def written_aside(path: StrPath) -> Iterator[Path]:
             yield unfinished
             _sync(unfinished)
             os.replace(unfinished, path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -89,11 +90,11 @@ def written_directory(path: StrPath) -> Iterator[Path]:
                     target = path / file.relative_to(unfinished)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(file, target)
-                _sync_directory(path)
+                sync_directory(path)
             else:
-                _sync_directory(unfinished)
+                sync_directory(unfinished)
                 os.replace(unfinished, path)
-                _sync_directory(path.parent)
+                sync_directory(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -198,7 +199,7 @@ def _compare_checksums(file: IO[bytes]) -> None:
             raise zipfile.BadZipFile(f"the checksum of its part {name} does not fit")
 
 
-def _sync_directory(folder: StrPath) -> None:
+def sync_directory(folder: StrPath) -> None:
     """Write the names in a folder to the disk, where the system can."""
     if os.name != "posix":
         return

@@ -52,6 +52,7 @@ from mfac_hf.training.vision_arguments import (
     set_learning_rate,
 )
 from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state
+from mfac_hf.training.vision_window import resume_optimizer, save_state
 
 
 @dataclass
@@ -230,7 +231,7 @@ class Pruner:
         masks.attach(run.bare_model)
         self.optimizer = build_optimizer(run, args.optim, args, lr=args.lr, momentum=args.momentum, masks=masks)
         if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            resume_optimizer(f"{args.prefix}.state", state, self.optimizer)
 
     def measure(self, event: str, step: int, **more: Any) -> None:
         """Write a row with the accuracy as the model is, and with batch norms re-estimated."""
@@ -276,7 +277,7 @@ class Pruner:
         """Save what it takes to go on at this epoch, after this number of pruning steps."""
         now = {"arguments": self.args.to_dict(), "epoch": epoch, "steps": steps, "rows": self.log.rows}
         now |= {"model": self.run.bare_model.state_dict(), "masks": dict(self.masks)}
-        self.run.save(f"{self.args.prefix}.state", now | {"optimizer": self.optimizer.state_dict()})
+        save_state(f"{self.args.prefix}.state", self.run, now, self.optimizer)
 
 
 def draw_plot(log: RunLog) -> None:

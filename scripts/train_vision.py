@@ -38,6 +38,7 @@ from mfac_hf.training.vision_arguments import (
     sparse_masks,
 )
 from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state
+from mfac_hf.training.vision_window import resume_optimizer, save_state
 
 # Epochs and drops of the M-FAC paper's script, by the first letters of the model.
 _PLANS = {"resnet": (164, [82, 123]), "wideresnet": (200, [100, 150]), "mobilenet": (100, [50, 75])}
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if state is not None:
         first = state["epoch"] + 1
         run.bare_model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        resume_optimizer(state_path, state, optimizer)
     header = {"arguments": args.to_dict(), **describe_run(argv, run.accelerator.device)}
     log = RunLog(target.with_suffix(""), header, state["rows"] if state is not None else ())
     curve, steps = LossCurve(), len(plan) * len(run.train_loader)
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             log.add(row)
         run.save(target, model_state(run, masks, epoch=epoch))
         now = {"arguments": args.to_dict(), "epoch": epoch, "rows": log.rows, "model": run.bare_model.state_dict()}
-        run.save(state_path, now | {"optimizer": optimizer.state_dict()})
+        save_state(state_path, run, now, optimizer)
     if args.results is not None:
         write_results(args.results, run, log.rows, curve, argv)
     return log.rows

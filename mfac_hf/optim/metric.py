@@ -28,6 +28,7 @@ __all__ = [
     "Move",
     "SavedMoment",
     "Scaling",
+    "as_of_now",
     "next_scalings",
     "saved_moments",
 ]
@@ -262,7 +263,7 @@ class _DenseMoment:
             if saved is None:
                 continue
             moment, steps, scaling = saved
-            place.copy_((moment if steps is None else _decayed(moment, steps, scaling)).flatten())
+            place.copy_((moment if steps is None else as_of_now(moment, steps, scaling)).flatten())
 
     def dense(self) -> Tensor:
         """As it is now, (d,)."""
@@ -331,13 +332,13 @@ class _TableMoment:
 
     def dense(self) -> Tensor:
         """As it is now, (v * h,)."""
-        return _decayed(self.moment_VH, self.steps_V, self._now).flatten()
+        return as_of_now(self.moment_VH, self.steps_V, self._now).flatten()
 
     def state(self, placement: Any) -> dict[str, Tensor]:
         return {"second_moment": self.moment_VH, "moment_steps": self.steps_V}
 
     def _decayed(self, rows: Tensor) -> Tensor:
-        return _decayed(self.moment_VH[rows], self.steps_V[rows], self._now)
+        return as_of_now(self.moment_VH[rows], self.steps_V[rows], self._now)
 
     def push(self, row: int, count: int, parts: Sequence[SparseRows], members: Sequence[Member]) -> Tensor:
         ((_, scaling),), (part,) = members, parts
@@ -360,7 +361,7 @@ class _TableMoment:
         return False
 
 
-def _decayed(moment_NH: Tensor, steps_N: Tensor, now: Scaling) -> Tensor:
+def as_of_now(moment_NH: Tensor, steps_N: Tensor, now: Scaling) -> Tensor:
     """Rows of a table's second moment at the present step, had no gradient touched them since theirs."""
     since_N = steps_N.double()
     factor_N = now.beta2 ** (now.step - since_N) * (1 - now.beta2**since_N) / (1 - now.beta2**now.step)

@@ -39,17 +39,16 @@ from mfac_hf.optim.autocast import without_autocast
 from mfac_hf.optim.gradients import are_finite, read_gradients
 from mfac_hf.optim.groups import check_group, check_parameters, check_process_group, remove_window_options
 from mfac_hf.optim.masks import check_masks, check_only_shrink
-from mfac_hf.optim.metric import next_scalings, saved_moments
+from mfac_hf.optim.metric import next_scalings
 from mfac_hf.optim.options import ParameterWindowOptions
-from mfac_hf.optim.parameter_window import ParameterWindow
+from mfac_hf.optim.ranked import RankedOptimizer
 from mfac_hf.optim.settings import BY_METRIC, settings_of, warn_of_old_habits
 from mfac_hf.optim.update import apply_directions, plan_moves
-from mfac_hf.optim.windowed import WindowedOptimizer
 
 __all__ = ["MFAC"]
 
 
-class MFAC(WindowedOptimizer):
+class MFAC(RankedOptimizer):
     r"""Matrix-free approximate natural-gradient descent with the dynamic algorithm of M-FAC.
 
     Usage with the Hugging Face Trainer: ``Trainer(..., optimizers=(MFAC(model.parameters(), lr=5e-5), None))``. The
@@ -93,8 +92,8 @@ class MFAC(WindowedOptimizer):
             the window.
         process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one
             window: each keeps the columns of some parameters. With ``"auto"`` Trainer's ranks share a window of 16 MiB
-            or more; None keeps it whole on each. FSDP2 does not need it: each rank keeps the columns of its shards.
-            In both cases ``state_dict`` does not have the window, which refills after a resume.
+            or more; None keeps it whole on each. FSDP2 and tensor parallelism do not need it: each rank keeps the
+            columns of what it has. In both cases ``state_dict`` does not have the window: `write_window` has.
         row_sparse: store gradients with few non-zero rows by these rows. Exact; turn it off for fixed state shapes.
         save_window: put the window into ``state_dict``. Without it, checkpoints are small and the window refills after
             a resume.
@@ -242,9 +241,9 @@ class MFAC(WindowedOptimizer):
             The loss of the closure; None without one.
 
         Raises:
-            ValueError: for a sparse gradient that is not row-sparse, parameters that are sharded in another way than
-                over one dimension, ranks with gradients for other parameters, or what was changed in ``param_groups``
-                and cannot be. Nothing changes then.
+            ValueError: for a sparse gradient that is not row-sparse, parameters whose numbers cannot be counted once
+                over the ranks, ranks with other gradients, or what was changed in ``param_groups`` and cannot be.
+                Nothing changes then.
             MemoryError: if the window does not fit; nothing changes then.
         """
         loss = None
@@ -260,19 +259,21 @@ class MFAC(WindowedOptimizer):
             self._batches.check()
         self._agree()
         gradients = read_gradients(self.param_groups)
-        shards = self._find_shards(gradients)
+        layout = self._find_layout(gradients)
         self._decide_sharing(gradients)
-        ranks = self._process_group or shards
+        ranks = self._process_group if layout is None else layout.group
         if not gradients and ranks is None:
             return
-        if not are_finite(gradients, self.param_groups, ranks, alike=self._process_group is not None):
+        alike = gradients if layout is None else layout.everywhere
+        if not are_finite(gradients, self.param_groups, ranks, alike=alike):
             self._skip_step()
             self._publish()
             return
         if not gradients:
             return
+        self._check_layout(gradients)
         masks = self._masks()
-        window = self._let_in(gradients, masks, shards)
+        window = self._let_in(gradients, masks)
         scalings = next_scalings(self.param_groups, self.state, gradients)
         window.push(gradients, masks, scalings)
         moves = plan_moves(self.param_groups, self.state, self._options.result_dtype)
@@ -283,24 +284,6 @@ class MFAC(WindowedOptimizer):
         for p, scaling in scalings.items():
             self.state[p]["moment_step"] = scaling.step
         self._publish()
-
-    def _let_in(
-        self, gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], shards: dist.ProcessGroup | None
-    ) -> ParameterWindow:
-        """The window, with columns for every parameter that has a gradient."""
-        window = self._window
-        new = gradients if window is None else {p: g for p, g in gradients.items() if p not in window.owners}
-        if window is not None and not new:
-            return window
-        moments = saved_moments(self.param_groups, self.state)
-        if window is None:
-            window = self._window = ParameterWindow.from_gradients(
-                new, masks, self._options, moments=moments, sharing=self._process_group, shards=shards
-            )
-            self._leave_to_others()
-        else:
-            window.add(new, masks, moments)
-        return window
 
     def train(self) -> None:
         """Count a batch: Trainer calls this before each. A step that has several may warn of the loss's scale."""

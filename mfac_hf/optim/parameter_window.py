@@ -4,7 +4,7 @@ A `GramMatrix` knows the algebra, column stores hold the numbers, and a `Placeme
 parameter's. This joins them, lets parameters in when their first gradients come, and takes masked coordinates out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -23,12 +23,12 @@ from mfac_hf.optim.placement import (
     Placement,
     TablePlacement,
     distinct_columns,
+    first_bytes,
     kept_positions,
-    place,
-    stored_numbers,
     to_dense,
 )
-from mfac_hf.optim.sharing import Owner, assign_owners, broadcast_directions
+from mfac_hf.optim.sharded import Layout
+from mfac_hf.optim.sharing import Owner, assign_owners, broadcast_directions, place_own
 
 __all__ = ["ParameterWindow"]
 
@@ -41,7 +41,7 @@ class ParameterWindow:
         options: of the window.
         moments: second moments of parameters, where an earlier run left them; in Adam's metric.
         sharing: ranks with the same gradients that share the window; each keeps the columns of some parameters.
-        shards: ranks that each hold a shard of every parameter (FSDP2); each keeps the columns of its shards.
+        layout: how parameters lie on ranks, where they are placed on a mesh; each keeps the columns of what it has.
 
     Attributes:
         columns: the stores, each once.
@@ -60,17 +60,17 @@ class ParameterWindow:
         *,
         moments: Mapping[Tensor, SavedMoment] | None = None,
         sharing: dist.ProcessGroup | None = None,
-        shards: dist.ProcessGroup | None = None,
+        layout: Layout | None = None,
     ) -> None:
         # A rank without a parameter of its own still takes part in the sums.
         idle: ColumnStore = DenseColumns(options.num_grads, 0, dtype=options.window_dtype)
         self.options = options
-        self.sharing = sharing
+        self.sharing, self.layout = sharing, layout
         self.placements = placements
         self.owners = dict.fromkeys(placements, Owner(0, 0))
         self.columns = distinct_columns(placements.values()) or [idle]
         self.metric: Metric = AdamMetric() if options.metric == "adam" else IdentityMetric()
-        group = sharing if shards is None else shards
+        group = sharing if layout is None else layout.group
         relative = options.metric == "adam"
         self.gram = GramMatrix(options, relative=relative, device=self.columns[0].device, process_group=group)
         for store in self.columns:
@@ -87,18 +87,26 @@ class ParameterWindow:
         *,
         moments: Mapping[Tensor, SavedMoment] | None = None,
         sharing: dist.ProcessGroup | None = None,
-        shards: dist.ProcessGroup | None = None,
+        layout: Layout | None = None,
     ) -> "ParameterWindow":
         """A window for the parameters that have these first gradients.
 
         Raises:
             MemoryError: if it does not fit, with the numbers; nothing is allocated then.
         """
-        owners = assign_owners(_sizes(gradients, masks, options), {}, sharing)
-        own = _place_own(gradients, owners, masks, options, sharing, gram_bytes=gram_matrix_bytes(options.num_grads))
-        window = cls(own, options, moments=moments, sharing=sharing, shards=shards)
+        owners = assign_owners(
+            {p: first_bytes(grad, masks.get(p), options) for p, grad in gradients.items()}, {}, sharing
+        )
+        gram_bytes = gram_matrix_bytes(options.num_grads)
+        own = place_own(gradients, owners, masks, options, sharing, layout, gram_bytes=gram_bytes)
+        window = cls(own, options, moments=moments, sharing=sharing, layout=layout)
         window.owners = owners
         return window
+
+    @property
+    def copies(self) -> Set[Tensor]:
+        """Parameters of which this rank has a copy that does not count."""
+        return frozenset() if self.layout is None else self.layout.copies
 
     @property
     def count(self) -> int:
@@ -135,8 +143,10 @@ class ParameterWindow:
             MemoryError: if they do not fit, with the numbers; nothing changes then.
         """
         self.rearranged = True
-        owners = assign_owners(_sizes(new, masks, self.options), self.owners, self.sharing)
-        placements = _place_own(new, owners, masks, self.options, self.sharing)
+        owners = assign_owners(
+            {p: first_bytes(grad, masks.get(p), self.options) for p, grad in new.items()}, self.owners, self.sharing
+        )
+        placements = place_own(new, owners, masks, self.options, self.sharing, self.layout)
         self.owners.update(owners)
         self.placements.update(placements)
         for columns in distinct_columns(placements.values()):
@@ -174,9 +184,15 @@ class ParameterWindow:
             scaling = scalings.get(p) if scalings and p in gradients else None
             members[placement.columns].append(Member(placement.size, scaling))
         row, count = self.gram.next_row, self.gram.next_count
-        self.gram.push(
-            [self.metric.push(columns, row, count, parts[columns], members[columns]) for columns in self.columns]
-        )
+        dots = [self.metric.push(columns, row, count, parts[columns], members[columns]) for columns in self.columns]
+        self.gram.push(self._counted(dots))
+
+    def _counted(self, products: list[Tensor]) -> list[Tensor]:
+        """Dot products of each store, zero for those that count on another rank."""
+        if not self.copies:
+            return products
+        copied = {self.placements[p].columns for p in self.copies & self.placements.keys()}
+        return [torch.zeros_like(x) if c in copied else x for c, x in zip(self.columns, products, strict=True)]
 
     def _densify(self, p: Tensor, table: TablePlacement, mask: Tensor | None) -> DensePlacement:
         """Move a parameter's columns from a table into a dense store."""
@@ -238,7 +254,7 @@ class ParameterWindow:
 
     def _count_anew(self) -> None:
         """Compute the Gram matrix from the stored gradients."""
-        self.gram.set(self.gram.add_up([columns.gram(self.count) for columns in self.columns]))
+        self.gram.set(self.gram.add_up(self._counted([columns.gram(self.count) for columns in self.columns])))
 
     def _keep_columns(self, masks: dict[Tensor, Tensor]) -> None:
         """Drop the columns that these masks no longer keep; the Gram matrix stays as it is."""
@@ -268,7 +284,7 @@ class ParameterWindow:
         self.columns = distinct_columns(placements.values()) or self.columns
         for p in masks.keys() & self.owners.keys():
             owner = self.owners[p]
-            self.owners[p] = owner._replace(size=min(owner.size, int(masks[p].sum())))
+            self.owners[p] = owner._replace(size=min(owner.size, int(masks[p].sum()) * self.options.column_bytes))
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Take out parameters, as if the window had never held them.
@@ -288,7 +304,7 @@ class ParameterWindow:
         Raises:
             MemoryError: as `shrink`; nothing changes then.
         """
-        sizes = {p: placement.stored_size for p, placement in self.placements.items()}
+        sizes = {p: placement.nbytes(self.options) for p, placement in self.placements.items()}
         owners = assign_owners(sizes, {}, group)
         self._drop({p for p in owners if owners[p].rank != dist.get_rank(group)})
         self.owners, self.sharing, self.gram.process_group = owners, group, group
@@ -339,26 +355,3 @@ class ParameterWindow:
         if not self.borrows:  # else somebody has done so
             for columns in self.columns:
                 columns.clear(slice(self.count, None))
-
-
-def _sizes(
-    gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], options: ParameterWindowOptions
-) -> dict[Tensor, int]:
-    """Numbers of each gradient that the columns of parameters with these first gradients hold."""
-    return {p: stored_numbers(grad, masks.get(p), options.row_sparse) for p, grad in gradients.items()}
-
-
-def _place_own(
-    new: dict[Tensor, Tensor],
-    owners: dict[Tensor, Owner],
-    masks: dict[Tensor, Tensor],
-    options: ParameterWindowOptions,
-    sharing: dist.ProcessGroup | None,
-    *,
-    gram_bytes: int = 0,
-) -> dict[Tensor, Placement]:
-    """Columns for those new parameters that are this rank's."""
-    rank = 0 if sharing is None else dist.get_rank(sharing)
-    own = {p: grad for p, grad in new.items() if owners[p].rank == rank}
-    devices = options.devices(next(iter(new.values())).device)
-    return place(own, masks, options, devices, gram_bytes=gram_bytes)

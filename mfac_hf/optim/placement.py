@@ -22,9 +22,9 @@ __all__ = [
     "Placement",
     "TablePlacement",
     "distinct_columns",
+    "first_bytes",
     "kept_positions",
     "place",
-    "window_bytes",
 ]
 
 # A parameter gets row-sparse columns if at most this share of the rows of its first gradient is non-zero ...
@@ -51,10 +51,9 @@ class DensePlacement:
     size: int
     keep: Tensor | None = None
 
-    @property
-    def stored_size(self) -> int:
-        """Numbers of each gradient that its columns hold."""
-        return self.size
+    def nbytes(self, options: ParameterWindowOptions) -> int:
+        """Bytes of its columns and of their second moment."""
+        return self.size * options.column_bytes
 
     @property
     def _place(self) -> slice:
@@ -106,10 +105,10 @@ class TablePlacement:
         """Its columns: the numbers of the table."""
         return self.shape.numel()
 
-    @property
-    def stored_size(self) -> int:
-        """Numbers of each gradient that its columns hold."""
-        return self.columns.values_MNH[0].numel()
+    def nbytes(self, options: ParameterWindowOptions) -> int:
+        """Bytes of its columns, of their second moment and of its rows' steps."""
+        moments = self.size * options.moment_itemsize + 8 * self.shape[0] if options.moment_itemsize else 0
+        return self.columns.nbytes + moments
 
     def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> SparseRows:
         """The gradient as its columns store it, zero where it is masked; no row for None."""
@@ -207,12 +206,11 @@ def _deal_out(sizes: dict[Tensor, int], devices: list[torch.device]) -> dict[tor
     return {device: [p for p in sizes if chosen[p] == device] for device in devices}
 
 
-def window_bytes(gradients: dict[Tensor, Tensor], masks: dict[Tensor, Tensor], options: ParameterWindowOptions) -> int:
-    """Bytes of the columns of parameters with these first gradients, their second moments included."""
-    tables = {p: g for p, g in gradients.items() if options.row_sparse and _is_row_sparse(g)}
-    dense = sum(stored_numbers(g, masks.get(p), False) for p, g in gradients.items() if p not in tables)
-    rows = sum(_table_bytes(g, len(nonzero_rows(g).rows), options) for g in tables.values())
-    return dense * options.column_bytes + rows
+def first_bytes(grad: Tensor, mask: Tensor | None, options: ParameterWindowOptions) -> int:
+    """Bytes of the columns of a parameter with this first gradient, its second moment included."""
+    if options.row_sparse and _is_row_sparse(grad):
+        return _table_bytes(grad, len(nonzero_rows(grad).rows), options)
+    return (grad.numel() if mask is None else int(mask.sum())) * options.column_bytes
 
 
 def _table_bytes(grad: Tensor, slots: int, options: ParameterWindowOptions) -> int:
@@ -239,13 +237,6 @@ def _is_row_sparse(grad: Tensor) -> bool:
         return False
     # A gradient of zeros says nothing of those to come, as that of an adapter whose other factor begins at zero.
     return 0 < len(nonzero_rows(grad).rows) <= ROW_SPARSE_MAX_DENSITY * grad.shape[0]
-
-
-def stored_numbers(grad: Tensor, mask: Tensor | None, row_sparse: bool) -> int:
-    """Numbers that the columns of a parameter with this first gradient hold for each gradient."""
-    if row_sparse and _is_row_sparse(grad):
-        return nonzero_rows(grad).values.numel()
-    return grad.numel() if mask is None else int(mask.sum())
 
 
 def kept_positions(mask: Tensor | None) -> Tensor | None:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from mfac_hf.fisher.definite import is_number
 
-__all__ = ["as_count", "check_counters", "check_gram", "check_momentum", "check_places", "check_second_moment"]
+__all__ = [
+    "as_count",
+    "check_counters",
+    "check_gram",
+    "check_momentum",
+    "check_places",
+    "check_second_moment",
+    "squared_lengths",
+]
 
 # How far a squared length that the Gram matrix holds may be from that of the stored gradient. Products in float32 are
 # right to about 1e-6; a damaged state is wrong by far more.
@@ -132,7 +140,7 @@ def check_gram(lead: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
     else:
         lengths_M = torch.zeros(count, dtype=torch.float64)
         for state in states:
-            lengths_M += _squared_lengths(state, count)
+            lengths_M += squared_lengths(state, count)
         held_M = diagonal_M[:count].cpu()
         if not bool(((lengths_M - held_M).abs() <= TOLERANCE * torch.maximum(lengths_M, held_M)).all()):
             wrong = "does not belong to the stored gradients: their lengths are others"
@@ -140,7 +148,7 @@ def check_gram(lead: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
         raise ValueError(f"the saved Gram matrix {wrong}. The file is damaged, or its state was changed")
 
 
-def _squared_lengths(state: dict[str, Any], count: int) -> Tensor:
+def squared_lengths(state: dict[str, Any], count: int) -> Tensor:
     """Squared lengths of the first stored gradients of one parameter, (count,), float64."""
     values = state["window" if "window" in state else "window_values"]
     squared_M = torch.zeros(count, dtype=torch.float64)

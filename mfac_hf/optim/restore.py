@@ -9,20 +9,21 @@ from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.optim.borrowed import alias
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import DensePlacement, Placement, TablePlacement, kept_positions
+from mfac_hf.optim.sharded import local
 
 __all__ = ["restore_placements"]
 
 
 def restore_placements(
     states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: ParameterWindowOptions
-) -> tuple[dict[Tensor, Placement], dict[str, Any] | None]:
-    """Placements, in the order of their columns, and the state with the Gram matrix, if any.
+) -> dict[Tensor, Placement]:
+    """Placements, in the order of their columns.
 
     Each store goes to the device that has the fewest bytes so far.
     """
     placed = {p: state for p, state in states.items() if "window_store" in state}
     if not placed:
-        return {}, None
+        return {}
     placements: dict[Tensor, Placement] = {}
     load = dict.fromkeys(options.devices(next(iter(placed)).device), 0)
     for store in sorted({state["window_store"] for state in placed.values()}):
@@ -35,14 +36,14 @@ def restore_placements(
         else:
             placements |= _restore_dense(members, masks, device)
         load[device] += placements[p].columns.nbytes
-    return placements, next(state for state in placed.values() if "gram" in state)
+    return placements
 
 
 def _restore_table(p: Tensor, state: dict[str, Any], device: torch.device) -> TablePlacement:
     rows, values = state["window_rows"].to(device), state["window_values"].to(device)
-    height, width = p.shape
+    height, width = local(p).shape
     table = RowSparseColumns(len(rows), (height, width), buffers=(rows, values))
-    return TablePlacement(table, p.shape)
+    return TablePlacement(table, local(p).shape)
 
 
 def _restore_dense(
@@ -53,7 +54,7 @@ def _restore_dense(
     buffer_MD = _shared_buffer(views).to(device)
     columns = DenseColumns(*buffer_MD.shape, buffer=buffer_MD)
     return {
-        p: DensePlacement(columns, p.shape, state["window_start"], view.shape[1], kept_positions(masks.get(p)))
+        p: DensePlacement(columns, local(p).shape, state["window_start"], view.shape[1], kept_positions(masks.get(p)))
         for (p, state), view in zip(members.items(), views, strict=True)
     }
 

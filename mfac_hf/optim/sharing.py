@@ -4,6 +4,7 @@ All ranks have the same parameters and gradients, as under DistributedDataParall
 parameters only, and the window's dot products are summed over the ranks.
 """
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.columns import Part
+from mfac_hf.optim.options import ParameterWindowOptions
+from mfac_hf.optim.placement import Placement, place
+from mfac_hf.optim.sharded import Layout
 
-__all__ = ["SHARE_MIN_BYTES", "Owner", "assign_owners", "broadcast_directions"]
+__all__ = ["SHARE_MIN_BYTES", "Owner", "assign_owners", "broadcast_directions", "place_own"]
 
 # From this size of a whole window on, Trainer's ranks share it by themselves. Below it the memory is little, and a
 # step waits for the messages; above it a step with gloo on one machine was seen to take less time, too.
@@ -20,7 +24,7 @@ SHARE_MIN_BYTES = 16 << 20
 
 
 class Owner(NamedTuple):
-    """The rank that keeps a parameter's columns, and the numbers of each gradient that it stores for it."""
+    """The rank that keeps a parameter's columns, and the bytes of them and of their second moments."""
 
     rank: int
     size: int
@@ -34,7 +38,7 @@ def assign_owners(
     Every rank sees the same gradients, so all come to the same end.
 
     Args:
-        sizes: of the parameters that have no owner yet, the numbers of each gradient that are stored.
+        sizes: bytes of the columns of the parameters that have no owner yet, second moments included.
         owners: of the other parameters.
         group: the ranks; None if there is only this one.
     """
@@ -48,6 +52,30 @@ def assign_owners(
         assigned[p] = Owner(load.index(min(load)), sizes[p])
         load[assigned[p].rank] += sizes[p]
     return assigned
+
+
+def place_own(
+    new: dict[Tensor, Tensor],
+    owners: dict[Tensor, Owner],
+    masks: dict[Tensor, Tensor],
+    options: ParameterWindowOptions,
+    sharing: dist.ProcessGroup | None,
+    layout: Layout | None,
+    *,
+    gram_bytes: int = 0,
+) -> dict[Tensor, Placement]:
+    """Columns for those new parameters that are this rank's; those that are placed alike share their stores."""
+    rank = 0 if sharing is None else dist.get_rank(sharing)
+    kinds: dict[Hashable, dict[Tensor, Tensor]] = {None: {}}
+    for p, grad in new.items():
+        if owners[p].rank == rank:
+            kinds.setdefault(None if layout is None else layout.kinds[p], {})[p] = grad
+    devices = options.devices(next(iter(new.values())).device)
+    placements: dict[Tensor, Placement] = {}
+    for own in kinds.values():
+        placements |= place(own, masks, options, devices, gram_bytes=gram_bytes)
+        gram_bytes = 0
+    return placements
 
 
 def broadcast_directions(

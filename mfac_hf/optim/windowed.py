@@ -1,7 +1,6 @@
 """An optimizer with a gradient window: its state is saved, loaded and copied, and window, masks and groups agree."""
 
 import copy
-import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,20 +13,16 @@ from torch import Tensor
 
 from mfac_hf.optim.accumulation import BatchCount
 from mfac_hf.optim.borrowed import alias
-from mfac_hf.optim.groups import check_numbers, check_parameters, follow_groups, labels, remove_window_options
+from mfac_hf.optim.groups import check_numbers, check_parameters, follow_groups, remove_window_options
 from mfac_hf.optim.masks import check_masks_have_parameters
 from mfac_hf.optim.metric import saved_moments
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.parameter_window import ParameterWindow
-from mfac_hf.optim.placement import window_bytes
 from mfac_hf.optim.restore import restore_placements
-from mfac_hf.optim.sharded import is_sharded, shard_group
-from mfac_hf.optim.sharing import SHARE_MIN_BYTES
+from mfac_hf.optim.sharded import Layout, is_sharded
 from mfac_hf.optim.state import WINDOW_KEYS, check_state, publish_window, without_window
 
 __all__ = ["WindowedOptimizer"]
-
-logger = logging.getLogger(__name__)
 
 
 class WindowedOptimizer(torch.optim.Optimizer):
@@ -42,59 +37,10 @@ class WindowedOptimizer(torch.optim.Optimizer):
         self._window: ParameterWindow | None = None
         self._kept: dict[Tensor, Tensor] = {}  # masks; optimizer.state mirrors them
         self._known: list[int] = []  # ids of the parameters, when window and groups were last compared
-        self._placed: list[int] | None = None  # ids of the parameters whose placement was checked
-        self._shards: dist.ProcessGroup | None = None
+        self._placed: list[int] | None = None  # ids of the parameters whose layout is known
+        self._layout: Layout | None = None
+        self._counted_once = False  # whether the ranks have looked at this layout together
         self.skipped_steps = 0
-
-    def _find_shards(self, gradients: Mapping[Tensor, Tensor]) -> dist.ProcessGroup | None:
-        """The ranks over which the parameters are sharded; looked for again when others have gradients."""
-        placed = list(map(id, gradients))
-        if placed != self._placed:
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            named = zip(labels(self.param_groups), parameters, strict=True)
-            trained = {name: p for name, p in named if p.requires_grad or p.grad is not None}
-            self._shards = shard_group(trained, self._process_group)
-            self._placed = placed
-        return self._shards
-
-    def _decide_sharing(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Share the window among Trainer's ranks, where nobody said whether to and it pays."""
-        if not (self._undecided and gradients and self._batches.announced):
-            return
-        self._undecided = False
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if ranks == 1 or self.shares_window:
-            return
-        window = self._window
-        size = window_bytes(gradients, self._masks(), self._options) if window is None else window.nbytes
-        if size >= SHARE_MIN_BYTES:
-            logger.info("%d ranks share a gradient window of %d MiB", ranks, size >> 20)
-            self._process_group = dist.group.WORLD
-            self._share_whole()
-
-    def _share_whole(self) -> None:
-        """Keep this rank's part of a window that every rank holds whole."""
-        if self._window is not None and self._process_group is not None:
-            self._window.share(self._process_group)
-            self._leave_to_others()
-            self._publish()
-
-    def _leave_to_others(self) -> None:
-        """Take what other ranks keep out of the states."""
-        for p, state in self.state.items():
-            if self._window is not None and p not in self._window.placements:
-                for name in (*WINDOW_KEYS, "second_moment", "moment_steps"):
-                    state.pop(name, None)
-
-    def keep_window_whole(self) -> None:
-        """Do not share the window among Trainer's ranks, as ``process_group=None``: before the first step.
-
-        Raises:
-            ValueError: ranks share it already.
-        """
-        if self.shares_window:
-            raise ValueError("ranks share this window: build MFAC with process_group=None to keep it whole on each")
-        self._undecided = False
 
     def _keep_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         self._kept |= {p: mask.detach().clone() for p, mask in masks.items()}
@@ -144,7 +90,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
     def _strangers(self, window: ParameterWindow) -> list[Tensor]:
         """Parameters of the window whose state was removed, or that have another shape now."""
         reshaped = [
-            p for p, placement in window.placements.items() if self._shards is None and placement.shape != p.shape
+            p for p, placement in window.placements.items() if window.layout is None and placement.shape != p.shape
         ]
         for p in reshaped:
             if p in self._kept:
@@ -217,7 +163,6 @@ class WindowedOptimizer(torch.optim.Optimizer):
             saved = without_window(saved, moments=False)
         states = {p: {name: _own(name, value, p) for name, value in state.items()} for p, state in saved.items()}
         self._restore(states, groups, options)
-        self._share_whole()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -226,7 +171,8 @@ class WindowedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Take over states and groups, and build the window that the states describe; nothing changes if it fails."""
         kept = {p: state["mask"] for p, state in states.items() if "mask" in state}
-        placements, lead = restore_placements(states, {p: mask.to(p.device) for p, mask in kept.items()}, options)
+        placements = restore_placements(states, {p: mask.to(p.device) for p, mask in kept.items()}, options)
+        lead = next((state for state in states.values() if "gram" in state), None)
         window = None
         if lead is not None:
             window = ParameterWindow(placements, options, moments=saved_moments(groups, states))

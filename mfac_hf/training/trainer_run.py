@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from mfac_hf.callbacks import MFACLoggingCallback
+from mfac_hf.callbacks import MFACLoggingCallback, MFACWindowCallback
 from mfac_hf.hub.adapter import is_adapter
 from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
@@ -159,6 +159,7 @@ class TrainerRun:
         if self.pruning is not None:
             self.pruning.attach(trainer)
         correct_loss_scale(trainer)
+        trainer.add_callback(MFACWindowCallback(self.checkpoint))
         curve = LossCurveCallback.attach(trainer).recorder.curve
         results: dict[str, Any] = {**trainer.train(resume_from_checkpoint=self.checkpoint).metrics, "curve": curve}
         model: Any = trainer.model

@@ -9,7 +9,7 @@ from torch import nn
 from mfac_hf import MFAC
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.optim.options import ParameterWindowOptions
-from mfac_hf.optim.placement import DensePlacement, TablePlacement, nonzero_rows, place, stored_numbers
+from mfac_hf.optim.placement import DensePlacement, TablePlacement, first_bytes, nonzero_rows, place
 from tests.helpers.oracles import NaiveMFAC
 from tests.helpers.parameters import assert_same, make_params
 
@@ -257,4 +257,4 @@ def test_a_first_gradient_of_zeros_is_taken_for_a_dense_one(tables_of_any_size):
     adapter.grad = torch.randn(6, 4)
     optimizer.step()
     assert optimizer.window_stats()["window_gib"] == held
-    assert stored_numbers(torch.zeros(6, 4), None, True) == 24
+    assert first_bytes(torch.zeros(6, 4), None, optimizer._options) == 24 * 3 * 4

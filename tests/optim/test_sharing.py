@@ -13,46 +13,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from mfac_hf import MFAC
-from mfac_hf.optim import placement, windowed
+from mfac_hf.optim import placement, ranked
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.shared_net import ADAM, DOUBLE, IDENTITY, Net, assert_same, mask_of, train
 
 RANKS = 4
-
-
-class Net(nn.Module):
-    """A table whose gradients have few rows, matrices of different sizes, and a layer that gets gradients late."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        torch.manual_seed(0)
-        self.words = nn.Embedding(50, 4)
-        self.hidden = nn.Linear(4, 6)
-        self.late = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 2)
-        self.to(dtype)
-
-    def backward(self, step):
-        ids = torch.randint(50, (6,), generator=torch.Generator().manual_seed(step))
-        hidden = self.hidden(self.words(ids).mean(0)).tanh()
-        self.head(self.late(hidden) if step >= 5 else hidden).square().sum().backward()
-
-
-def train(model, optimizer, steps, spoil=()):
-    for step in steps:
-        optimizer.zero_grad()
-        model.backward(step)
-        if step in spoil:
-            model.head.bias.grad.fill_(torch.nan)
-        optimizer.step()
-
-
-def mask_of(model):
-    return {model.hidden.weight: torch.rand(6, 4, generator=torch.Generator().manual_seed(3)) < 0.5}
-
-
-def assert_same(model, twin, tolerance):
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
 def assert_ranks_agree(model, group=None):
@@ -89,11 +54,6 @@ def counted_bytes():
     finally:
         for name, function in plain.items():
             setattr(dist, name, function)
-
-
-ADAM = {"metric": "adam", "lr": 0.01, "num_grads": 6, "damping": 0.3}
-IDENTITY = {"metric": "identity", "lr": 0.05, "num_grads": 6, "damping": 1e-2}
-DOUBLE = {"window_dtype": torch.float64}
 
 
 def check_shared_window(group):
@@ -138,13 +98,30 @@ def check_parts_are_even(group, ranks):
     whole = 4 * 2 * sum(p.numel() for p in params)
     held = held_by(optimizer, group)
     assert sum(held) == whole and max(held) <= 1.05 * whole / ranks
-    # Every direction once in float32; two dot products so far, and two norms with four numbers that ranks compare.
-    assert sent == {"broadcast": 4 * sum(p.numel() for p in params), "all_reduce": 8 * (2 + 6)}
+    # Every direction once in float32; two dot products so far, and three norms with four numbers that ranks compare.
+    assert sent == {"broadcast": 4 * sum(p.numel() for p in params), "all_reduce": 8 * (2 + 7)}
+
+
+def check_tables_count_with_their_moments(group):
+    """A table's window is small and its second moment is not: its owner keeps less of the rest."""
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((4000, 8), *[(32, 32)] * 12)]
+    optimizer = MFAC(params, num_grads=4, process_group=group)
+    for p in params:
+        p.grad = torch.ones(p.shape)
+    params[0].grad[8:] = 0.0
+    optimizer.step()
+    moments = sum(state["second_moment"].nbytes for state in optimizer.state.values() if "second_moment" in state)
+    held = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
+    dist.all_gather(held, torch.tensor([moments + optimizer._window.nbytes]), group=group)
+    table = 4000 * 8 * 4
+    rest = 12 * 32 * 32 * (4 * 2 + 4)
+    assert sorted(int(each) for each in held)[:-1] == [rest // (RANKS - 1)] * (RANKS - 1)
+    assert table < max(held) < 1.1 * table
 
 
 def check_that_trainer_shares(group):
     """Batches that Trainer announces make the ranks share what is large, and nothing else does."""
-    windowed.SHARE_MIN_BYTES = 1
+    ranked.SHARE_MIN_BYTES = 1
     for announced, options, shares in (
         (True, {}, True),
         (True, {"process_group": None}, False),
@@ -178,7 +155,7 @@ def check_that_trainer_shares(group):
         assert sum(held_by(loaded)) == expected._window.nbytes
         places = {p for p, state in loaded.state.items() if "window" in state or "window_rows" in state}
         assert places == {p for p in loaded.state if "second_moment" in loaded.state[p]} != set(loaded.state)
-    windowed.SHARE_MIN_BYTES = 16 << 20
+    ranked.SHARE_MIN_BYTES = 16 << 20
     small = Net(torch.float64)
     kept = MFAC(small.parameters(), **ADAM)
     kept.train()
@@ -237,11 +214,13 @@ def check_all(rank):
         if rank < ranks:
             check_shared_window(group)
             check_parts_are_even(group, ranks)
+    check_tables_count_with_their_moments(dist.group.WORLD)
     check_that_trainer_shares(dist.group.WORLD)
     check_checkpoints(rank)
     check_accelerate(rank)
 
 
+@pytest.mark.slow
 def test_one_to_four_ranks(tmp_path):
     """All in one start of the processes, which takes longer than what they do."""
     run_on_ranks(check_all, tmp_path, ranks=RANKS)

@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mfac_hf import MFAC
 from mfac_hf.models import ResNetCifar, read_checkpoint
+from mfac_hf.optim import ranked
+from mfac_hf.storage import load_tensors
+from mfac_hf.training.vision_window import resume_optimizer, save_state
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.vision_runs import digits_run, small_model
 
@@ -30,6 +34,31 @@ def trained():
     return [p.detach().clone() for p in run.bare_model.parameters()], row["loss"], run.evaluate()
 
 
+def check_resume(directory):
+    """A run whose processes share the window goes on from its state with the same bits."""
+    ranked.SHARE_MIN_BYTES = 1
+
+    def start():
+        run = digits_run(small_model(), augment=False)
+        return run, run.accelerator.prepare(MFAC(run.model.parameters(), lr=1e-3))
+
+    (run, optimizer), (again, resumed) = start(), start()
+    run.train_epoch(optimizer, 0)
+    assert optimizer.optimizer.shares_window
+    save_state(directory / "run.state", run, {"epoch": 0, "model": run.bare_model.state_dict()}, optimizer)
+    dist.barrier()
+    run.train_epoch(optimizer, 1)
+    state = load_tensors(directory / "run.state")
+    again.bare_model.load_state_dict(state["model"])
+    resume_optimizer(directory / "run.state", state, resumed)
+    again.train_epoch(resumed, 1)
+    pairs = zip(run.bare_model.parameters(), again.bare_model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    save_state(directory / "run.state", again, {"epoch": 1}, resumed)
+    dist.barrier()
+    assert [folder.name for folder in directory.glob("run.state.window-*")] == ["run.state.window-1-0"]
+
+
 def on_a_rank(rank, directory, weights, loss, accuracy):
     variables = {
         "RANK": rank,
@@ -49,6 +78,7 @@ def on_a_rank(rank, directory, weights, loss, accuracy):
     run.reestimate_batch_norm(256)
     assert_ranks_agree(run.bare_model.buffers())
 
+    check_resume(directory)
     os.chdir(directory)
     runs, build = [], prune_vision.build_run
     prune_vision.build_run = lambda args: runs.append(build(args)) or runs[-1]
