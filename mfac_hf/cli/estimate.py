@@ -248,7 +248,7 @@ def _step_seconds(window_bytes: int, num_grads: int, dtype: Any, device: Any, me
 
     def passes() -> None:
         if metric == "adam":
-            metric_push(window_MD, x_D, moment_D, 0, rows, rate=0.001, eps=1e-8)
+            metric_push(window_MD, [x_D], moment_D, 0, rows, rate=0.001, eps=1e-8)
             metric_combine(window_MD, weights_M, moment_D, eps=1e-8)
         else:
             row_dots(window_MD, x_D)
