@@ -23,7 +23,7 @@ _TRIALS = 8
 
 @dataclass
 class LengthSearch:
-    """Lengths of one step after the other; each search begins with the length that the one before has found.
+    """Lengths of one step after the other; each search begins with the last length that lowered the loss.
 
     Attributes:
         length: where the next search begins. On ResNet-20 0.01 to 0.03 was best after each pruning.
@@ -59,7 +59,7 @@ class LengthSearch:
                 if len(tried) > _TRIALS:
                     break
         best = min(tried, key=tried.__getitem__)
-        self.length = best or length
+        self.length = best or self.length
         before, after = (loss if math.isfinite(loss) else None for loss in (tried[0.0], tried[best]))
         self.steps.append({"length": best, "loss_before": before, "loss_after": after})
         return best
