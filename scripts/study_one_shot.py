@@ -78,7 +78,7 @@ METHODS = {
     "scaled, 4 x 512": Method("scaled", {**_SCALED, "num_grads": 512, "grad_batch_size": 1}, 4),
     "scaled, 16 x 1000": Method("scaled", {**_SCALED, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
     "first order, 10 x 512": Method("first order", {**_DOWN, "num_grads": 512}, {0.8: 6, 0.9: 4}),
-    "first order, 16 x 1000": Method("first order", {**_DOWN, "num_grads": 1000}, _PATH),
+    "first order, 12 x 1000": Method("first order", {**_DOWN, "num_grads": 1000}, {0.8: 8, 0.9: 4}),
 }
 # By family: the method that the damping is chosen with, at 80 %, and its candidates.
 TUNING = {
