@@ -8,6 +8,7 @@
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
     python scripts/benchmark.py --pruning --threads 1            # static inverse, blocked and full, beside the paper's
     python scripts/benchmark.py --sparse                         # sparse files and inference, BERT-base, beside others
+    python scripts/benchmark.py --served PRUNED --threads 1      # a model of `mfac prune` in each engine
 
 Every round times each contender once, so that all meet the same noise; the tables show medians over rounds, and
 ratios. ``--output`` gets the results as JSON, with the command line and the machine. `scripts/bench/` has a module
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import accuracy, cost, kernels, optimizer, pruning, sparse
+from bench import accuracy, cost, engines, kernels, optimizer, pruning, sparse
 from bench.common import describe_machine
 
 from mfac_hf.storage import write_json
@@ -47,6 +48,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="an epoch of SST-2 at m = 1024 beside AdamW, through run_glue.py",
     )
     parser.add_argument(
+        "--served",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="directories that mfac prune made, in each engine that could serve them",
+    )
+    parser.add_argument(
         "--num_grads", type=int, nargs="+", help="window lengths m to time (default: 128 512; of --cost 8 16 32)"
     )
     parser.add_argument(
@@ -66,8 +74,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmarks that the flags name, print their tables, and return what is written as JSON."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if not any((args.accuracy, args.optimizer, args.cost, args.kernels, args.epoch, args.pruning, args.sparse)):
-        parser.error("nothing to do: pass --accuracy, --optimizer, --cost, --kernels, --epoch, --pruning or --sparse")
+    names = ("accuracy", "optimizer", "cost", "kernels", "epoch", "pruning", "sparse", "served")
+    if not any(getattr(args, name) for name in names):
+        parser.error(f"nothing to do: pass one of {', '.join(f'--{name}' for name in names)}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -109,6 +118,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         sparse.print_sizes(results["sparse_files"])
         results["sparse_inference"] = sparse.benchmark_inference(args.rounds)
         sparse.print_inference(results["sparse_inference"])
+    if args.served:
+        results["served"] = [row for path in args.served for row in engines.benchmark_served(path, args.rounds)]
+        engines.print_served(results["served"])
     results["machine"] = describe_machine(device)
     if args.output is not None:
         write_json(args.output, results)

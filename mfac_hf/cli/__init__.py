@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mfac_hf.cli import card, env, estimate, inspect, prune, push
+from mfac_hf.cli import card, env, estimate, export, inspect, prune, push
 from mfac_hf.cli.errors import CommandError
 
 __all__ = ["CommandError", "main"]
@@ -42,6 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     """Build the parser; a sub-command is a sub-parser whose default `run` takes the parsed arguments."""
     parser = argparse.ArgumentParser(prog="mfac", description="M-FAC for Hugging Face transformers.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (env, estimate, inspect, prune, card, push):
+    for module in (env, estimate, inspect, prune, card, push, export):
         module.add_parser(commands)
     return parser

@@ -1,18 +1,16 @@
 """Sparse files and sparse inference of a random BERT-base, pruned by magnitude.
 
 A trained model of the same shape and sparsity has files of the same sizes. Latencies stand beside what a user would
-try first: PyTorch in float32 and bfloat16, and ONNX Runtime, all dense and with as many threads.
+try first (`bench.engines`), all dense and with as many threads.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from bench.common import seconds
-from mfac_hf import load_sparse, save_sparse, to_sparse_inference
-from mfac_hf.sparse.inference import SparseLinear
+from bench.engines import CPU, NOT_INSTALLED, build_engines, race, sparse_layers
+from mfac_hf import load_sparse, save_sparse
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 LATENCY_SPARSITIES = (0.9, 0.95)
 SHAPES = ((1, 128), (8, 128))
-CPU = torch.device("cpu")
 MIB = 2**20
-NOT_INSTALLED = "not installed"
 
 # Runs in a process of its own, so that nothing but the loading counts.
 PEAK_MEMORY = """
@@ -150,73 +146,14 @@ def benchmark_inference(
     return rows
 
 
-@torch.inference_mode()
 def _latencies(model: BertForSequenceClassification, batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
     """Time the contenders on one model and one shape of inputs."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    sparse = to_sparse_inference(model, tokens=batch * length)
-    half = copy.deepcopy(model).bfloat16()
-    contenders: dict[str, Callable[[], Any] | None] = {
-        "torch float32": lambda: model(**inputs),
-        "sparse": lambda: sparse(**inputs),
-        "torch bfloat16": lambda: half(**inputs),
-        "onnxruntime": _onnx_runner(model, inputs),
-    }
-    times: dict[str, list[float]] = {name: [] for name, run in contenders.items() if run is not None}
-    for _ in range(rounds + 1):
-        for name, spent in times.items():
-            spent.append(seconds(contenders[name], CPU))  # type: ignore[arg-type]
-    medians = {name: statistics.median(spent[1:]) for name, spent in times.items()}  # the first one warms up
-    rows: list[dict[str, Any]] = [
-        {"contender": name, "seconds": medians[name], "speedup": medians["torch float32"] / medians[name]}
-        if name in medians
-        else {"contender": name, "seconds": NOT_INSTALLED, "speedup": NOT_INSTALLED}
-        for name in contenders
-    ]
-    rows[1] |= {
-        "sparse_layers": sum(isinstance(module, SparseLinear) for module in sparse.modules()),
-        "max_output_difference": float((sparse(**inputs).logits - model(**inputs).logits).abs().max()),
-    }
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = race(build_engines(model, batch * length, Path(folder)), inputs, rounds)
+    rows[1]["sparse_layers"] = sparse_layers(model, batch * length)
     return rows
-
-
-class _Logits(nn.Module):
-    """The model with tensors as inputs and output, as the exporter needs it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-
-def _onnx_runner(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any] | None:
-    """Return a forward pass in ONNX Runtime with PyTorch's number of threads; None where it is not installed."""
-    if any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxruntime", "onnxscript")):
-        return None
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter announces its own coming changes
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            _Logits(model),
-            tuple(inputs.values()),
-            path,
-            input_names=list(inputs),
-            output_names=["logits"],
-            dynamo=True,
-            verbose=False,
-        )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    logits = torch.from_numpy(session.run(None, arrays)[0])
-    torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-3, atol=1e-4)  # it computes the same thing
-    return lambda: session.run(None, arrays)
 
 
 def print_inference(rows: list[dict[str, Any]]) -> None:

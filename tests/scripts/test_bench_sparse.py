@@ -24,9 +24,10 @@ def test_inference(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find_spec(name))
     rows = bench.benchmark_inference(1, (0.9,), ((2, 16),), **SMALL)
-    assert [row["contender"] for row in rows] == ["torch float32", "sparse", "torch bfloat16", "onnxruntime"]
+    names = ["torch float32", "sparse", "torch bfloat16", "ONNX Runtime", "ONNX Runtime int8", "OpenVINO"]
+    assert [row["contender"] for row in rows] == [*names, "OpenVINO int8"]
     assert rows[0]["speedup"] == 1 and rows[1]["speedup"] == rows[0]["seconds"] / rows[1]["seconds"]
     assert rows[1]["max_output_difference"] <= 1e-5  # rounding in another order
     assert rows[3]["seconds"] == "not installed"
     bench.print_inference(rows)
-    assert "| 90% | 2 x 16 | onnxruntime | not installed |" in capsys.readouterr().out
+    assert "| 90% | 2 x 16 | ONNX Runtime | not installed |" in capsys.readouterr().out
