@@ -6,14 +6,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-from mfac_hf import cli, export
+from mfac_hf import cli
 from mfac_hf.export import export_model, load_exported
+from mfac_hf.export import model as exporting
 from mfac_hf.models import create_model
 from mfac_hf.tasks.toy import toy_tokenizer
 
 
 def needs(export_format):
-    for package in export.PACKAGES[export_format]:
+    for package in exporting.PACKAGES[export_format]:
         pytest.importorskip(package, reason=f"pip install 'mfac_hf[{export_format}]'")
 
 
@@ -67,7 +68,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bert, tmp_path, m
     sizes = dict(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
     with pytest.raises(ValueError, match="tensorflow.*onnx, openvino"):
         export_model(bert, tmp_path / "out", export_format="tensorflow")
-    monkeypatch.setattr(export, "_require", lambda export_format: None)
+    monkeypatch.setattr(exporting, "_require", lambda export_format: None)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration.*optimum"):
         export_model(T5ForConditionalGeneration(T5Config(**sizes)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -76,7 +77,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bert, tmp_path, m
 
 
 def test_a_missing_package_is_named(bert, tmp_path, monkeypatch):
-    monkeypatch.setitem(export.PACKAGES, "onnx", ("onnx", "no_such_package"))
+    monkeypatch.setitem(exporting.PACKAGES, "onnx", ("onnx", "no_such_package"))
     with pytest.raises(ImportError, match=r"no_such_package.*pip install 'mfac_hf\[onnx\]'"):
         export_model(bert, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -85,12 +86,12 @@ def test_a_missing_package_is_named(bert, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_kept(bert, tmp_path, monkeypatch):
     needs("onnx")
-    monkeypatch.setattr(export, "_compare", lambda *args: float("nan"))
+    monkeypatch.setattr(exporting, "_compare", lambda *args: float("nan"))
     with pytest.raises(RuntimeError, match="other outputs"):
         export_model(bert, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(export, "_compare", lambda *args: 0.0)
-    monkeypatch.setattr(export, "_stored_matrices", lambda path: [])
+    monkeypatch.setattr(exporting, "_compare", lambda *args: 0.0)
+    monkeypatch.setattr(exporting, "_stored_matrices", lambda path: [])
     with pytest.raises(RuntimeError, match="zero weights"):
         export_model(bert, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,17 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mfac_hf.export.engines import ONNX_FILE, OPENVINO_FILE, Engine, load_exported
 from mfac_hf.optim.unwrap import unwrap_model
 from mfac_hf.storage import write_json, written_directory
 
-__all__ = ["Engine", "ExportFormat", "export_model", "load_exported"]
+__all__ = ["ExportFormat", "export_model"]
 
 ExportFormat = Literal["onnx", "openvino"]
-# What an engine gives for a batch: named outputs.
-Engine = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-
-ONNX_FILE = "model.onnx"
-OPENVINO_FILE = "openvino_model.xml"
 REPORT_FILE = "export.json"
 PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino", "nncf")}
 EXTRAS = {"onnx": "onnx", "openvino": "openvino"}
@@ -116,29 +112,6 @@ def export_model(
             raise RuntimeError(f"the file has {zeros_exported:,} zero weights, the model {zeros:,}")
         write_json(folder / REPORT_FILE, report)
     return report
-
-
-def load_exported(directory: str | os.PathLike[str], *, threads: int | None = None, **options: Any) -> Engine:
-    """Load what `export_model` has written, on the CPU.
-
-    Args:
-        directory: with the files.
-        threads: of the engine; PyTorch's number when None.
-        options: further settings: of OpenVINO, by their names; of ONNX Runtime, attributes of its SessionOptions.
-
-    Returns:
-        A function from named tensors to named tensors.
-
-    Raises:
-        FileNotFoundError: the directory has neither ``model.onnx`` nor ``openvino_model.xml``.
-        ImportError: the engine is missing; the message has the command that installs it.
-    """
-    directory, threads = Path(directory), threads or torch.get_num_threads()
-    if (directory / OPENVINO_FILE).is_file():
-        return _openvino_engine(directory / OPENVINO_FILE, threads, options)
-    if (directory / ONNX_FILE).is_file():
-        return _onnx_engine(directory / ONNX_FILE, threads, options)
-    raise FileNotFoundError(f"{directory} has neither {ONNX_FILE} nor {OPENVINO_FILE}: mfac export writes them")
 
 
 def _require(export_format: ExportFormat) -> None:
@@ -271,42 +244,6 @@ def _quiet(*names: str) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(None if name == "root" else name).setLevel(level)
-
-
-def _onnx_engine(path: Path, threads: int, options: Mapping[str, Any]) -> Engine:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise ImportError(f"{path} needs onnxruntime: pip install 'mfac_hf[onnx]'")
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.log_severity_level = threads, 3
-    for name, value in options.items():
-        setattr(settings, name, value)
-    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
-        return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
-
-    return run
-
-
-def _openvino_engine(path: Path, threads: int, options: Mapping[str, Any]) -> Engine:
-    if importlib.util.find_spec("openvino") is None:
-        raise ImportError(f"{path} needs openvino: pip install 'mfac_hf[openvino]'")
-    import openvino
-
-    # In float32 by default: OpenVINO would choose bfloat16 where the processor has it.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, **options}
-    compiled = openvino.compile_model(path, "CPU", settings)
-    names = [output.get_any_name() for output in compiled.outputs]
-
-    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = compiled({name: tensor.numpy() for name, tensor in inputs.items()})
-        return {name: torch.from_numpy(np.array(found[name])) for name in names}
-
-    return run
 
 
 def _compare(
