@@ -1,11 +1,10 @@
 """Reading a gradient window from disk on any number of ranks, each what it needs.
 
-What lies there are parts of parameters (`mfac_hf.optim.window_folder`): whole ones, or the shards that ranks had. A
-rank takes the parts that are what it needs as they are, and cuts others to size, one parameter at a time. No rank ever
-holds the whole window.
+What lies there are parts of parameters (`mfac_hf.optim.window_folder`): whole ones, or the rows or shards that ranks
+had, from which each takes what it needs (`mfac_hf.optim.window_needs`). No rank ever holds the whole window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,55 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.fisher.columns import SparseRows
 from mfac_hf.optim.groups import labels
-from mfac_hf.optim.metric import SavedMoment, Scaling, as_of_now
-from mfac_hf.optim.options import ParameterWindowOptions
+from mfac_hf.optim.metric import SavedMoment
 from mfac_hf.optim.parameter_window import ParameterWindow
-from mfac_hf.optim.placement import nonzero_rows
 from mfac_hf.optim.plausible import TOLERANCE, squared_lengths
 from mfac_hf.optim.restore import restore_placements
-from mfac_hf.optim.sharded import Layout, box_of, local
-from mfac_hf.optim.sharing import Owner, assign_owners
-from mfac_hf.optim.window_folder import Part, WindowFolder, weight_norms
+from mfac_hf.optim.sharded import Layout, local
+from mfac_hf.optim.window_folder import HeldWindow, Part, WindowFolder, weight_norms
+from mfac_hf.optim.window_needs import Need, Resumed, needs_of, owners_of, slices, states_of
 
-__all__ = ["LoadedWindow", "Resumed", "load_window"]
+__all__ = ["LoadedWindow", "load_window", "share_out"]
 
 # Sums of squares over shards are in another order than over the whole; weights of another step differ by far more.
 NORM_TOLERANCE = 1e-9
-
-
-class Resumed(NamedTuple):
-    """The optimizer that reads a window.
-
-    Attributes:
-        groups: its parameter groups; the weights are those of then.
-        masks: of its parameters that have one.
-        options: of its window.
-        sharing: ranks that are to share the window.
-        layout: how the parameters lie on the ranks, where they are placed on a mesh.
-    """
-
-    groups: Sequence[dict[str, Any]]
-    masks: Mapping[Tensor, Tensor]
-    options: ParameterWindowOptions
-    sharing: dist.ProcessGroup | None
-    layout: Layout | None
-
-    @property
-    def ranks(self) -> dist.ProcessGroup | None:
-        """The ranks that read together."""
-        return self.sharing if self.layout is None else self.layout.group
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All of them, in order."""
-        return [p for group in self.groups for p in group["params"]]
-
-    def scaling(self, p: Tensor, step: int) -> Scaling:
-        """What the second moment of a parameter needs."""
-        group = next(group for group in self.groups if any(p is q for q in group["params"]))
-        return Scaling(group["betas"][1], group["eps"], step)
 
 
 class LoadedWindow(NamedTuple):
@@ -109,43 +72,60 @@ def load_window(directory: Path, resumed: Resumed) -> LoadedWindow:
 
 def _read(folder: WindowFolder, resumed: Resumed, norms: Tensor) -> tuple[LoadedWindow, Tensor]:
     """This rank's window, and the squared lengths of what counts here of the stored gradients, (m,)."""
-    parameters, options = resumed.parameters, resumed.options
     _check(folder, resumed, norms)
-    owners = _owners(folder, resumed)
-    rank = 0 if resumed.sharing is None else dist.get_rank(resumed.sharing)
-    own = {p: _sources(folder.parts[number], p) for number, p in enumerate(parameters) if _is_own(owners, p, rank)}
-    states = _states(folder, own, resumed)
+    window, states = _take(folder, resumed)
+    lengths_M = torch.zeros(resumed.options.num_grads, dtype=torch.float64)
+    for p, state in states.items():
+        if p not in window.copies:
+            height = window.placements[p].shape[0] if p.ndim else 1
+            lengths_M += squared_lengths({**state, "table_height": height}, resumed.options.num_grads)
+    counters = {}
+    for number, (part, *_) in folder.parts.items():
+        moment = {"moment_step": part.moment_step} if part.moment_step else {}
+        counters[resumed.parameters[number]] = {"step": part.step, **moment}
+    return LoadedWindow(window, counters, folder.skipped_steps), lengths_M
+
+
+def share_out(window: ParameterWindow, states: Mapping[Tensor, dict[str, Any]], resumed: Resumed) -> ParameterWindow:
+    """This rank's part of a window that every rank holds whole.
+
+    Args:
+        window: the whole window.
+        states: of the optimizer, which show it.
+        resumed: the optimizer, with the ranks that are to share it.
+    """
+    window.clear_unwritten()
+    return _take(HeldWindow(window, resumed.parameters, states), resumed)[0]
+
+
+def _take(source: WindowFolder | HeldWindow, resumed: Resumed) -> tuple[ParameterWindow, dict[Tensor, dict[str, Any]]]:
+    """This rank's window, and what its parameters' states have of it."""
+    owners = owners_of(source, resumed)
+    needs = needs_of(source, resumed, owners)
+    states = states_of(source, needs, resumed)
     ranks = 1 if resumed.ranks is None else dist.get_world_size(resumed.ranks)
-    as_before = folder.ranks == ranks and folder.is_shared == (resumed.sharing is not None)
-    if as_before and all(sources[0].box == _box(p) for p, sources in own.items()):
-        _place_as_before(states, own)
+    as_before = source.ranks == ranks and source.is_shared == (resumed.sharing is not None)
+    if as_before and all(need.is_there for need in needs.values()):
+        _place_as_before(states, needs)
     else:
         _place_anew(states, resumed.layout)
-    lengths_M = torch.zeros(options.num_grads, dtype=torch.float64)
+    moments = {}
     for p, state in states.items():
-        if resumed.layout is None or p not in resumed.layout.copies:
-            height = local(p).shape[0] if p.ndim else 1
-            lengths_M += squared_lengths({**state, "table_height": height}, options.num_grads)
-    moments = {
-        p: SavedMoment(state["second_moment"], state.get("moment_steps"), resumed.scaling(p, own[p][0].moment_step))
-        for p, state in states.items()
-        if "second_moment" in state
-    }
-    kept = {p: mask.to(p.device) for p, mask in resumed.masks.items()}
+        if "second_moment" in state:
+            scaling = resumed.scaling(p, needs[p].sources[0].moment_step)
+            moments[p] = SavedMoment(state["second_moment"], state.get("moment_steps"), scaling)
+    masks = {p: mask.to(p.device) for p, need in needs.items() if (mask := need.own_mask()) is not None}
+    shapes = {p: need.shape for p, need in needs.items()}
     window = ParameterWindow(
-        restore_placements(states, kept, options),
-        options,
+        restore_placements(states, masks, resumed.options, shapes),
+        resumed.options,
         moments=moments,
         sharing=resumed.sharing,
         layout=resumed.layout,
     )
     window.owners = owners
-    window.gram.restore(folder.gram.to(window.gram.gram_MM.device), folder.pushed, folder.jitter_escalations)
-    counters = {}
-    for number, (part, *_) in folder.parts.items():
-        moment = {"moment_step": part.moment_step} if part.moment_step else {}
-        counters[parameters[number]] = {"step": part.step, **moment}
-    return LoadedWindow(window, counters, folder.skipped_steps), lengths_M
+    window.gram.restore(source.gram.to(window.gram.gram_MM.device), source.pushed, source.jitter_escalations)
+    return window, states
 
 
 def _check(folder: WindowFolder, resumed: Resumed, norms: Tensor) -> None:
@@ -184,104 +164,21 @@ def _check_part(folder: WindowFolder, part: Part, p: Tensor, label: str, resumed
     if dtype != expected:
         raise ValueError(f"{path} holds {label} in {dtype}, expected {expected}; pass the saved window_dtype")
     if "window" in names:
-        size = (int(resumed.masks[p].sum()),) if p in resumed.masks else part.shape
-        if len(part.shape) != p.ndim or tuple(shape) != size:
+        if len(part.shape) != p.ndim:
+            raise ValueError(f"{path} holds a part of shape {part.shape} of {label}: another model")
+        mask = resumed.masks.get(p)
+        size = part.shape if mask is None else (int(mask[slices(*part.box)].sum()),)
+        if tuple(shape) != size:
             raise ValueError(
                 f"{path} holds gradients of shape {tuple(shape)} of {label}, expected {size}: another model or mask"
             )
 
 
-def _owners(folder: WindowFolder, resumed: Resumed) -> dict[Tensor, Owner]:
-    """Who keeps each parameter's columns: as before where as many ranks share the window, else dealt out anew."""
-    held = {
-        resumed.parameters[number]: sum(folder.nbytes(part) for part in found)
-        for number, found in folder.parts.items()
-    }
-    if resumed.sharing is None or not folder.is_shared or folder.ranks != dist.get_world_size(resumed.sharing):
-        return assign_owners(held, {}, resumed.sharing)
-    before = {resumed.parameters[number]: found[0].rank for number, found in folder.parts.items()}
-    return {p: Owner(rank, held[p]) for p, rank in before.items()}
-
-
-def _is_own(owners: Mapping[Tensor, Owner], p: Tensor, rank: int) -> bool:
-    return p in owners and owners[p].rank == rank
-
-
-def _box(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where in the whole parameter this rank's part of it lies."""
-    return box_of(p), tuple(local(p).shape)
-
-
-def _sources(found: Sequence[Part], p: Tensor) -> list[Part]:
-    """The part that is this rank's box of a parameter, or those that overlap it; any one if the box is empty."""
-    box = _box(p)
-    same = [part for part in found if part.box == box]
-    return same[:1] or [part for part in found if part.overlap(box)] or list(found[:1])
-
-
-def _states(
-    folder: WindowFolder, own: Mapping[Tensor, Sequence[Part]], resumed: Resumed
-) -> dict[Tensor, dict[str, Any]]:
-    """What this rank's state is to have of each of its parameters."""
-    same = {p: sources[0] for p, sources in own.items() if sources[0].box == _box(p)}
-    tensors = folder.read([entry for part in same.values() for entry in folder.names(part).values()])
-    states: dict[Tensor, dict[str, Any]] = {}
-    for p, sources in own.items():
-        if p in same:
-            states[p] = {name: tensors[entry] for name, entry in folder.names(same[p]).items()}
-        else:
-            states[p] = _assembled(folder, sources, p, resumed)
-    return states
-
-
-def _assembled(folder: WindowFolder, sources: Sequence[Part], p: Tensor, resumed: Resumed) -> dict[str, Any]:
-    """What this rank's box holds of a parameter, from parts of other boxes: dense, unless all of them are tables."""
-    shape, num_grads = _box(p)[1], resumed.options.num_grads
-    found = [(folder.read_part(part), part, places) for part in sources if (places := part.overlap(_box(p)))]
-    is_table = bool(found) and all("window_rows" in tensors for tensors, *_ in found)
-    state: dict[str, Any] = {}
-    if resumed.options.metric == "adam":
-        moment = state["second_moment"] = torch.zeros(shape, dtype=resumed.options.result_dtype)
-        for tensors, part, (theirs, ours) in found:
-            now = tensors["second_moment"]
-            if "moment_steps" in tensors:
-                now = as_of_now(now, tensors["moment_steps"], resumed.scaling(p, part.moment_step))
-            moment[ours] = now[theirs]
-    rows = []
-    dtype = resumed.options.result_dtype if is_table else resumed.options.window_dtype
-    window_M = torch.zeros(0 if is_table else num_grads, *shape, dtype=dtype)
-    for row in range(num_grads):
-        whole = torch.zeros(shape, dtype=dtype) if is_table else window_M[row]
-        for tensors, part, (theirs, ours) in found:
-            whole[ours] = _stored_row(tensors, part, row)[theirs].to(dtype)
-        if is_table:
-            rows.append(nonzero_rows(whole))
-    return {**state, **(_table(rows, shape) if is_table else {"window": window_M})}
-
-
-def _stored_row(tensors: Mapping[str, Tensor], part: Part, row: int) -> Tensor:
-    """One of the stored gradients of a part, of its shape."""
-    if "window" in tensors:
-        return tensors["window"][row]
-    used = tensors["window_rows"][row] < part.shape[0]
-    rows = SparseRows(tensors["window_rows"][row, used], tensors["window_values"][row, used])
-    return rows.to_dense(torch.Size(part.shape))
-
-
-def _table(rows_M: Sequence[SparseRows], shape: Sequence[int]) -> dict[str, Tensor]:
-    """Gradients of a table as `RowSparseColumns` has them."""
-    slots = max(1, *(len(rows) for rows, _ in rows_M))
-    rows_MN = torch.full((len(rows_M), slots), shape[0], dtype=torch.int64)
-    values_MNH = torch.zeros(len(rows_M), slots, shape[1], dtype=rows_M[0].values.dtype)
-    for row, (rows, values) in enumerate(rows_M):
-        rows_MN[row, : len(rows)], values_MNH[row, : len(rows)] = rows, values
-    return {"window_rows": rows_MN, "window_values": values_MNH}
-
-
-def _place_as_before(states: Mapping[Tensor, dict[str, Any]], own: Mapping[Tensor, Sequence[Part]]) -> None:
+def _place_as_before(states: Mapping[Tensor, dict[str, Any]], needs: Mapping[Tensor, Need]) -> None:
     """Give each parameter the place in its store that it had."""
-    stores = sorted({(sources[0].store, sources[0].rank) for sources in own.values()})
-    for p, (part, *_) in own.items():
+    parts = {p: need.sources[0] for p, need in needs.items()}
+    stores = sorted({(part.store, part.rank) for part in parts.values()})
+    for p, part in parts.items():
         states[p].update(window_store=stores.index((part.store, part.rank)), window_start=part.start)
 
 

@@ -91,9 +91,9 @@ class MFAC(RankedOptimizer):
         masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in
             the window.
         process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one
-            window: each keeps the columns of some parameters. With ``"auto"`` Trainer's ranks share a window of 16 MiB
-            or more; None keeps it whole on each. FSDP2 and tensor parallelism do not need it: each rank keeps the
-            columns of what it has. In both cases ``state_dict`` does not have the window: `write_window` has.
+            window: each keeps the columns of some, or of some rows. With ``"auto"`` Trainer's ranks share a window of
+            16 MiB or more; None keeps it whole on each. FSDP2 and tensor parallelism do not need it: each rank keeps
+            the columns of what it has. In both cases ``state_dict`` does not have the window: `write_window` has.
         row_sparse: store gradients with few non-zero rows by these rows. Exact; turn it off for fixed state shapes.
         save_window: put the window into ``state_dict``. Without it, checkpoints are small and the window refills after
             a resume.
@@ -219,12 +219,13 @@ class MFAC(RankedOptimizer):
         Raises:
             ValueError: if this rank's window holds none: before the first step with one, or on another rank.
         """
-        if self._window is None or parameter not in self._window.placements:
+        window = self._window
+        if window is None or parameter not in window.placements or window.owners[parameter].is_divided():
             raise ValueError(
                 f"the window holds no gradient of a parameter of shape {tuple(parameter.shape)} here: it has not been "
                 "stepped with one, or another rank keeps its columns"
             )
-        return self._window.stored_gradients(parameter)
+        return window.stored_gradients(parameter)
 
     @torch._disable_dynamo
     @torch.no_grad()

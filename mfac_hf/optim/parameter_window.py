@@ -28,7 +28,7 @@ from mfac_hf.optim.placement import (
     to_dense,
 )
 from mfac_hf.optim.sharded import Layout
-from mfac_hf.optim.sharing import Owner, assign_owners, broadcast_directions, place_own
+from mfac_hf.optim.sharing import Owner, assign_owners, broadcast_directions, cut_moments, place_own
 
 __all__ = ["ParameterWindow"]
 
@@ -67,7 +67,8 @@ class ParameterWindow:
         self.options = options
         self.sharing, self.layout = sharing, layout
         self.placements = placements
-        self.owners = dict.fromkeys(placements, Owner(0, 0))
+        self.owners = {p: Owner.whole(p.shape) for p in placements}
+        self._rank = 0 if sharing is None else dist.get_rank(sharing)
         self.columns = distinct_columns(placements.values()) or [idle]
         self.metric: Metric = AdamMetric() if options.metric == "adam" else IdentityMetric()
         group = sharing if layout is None else layout.group
@@ -95,10 +96,12 @@ class ParameterWindow:
             MemoryError: if it does not fit, with the numbers; nothing is allocated then.
         """
         owners = assign_owners(
-            {p: first_bytes(grad, masks.get(p), options) for p, grad in gradients.items()}, {}, sharing
+            {p: first_bytes(grad, masks.get(p), options) for p, grad in gradients.items()}, {}, masks, sharing
         )
         gram_bytes = gram_matrix_bytes(options.num_grads)
         own = place_own(gradients, owners, masks, options, sharing, layout, gram_bytes=gram_bytes)
+        if sharing is not None:
+            moments = cut_moments(moments or {}, owners, dist.get_rank(sharing))
         window = cls(own, options, moments=moments, sharing=sharing, layout=layout)
         window.owners = owners
         return window
@@ -143,9 +146,10 @@ class ParameterWindow:
             MemoryError: if they do not fit, with the numbers; nothing changes then.
         """
         self.rearranged = True
-        owners = assign_owners(
-            {p: first_bytes(grad, masks.get(p), self.options) for p, grad in new.items()}, self.owners, self.sharing
-        )
+        sizes = {p: first_bytes(grad, masks.get(p), self.options) for p, grad in new.items()}
+        owners = assign_owners(sizes, self.owners, masks, self.sharing)
+        if self.sharing is not None:
+            moments = cut_moments(moments or {}, owners, self._rank)
         placements = place_own(new, owners, masks, self.options, self.sharing, self.layout)
         self.owners.update(owners)
         self.placements.update(placements)
@@ -171,6 +175,7 @@ class ParameterWindow:
             MemoryError: if a table that was row-sparse no longer is and does not fit; nothing is stored then.
         """
         self._own_stores()
+        gradients, masks = self._own(gradients), self._own(masks)
         parts: dict[ColumnStore, list[Part]] = {columns: [] for columns in self.columns}
         for p, placement in list(self.placements.items()):
             part: Any = placement.part(gradients.get(p), p.device, masks.get(p))
@@ -186,6 +191,12 @@ class ParameterWindow:
         row, count = self.gram.next_row, self.gram.next_count
         dots = [self.metric.push(columns, row, count, parts[columns], members[columns]) for columns in self.columns]
         self.gram.push(self._counted(dots))
+
+    def _own(self, tensors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """What belongs to this rank's columns of tensors that have the shapes of whole parameters."""
+        if self.sharing is None:
+            return tensors
+        return {p: self.owners[p].cut(x, self._rank) for p, x in tensors.items() if p in self.placements}
 
     def _counted(self, products: list[Tensor]) -> list[Tensor]:
         """Dot products of each store, zero for those that count on another rank."""
@@ -249,7 +260,10 @@ class ParameterWindow:
         Raises:
             MemoryError: if a smaller buffer does not fit beside the one that it replaces; nothing changes then.
         """
-        self._keep_columns(masks)
+        self._keep_columns(self._own(masks))
+        for p in masks.keys() & self.owners.keys():
+            owner = self.owners[p]
+            self.owners[p] = owner._replace(size=min(owner.size, int(masks[p].sum()) * self.options.column_bytes))
         self._count_anew()
 
     def _count_anew(self) -> None:
@@ -282,9 +296,6 @@ class ParameterWindow:
                 placement.columns.keep_only(masks[p])
         self.placements = placements
         self.columns = distinct_columns(placements.values()) or self.columns
-        for p in masks.keys() & self.owners.keys():
-            owner = self.owners[p]
-            self.owners[p] = owner._replace(size=min(owner.size, int(masks[p].sum()) * self.options.column_bytes))
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Take out parameters, as if the window had never held them.
@@ -293,24 +304,6 @@ class ParameterWindow:
             MemoryError: as `shrink`; nothing changes then.
         """
         gone = set(parameters)
-        self._drop(gone)
-        for p in gone:
-            self.owners.pop(p)
-        self._count_anew()
-
-    def share(self, group: dist.ProcessGroup) -> None:
-        """Keep this rank's part of a window that every rank holds whole.
-
-        Raises:
-            MemoryError: as `shrink`; nothing changes then.
-        """
-        sizes = {p: placement.nbytes(self.options) for p, placement in self.placements.items()}
-        owners = assign_owners(sizes, {}, group)
-        self._drop({p for p in owners if owners[p].rank != dist.get_rank(group)})
-        self.owners, self.sharing, self.gram.process_group = owners, group, group
-
-    def _drop(self, gone: set[Tensor]) -> None:
-        """Drop the columns of parameters; the Gram matrix stays as it is."""
         before = self.placements
         dense = {
             p: placement for p, placement in before.items() if p in gone and isinstance(placement, DensePlacement)
@@ -323,9 +316,11 @@ class ParameterWindow:
             raise
         for p in gone:
             self.placements.pop(p, None)
+            self.owners.pop(p)
         idle: ColumnStore = DenseColumns(self.options.num_grads, 0, dtype=self.options.window_dtype)
         self.columns = distinct_columns(self.placements.values()) or [idle]
         self.metric.keep_only(self.columns)
+        self._count_anew()
 
     def set_options(self, options: ParameterWindowOptions) -> None:
         """Go on with another damping or grad_decay."""

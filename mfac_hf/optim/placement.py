@@ -6,7 +6,7 @@ share one dense store, so that each pass over the window is one product. A table
 gets a row-sparse store of its own, with values in float32 also in a bfloat16 window: they are its small part.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ __all__ = [
     "TablePlacement",
     "distinct_columns",
     "first_bytes",
+    "is_row_sparse",
     "kept_positions",
     "place",
 ]
@@ -50,10 +51,6 @@ class DensePlacement:
     start: int
     size: int
     keep: Tensor | None = None
-
-    def nbytes(self, options: ParameterWindowOptions) -> int:
-        """Bytes of its columns and of their second moment."""
-        return self.size * options.column_bytes
 
     @property
     def _place(self) -> slice:
@@ -105,11 +102,6 @@ class TablePlacement:
         """Its columns: the numbers of the table."""
         return self.shape.numel()
 
-    def nbytes(self, options: ParameterWindowOptions) -> int:
-        """Bytes of its columns, of their second moment and of its rows' steps."""
-        moments = self.size * options.moment_itemsize + 8 * self.shape[0] if options.moment_itemsize else 0
-        return self.columns.nbytes + moments
-
     def part(self, grad: Tensor | None, device: torch.device, mask: Tensor | None) -> SparseRows:
         """The gradient as its columns store it, zero where it is masked; no row for None."""
         if grad is None:
@@ -153,6 +145,7 @@ def place(
     options: ParameterWindowOptions,
     devices: list[torch.device],
     *,
+    row_sparse: Collection[Tensor] | None = None,
     gram_bytes: int = 0,
 ) -> dict[Tensor, Placement]:
     """Columns for parameters that have none yet, judged by their first gradients (a parameter's own, or its shard's).
@@ -162,12 +155,15 @@ def place(
         masks: {parameter: bool tensor of its shape, True = keep}, for those that have one.
         options: num_grads, window_dtype and row_sparse.
         devices: to deal the dense columns out to; tables go to the first.
+        row_sparse: those that get row-sparse columns; None judges by these gradients (`is_row_sparse`).
         gram_bytes: what the first has to have room for beside them, as the Gram matrix comes next.
 
     Raises:
         MemoryError: if they do not fit, with the numbers; nothing is allocated then.
     """
-    tables = {p: g for p, g in gradients.items() if options.row_sparse and _is_row_sparse(g)}
+    if row_sparse is None:
+        row_sparse = {p for p, grad in gradients.items() if is_row_sparse(grad, options)}
+    tables = {p: grad for p, grad in gradients.items() if p in row_sparse}
     keeps = {p: kept_positions(masks.get(p)) for p in gradients if p not in tables}
     sizes = {p: gradients[p].numel() if keep is None else len(keep) for p, keep in keeps.items()}
     slots = {p: max(1, min(g.shape[0], len(nonzero_rows(g).rows) * 5 // 4)) for p, g in tables.items()}
@@ -208,7 +204,7 @@ def _deal_out(sizes: dict[Tensor, int], devices: list[torch.device]) -> dict[tor
 
 def first_bytes(grad: Tensor, mask: Tensor | None, options: ParameterWindowOptions) -> int:
     """Bytes of the columns of a parameter with this first gradient, its second moment included."""
-    if options.row_sparse and _is_row_sparse(grad):
+    if is_row_sparse(grad, options):
         return _table_bytes(grad, len(nonzero_rows(grad).rows), options)
     return (grad.numel() if mask is None else int(mask.sum())) * options.column_bytes
 
@@ -230,9 +226,10 @@ def _require_room(
     require_memory(dim * options.column_bytes + table_bytes + gram_bytes, device, words)
 
 
-def _is_row_sparse(grad: Tensor) -> bool:
-    if grad.is_sparse:
-        return True
+def is_row_sparse(grad: Tensor, options: ParameterWindowOptions) -> bool:
+    """Whether a parameter with this first gradient gets row-sparse columns."""
+    if not options.row_sparse or grad.is_sparse:
+        return options.row_sparse
     if grad.ndim != 2 or grad.numel() < ROW_SPARSE_MIN_NUMEL:
         return False
     # A gradient of zeros says nothing of those to come, as that of an adapter whose other factor begins at zero.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfac_hf.optim.checkpoint import Resumed, load_window
+from mfac_hf.optim.checkpoint import load_window, share_out
 from mfac_hf.optim.groups import labels
 from mfac_hf.optim.metric import saved_moments
 from mfac_hf.optim.options import ParameterWindowOptions
@@ -20,6 +20,7 @@ from mfac_hf.optim.sharded import Layout, check_counted_once, layout_of
 from mfac_hf.optim.sharing import SHARE_MIN_BYTES
 from mfac_hf.optim.state import WINDOW_KEYS
 from mfac_hf.optim.window_folder import save_window
+from mfac_hf.optim.window_needs import Resumed
 from mfac_hf.optim.windowed import WindowedOptimizer
 
 __all__ = ["RankedOptimizer"]
@@ -86,8 +87,9 @@ class RankedOptimizer(WindowedOptimizer):
 
     def _share_whole(self) -> None:
         """Keep this rank's part of a window that every rank holds whole."""
-        if self._window is not None and self._process_group is not None:
-            self._window.share(self._process_group)
+        if self._window is not None and self._window.sharing is None and self._process_group is not None:
+            resumed = Resumed(self.param_groups, self._masks(), self._options, self._process_group, None)
+            self._window = share_out(self._window, self.state, resumed)
             self._leave_to_others()
             self._publish()
 

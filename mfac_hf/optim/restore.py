@@ -1,5 +1,6 @@
 """From a saved state that was checked back to the columns of its parameters."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +16,19 @@ __all__ = ["restore_placements"]
 
 
 def restore_placements(
-    states: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], options: ParameterWindowOptions
+    states: dict[Tensor, dict[str, Any]],
+    masks: dict[Tensor, Tensor],
+    options: ParameterWindowOptions,
+    shapes: Mapping[Tensor, Sequence[int]] | None = None,
 ) -> dict[Tensor, Placement]:
-    """Placements, in the order of their columns.
+    """Placements, in the order of their columns; of the parameters as they lie here, unless ``shapes`` says of what.
 
     Each store goes to the device that has the fewest bytes so far.
     """
     placed = {p: state for p, state in states.items() if "window_store" in state}
     if not placed:
         return {}
+    shapes = {p: local(p).shape for p in placed} if shapes is None else shapes
     placements: dict[Tensor, Placement] = {}
     load = dict.fromkeys(options.devices(next(iter(placed)).device), 0)
     for store in sorted({state["window_store"] for state in placed.values()}):
@@ -32,29 +37,34 @@ def restore_placements(
         device = min(load, key=lambda device: load[device])
         p, state = next(iter(members.items()))
         if "window_rows" in state:
-            placements[p] = _restore_table(p, state, device)
+            placements[p] = _restore_table(torch.Size(shapes[p]), state, device)
         else:
-            placements |= _restore_dense(members, masks, device)
+            placements |= _restore_dense(members, masks, shapes, device)
         load[device] += placements[p].columns.nbytes
     return placements
 
 
-def _restore_table(p: Tensor, state: dict[str, Any], device: torch.device) -> TablePlacement:
+def _restore_table(shape: torch.Size, state: dict[str, Any], device: torch.device) -> TablePlacement:
     rows, values = state["window_rows"].to(device), state["window_values"].to(device)
-    height, width = local(p).shape
+    height, width = shape
     table = RowSparseColumns(len(rows), (height, width), buffers=(rows, values))
-    return TablePlacement(table, local(p).shape)
+    return TablePlacement(table, shape)
 
 
 def _restore_dense(
-    members: dict[Tensor, dict[str, Any]], masks: dict[Tensor, Tensor], device: torch.device
+    members: dict[Tensor, dict[str, Any]],
+    masks: dict[Tensor, Tensor],
+    shapes: Mapping[Tensor, Sequence[int]],
+    device: torch.device,
 ) -> dict[Tensor, Placement]:
     """Placements of the parameters that share one dense store, in the order of their columns."""
     views = [state["window"].reshape(len(state["window"]), state["window"][0].numel()) for state in members.values()]
     buffer_MD = _shared_buffer(views).to(device)
     columns = DenseColumns(*buffer_MD.shape, buffer=buffer_MD)
     return {
-        p: DensePlacement(columns, local(p).shape, state["window_start"], view.shape[1], kept_positions(masks.get(p)))
+        p: DensePlacement(
+            columns, torch.Size(shapes[p]), state["window_start"], view.shape[1], kept_positions(masks.get(p))
+        )
         for (p, state), view in zip(members.items(), views, strict=True)
     }
 

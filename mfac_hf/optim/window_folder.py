@@ -20,7 +20,7 @@ from torch import Tensor
 from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.sharded import Layout, box_of, local
 
-__all__ = ["Part", "WindowFolder", "save_window", "weight_norms"]
+__all__ = ["HeldWindow", "Part", "WindowFolder", "save_window", "weight_norms"]
 
 FORMAT = 1
 TENSORS = ("window", "window_rows", "window_values", "second_moment", "moment_steps")
@@ -104,8 +104,9 @@ def save_window(
             continue
         state = states[p]
         store, start, step = (int(state[name]) for name in ("window_store", "window_start", "step"))
-        moment_step, shape = int(state.get("moment_step", 0)), tuple(local(p).shape)
-        parts.append(Part(rank, number, store, start, step, moment_step, box_of(p), shape).row())
+        moment_step = int(state.get("moment_step", 0))
+        offset, shape = (box_of(p), tuple(local(p).shape)) if window.sharing is None else window.owners[p].box(rank)
+        parts.append(Part(rank, number, store, start, step, moment_step, offset, shape).row())
         tensors |= {f"{name}.{number}.{rank}": state[name] for name in TENSORS if name in state}
     window.clear_unwritten()
     shared = int(window.sharing is not None)
@@ -226,3 +227,47 @@ class WindowFolder:
         names = self.names(part)
         entry = self._entries[names.get("window") or names["window_values"]]
         return torch.Size(entry.size[1:]), entry.properties.dtype
+
+
+class HeldWindow:
+    """A whole window in memory, with what a `WindowFolder` has.
+
+    Args:
+        window: the window, whose rows without a gradient are zero.
+        parameters: of the optimizer.
+        states: of the optimizer, which show the window.
+    """
+
+    ranks, is_shared = 1, False
+
+    def __init__(
+        self, window: ParameterWindow, parameters: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        self._states = {number: states[p] for number, p in enumerate(parameters) if p in window.placements}
+        self.gram = window.gram.gram_MM
+        self.pushed, self.jitter_escalations = window.gram.pushed, window.gram.jitter_escalations
+        self.parts: dict[int, list[Part]] = {}
+        for number, state in self._states.items():
+            shape = tuple(parameters[number].shape)
+            places = (state["window_store"], state["window_start"], int(state["step"]), state.get("moment_step", 0))
+            self.parts[number] = [Part(0, number, *places, (0,) * len(shape), shape)]
+
+    def names(self, part: Part) -> dict[str, str]:
+        """The entries of a part, by the names that they have in the optimizer's state."""
+        return {name: f"{name}.{part.parameter}" for name in TENSORS if name in self._states[part.parameter]}
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """These entries."""
+        found = {}
+        for entry in names:
+            name, number = entry.split(".")
+            found[entry] = self._states[int(number)][name]
+        return found
+
+    def read_part(self, part: Part) -> dict[str, Tensor]:
+        """What the optimizer's state has of a part."""
+        return {name: self._states[part.parameter][name] for name in self.names(part)}
+
+    def nbytes(self, part: Part) -> int:
+        """Bytes of a part."""
+        return sum(tensor.nbytes for tensor in self.read_part(part).values())

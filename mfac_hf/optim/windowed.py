@@ -89,9 +89,7 @@ class WindowedOptimizer(torch.optim.Optimizer):
 
     def _strangers(self, window: ParameterWindow) -> list[Tensor]:
         """Parameters of the window whose state was removed, or that have another shape now."""
-        reshaped = [
-            p for p, placement in window.placements.items() if window.layout is None and placement.shape != p.shape
-        ]
+        reshaped = [p for p, owner in window.owners.items() if window.layout is None and owner.shape != p.shape]
         for p in reshaped:
             if p in self._kept:
                 raise ValueError(

@@ -80,8 +80,9 @@ def check_shared_window(group):
         assert_same(model, twin, {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype])
         assert_ranks_agree(model, group)
         assert shared.skipped_steps == 2
-        # Split, not copied: the parts make up the whole.
-        assert sum(held_by(shared, group)) == alone._window.nbytes
+        # Split, not copied; a part of so small a table may be dense where the whole is not.
+        ranks = dist.get_world_size(group)
+        assert max(held_by(shared, group)) <= (1.0 if ranks == 1 else 1.6 / ranks) * alone._window.nbytes
 
 
 def check_parts_are_even(group, ranks):
@@ -102,21 +103,22 @@ def check_parts_are_even(group, ranks):
     assert sent == {"broadcast": 4 * sum(p.numel() for p in params), "all_reduce": 8 * (2 + 7)}
 
 
-def check_tables_count_with_their_moments(group):
-    """A table's window is small and its second moment is not: its owner keeps less of the rest."""
+def check_tables_are_divided(group):
+    """A table as large as those of small BERTs: its rows are divided, and with them its second moment."""
     params = [nn.Parameter(torch.zeros(shape)) for shape in ((4000, 8), *[(32, 32)] * 12)]
     optimizer = MFAC(params, num_grads=4, process_group=group)
     for p in params:
         p.grad = torch.ones(p.shape)
     params[0].grad[8:] = 0.0
     optimizer.step()
-    moments = sum(state["second_moment"].nbytes for state in optimizer.state.values() if "second_moment" in state)
+    moments = sum(s["second_moment"].nbytes for s in optimizer.state.values() if "second_moment" in s)
     held = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
     dist.all_gather(held, torch.tensor([moments + optimizer._window.nbytes]), group=group)
-    table = 4000 * 8 * 4
-    rest = 12 * 32 * 32 * (4 * 2 + 4)
-    assert sorted(int(each) for each in held)[:-1] == [rest // (RANKS - 1)] * (RANKS - 1)
-    assert table < max(held) < 1.1 * table
+    rows = {state["second_moment"].shape for state in optimizer.state.values() if "window_rows" in state}
+    assert rows == {(1000, 8)} and max(held) <= 1.1 * sum(held) / RANKS
+    assert params[0].detach()[:8].all() and not params[0].detach()[8:].any()
+    with pytest.raises(ValueError, match="another rank keeps its columns"):
+        optimizer.stored_gradients(params[0])
 
 
 def check_that_trainer_shares(group):
@@ -152,7 +154,7 @@ def check_that_trainer_shares(group):
         train(again, loaded, range(8, 12))
         train(other, expected, range(8, 12))
         assert_same(again, other, 1e-10)
-        assert sum(held_by(loaded)) == expected._window.nbytes
+        assert max(held_by(loaded)) <= 1.6 / RANKS * expected._window.nbytes
         places = {p for p, state in loaded.state.items() if "window" in state or "window_rows" in state}
         assert places == {p for p in loaded.state if "second_moment" in loaded.state[p]} != set(loaded.state)
     ranked.SHARE_MIN_BYTES = 16 << 20
@@ -214,7 +216,7 @@ def check_all(rank):
         if rank < ranks:
             check_shared_window(group)
             check_parts_are_even(group, ranks)
-    check_tables_count_with_their_moments(dist.group.WORLD)
+    check_tables_are_divided(dist.group.WORLD)
     check_that_trainer_shares(dist.group.WORLD)
     check_checkpoints(rank)
     check_accelerate(rank)
