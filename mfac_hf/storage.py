@@ -25,6 +25,7 @@ __all__ = [
     "save_safetensors",
     "save_tensors",
     "sync_directory",
+    "sync_tree",
     "write_json",
     "write_text",
     "written_aside",
@@ -97,6 +98,21 @@ def written_directory(path: StrPath) -> Iterator[Path]:
                 sync_directory(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def sync_tree(folder: StrPath) -> None:
+    """Write all files below a folder, and their names, to the disk.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    for path in sorted(Path(folder).rglob("*"), reverse=True):  # what a folder holds before its own name
+        if path.is_dir():
+            sync_directory(path)
+        elif path.is_file():
+            _sync(path)
+    sync_directory(folder)
+    sync_directory(Path(folder).parent)
 
 
 def write_text(path: StrPath, text: str) -> None:

@@ -1,15 +1,50 @@
-"""Agreement of ranks that prune copies of the same model: the first one decides."""
+"""Agreement of ranks that prune copies of the same model: the first one decides, and where one fails, all do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["follow_first_rank", "of_first_rank", "sum_over_ranks"]
+__all__ = ["failing_together", "follow_first_rank", "of_first_rank", "sum_over_ranks"]
+
+
+@contextmanager
+def failing_together(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
+    """Let every rank leave the block with an exception where one does, instead of waiting for it in the next exchange.
+
+    Args:
+        group: the ranks, all of which come here; without a group, this is no more than the block.
+        what: what the block does, for the message. It must not communicate.
+
+    Raises:
+        RuntimeError: another rank failed, with its number and its reason; or a rank has ended without a word.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    reasons: list[str | None] = []
+    if group is not None:
+        own = None if failure is None else f"{type(failure).__name__}: {failure}"
+        reasons = [None] * group.size()
+        try:
+            dist.all_gather_object(reasons, own, group=group)
+        except RuntimeError as error:
+            if failure is None:
+                raise RuntimeError(
+                    f"another rank ended, or did not answer in time, {what} ({str(error).splitlines()[0]})"
+                ) from error
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise RuntimeError(f"rank {rank} failed {what}: {reason}")
 
 
 def of_first_rank(value: Any, group: dist.ProcessGroup | None) -> Any:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from mfac_hf.pruning.agreement import failing_together
 from mfac_hf.pruning.batch_norm import averaging_anew
 from mfac_hf.pruning.gradient_source import Consumer
 from mfac_hf.pruning.losses import BatchLoss, LossFunction, check_counts, is_unlabelled, model_loss, to_device
@@ -167,31 +168,33 @@ class DataLoaderGradients:
 
         Raises:
             ValueError: too few examples, a model that returns no loss, or a loss or gradient that is not finite.
+            RuntimeError: another rank failed, or has ended.
         """
-        self.check(num_grads)
-        indices = self._draw(num_grads, seed)
-        at_once = self.at_once(model, parameters) if self.batch_size == 1 else 1
-        queue = PassQueue(indices, at_once if at_once > 1 else self.batch_size, shared=at_once > 1)
-        room = max(1, min(_ROWS, _BUFFER // sum(p.numel() for p in parameters.values())))
-        waiting: list[list[Tensor]] = []
-        unlabelled = steep = 0
-        with undisturbed(model, parameters, seed):
-            for batch in self.batches(model, queue):
-                if queue.shared and not self._agrees(model, parameters, batch, queue.examples, seed):
-                    queue.cut()
-                    continue
-                loss = self.loss_of(model, batch, parameters, count := len(queue.examples))
-                if queue.shared:
-                    _hand_over(parameters, waiting, consume)
-                    for name, rows in batch_gradients(model, parameters, loss, count, loss.gradients):
-                        consume(name, loss.checked(name, rows))
-                else:
-                    waiting.append(loss.by_parameter())
-                    if len(waiting) == room:
+        with failing_together(self.process_group, "taking gradients to prune by"):
+            self.check(num_grads)
+            indices = self._draw(num_grads, seed)
+            at_once = self.at_once(model, parameters) if self.batch_size == 1 else 1
+            queue = PassQueue(indices, at_once if at_once > 1 else self.batch_size, shared=at_once > 1)
+            room = max(1, min(_ROWS, _BUFFER // sum(p.numel() for p in parameters.values())))
+            waiting: list[list[Tensor]] = []
+            unlabelled = steep = 0
+            with undisturbed(model, parameters, seed):
+                for batch in self.batches(model, queue):
+                    if queue.shared and not self._agrees(model, parameters, batch, queue.examples, seed):
+                        queue.cut()
+                        continue
+                    loss = self.loss_of(model, batch, parameters, count := len(queue.examples))
+                    if queue.shared:
                         _hand_over(parameters, waiting, consume)
-                unlabelled += count * loss.missing
-                steep += int(loss.norms.count_nonzero())
-            _hand_over(parameters, waiting, consume)
+                        for name, rows in batch_gradients(model, parameters, loss, count, loss.gradients):
+                            consume(name, loss.checked(name, rows))
+                    else:
+                        waiting.append(loss.by_parameter())
+                        if len(waiting) == room:
+                            _hand_over(parameters, waiting, consume)
+                    unlabelled += count * loss.missing
+                    steep += int(loss.norms.count_nonzero())
+                _hand_over(parameters, waiting, consume)
         counts = torch.tensor([len(indices), unlabelled, steep], device=device_of(model))
         if self.process_group is not None:
             dist.all_reduce(counts, group=self.process_group)

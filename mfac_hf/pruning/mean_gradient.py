@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mfac_hf.pruning.agreement import failing_together
 from mfac_hf.pruning.losses import BatchLoss
 from mfac_hf.pruning.passes import PassQueue, device_of
 from mfac_hf.pruning.undisturbed import undisturbed
@@ -39,10 +40,11 @@ def mean_gradient(
 
     Raises:
         ValueError: a model that returns no loss, or a loss or gradient that is not finite.
+        RuntimeError: another rank failed, or has ended.
     """
     queue = PassQueue(examples, source.at_once(model, {}))
     sums = {name: torch.zeros(p.numel(), device=p.device) for name, p in parameters.items()}
-    with undisturbed(model, parameters, seed):
+    with failing_together(source.process_group, "taking the mean gradient"), undisturbed(model, parameters, seed):
         for batch in source.batches(model, queue):
             count = len(queue.examples)
             rows = BatchLoss(source.loss_fn, model, batch, count, parameters).by_parameter()

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from mfac_hf.checkpoints import last_whole_checkpoint
 from mfac_hf.defaults import MFAC_DEFAULTS, MFAC_METRIC
 from mfac_hf.optim.mfac import MFAC
 from mfac_hf.optim.settings import settings_of
@@ -239,7 +239,7 @@ def require_action(training_args: TrainingArguments) -> None:
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
-    """Resolve ``--resume_from_checkpoint``: a checkpoint directory, or ``last`` for the latest in ``--output_dir``.
+    """Resolve ``--resume_from_checkpoint``: a checkpoint directory, or ``last`` for the last whole one in the output.
 
     Raises:
         FileNotFoundError: the directory, or any checkpoint to take for ``last``, is missing.
@@ -247,7 +247,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
     asked, output_dir = training_args.resume_from_checkpoint, str(training_args.output_dir)
     if asked is None:
         return None
-    checkpoint = get_last_checkpoint(output_dir) if asked == "last" and os.path.isdir(output_dir) else asked
+    checkpoint = last_whole_checkpoint(output_dir, ranks=training_args.world_size) if asked == "last" else asked
     if checkpoint is None or not os.path.isdir(checkpoint):
         raise FileNotFoundError(
             f"--resume_from_checkpoint {asked}: no such checkpoint; give a checkpoint-<step> directory, "

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from mfac_hf.callbacks import MFACLoggingCallback, MFACWindowCallback
+from mfac_hf.checkpoints import WholeCheckpoints
 from mfac_hf.hub.run_records import write_results
 from mfac_hf.loss_scale import correct_loss_scale
 from mfac_hf.training.arguments import (
@@ -81,6 +82,7 @@ def run_from_scratch(
     if training_args.do_train:
         correct_loss_scale(trainer)
         trainer.add_callback(MFACWindowCallback(checkpoint))
+        WholeCheckpoints.attach(trainer)
         curve = LossCurveCallback.attach(trainer).recorder.curve
         results = {**trainer.train(resume_from_checkpoint=checkpoint).metrics, "curve": curve}
         trainer.save_model()

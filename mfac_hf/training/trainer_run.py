@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from mfac_hf.callbacks import MFACLoggingCallback, MFACWindowCallback
+from mfac_hf.checkpoints import WholeCheckpoints
 from mfac_hf.hub.adapter import is_adapter
 from mfac_hf.hub.push import push_run
 from mfac_hf.hub.run_records import write_results
@@ -160,6 +161,7 @@ class TrainerRun:
             self.pruning.attach(trainer)
         correct_loss_scale(trainer)
         trainer.add_callback(MFACWindowCallback(self.checkpoint))
+        WholeCheckpoints.attach(trainer)
         curve = LossCurveCallback.attach(trainer).recorder.curve
         results: dict[str, Any] = {**trainer.train(resume_from_checkpoint=self.checkpoint).metrics, "curve": curve}
         model: Any = trainer.model

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mfac_hf.pruning.agreement import failing_together
 from mfac_hf.pruning.masks import MaskSet, shortened
 from mfac_hf.pruning.options import Fisher, PruningReport
 from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.pruning.trainer.support import all_ranks
 from mfac_hf.schema import check_schema
 from mfac_hf.sparse.directory import restore_weights
 from mfac_hf.storage import read_json, write_json
@@ -144,10 +146,13 @@ def write_state(args: TrainingArguments, masks: MaskSet, progress: Progress) -> 
     Raises:
         OSError: a file cannot be written.
     """
-    if args.should_save and args.save_strategy != "no":
-        folder = Path(str(args.output_dir)) / _STATE_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, masks, progress)
+    if args.save_strategy == "no":
+        return
+    with failing_together(all_ranks(args), "writing the state of the pruning"):
+        if args.should_save:
+            folder = Path(str(args.output_dir)) / _STATE_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder, masks, progress)
 
 
 def forget_state(args: TrainingArguments) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import find_batch_size
 
+from mfac_hf.pruning.agreement import failing_together
 from mfac_hf.pruning.losses import model_loss, to_device
 from mfac_hf.pruning.undisturbed import undisturbed
 
@@ -33,7 +34,7 @@ def mean_loss(
     """
     device = next(model.parameters()).device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    with undisturbed(model, {}, seed=0), torch.no_grad():
+    with failing_together(process_group, "evaluating"), undisturbed(model, {}, seed=0), torch.no_grad():
         for batch in dataloader:
             count = find_batch_size(batch)
             loss = (loss_fn or model_loss)(model, to_device(batch, device))
