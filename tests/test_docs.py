@@ -127,7 +127,14 @@ def test_the_reference_has_every_public_name():
     text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     documented = [name.rpartition(".") for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
     shown = [getattr(importlib.import_module(module), name) for module, _, name in documented]
-    for room in ("mfac_hf", "mfac_hf.callbacks", "mfac_hf.fisher", "mfac_hf.hub", "mfac_hf.pruning"):
+    for room in (
+        "mfac_hf",
+        "mfac_hf.callbacks",
+        "mfac_hf.checkpoints",
+        "mfac_hf.fisher",
+        "mfac_hf.hub",
+        "mfac_hf.pruning",
+    ):
         module = importlib.import_module(room)
         missing = [name for name in module.__all__ if name[0] != "_" and getattr(module, name) not in shown]
         assert missing == [], room
