@@ -47,6 +47,7 @@ from transformers import (  # noqa: E402
 )
 
 from mfac_hf import MFAC, MFACPruningCallback, SparsitySchedule  # noqa: E402
+from mfac_hf.callbacks import MFACWindowCallback  # noqa: E402
 from mfac_hf.checkpoints import WholeCheckpoints, last_whole_checkpoint  # noqa: E402
 from mfac_hf.machine import describe_run  # noqa: E402
 from mfac_hf.storage import read_json, write_json  # noqa: E402
@@ -65,11 +66,13 @@ class Scenario:
 
     ranks: int
     limit: int
+    shared: bool = False
 
     @property
     def name(self) -> str:
         """For the report."""
-        return f"{self.ranks} rank{'s' if self.ranks > 1 else ''}, save_total_limit={self.limit}"
+        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}" + (" that share the window" if self.shared else "")
+        return f"{ranks}, save_total_limit={self.limit}"
 
 
 class Reporter(TrainerCallback):
@@ -98,6 +101,7 @@ class Reporter(TrainerCallback):
 def make_trainer(directory: Path, scenario: Scenario) -> tuple[Trainer, MFACPruningCallback]:
     """The run, the same each time."""
     torch.set_num_threads(1)
+    shared = scenario.shared and scenario.ranks > 1
     config = toy_model(hidden_size=16, num_layers=1).config
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1  # so that a random state that is lost shows
     set_seed(0)
@@ -122,10 +126,11 @@ def make_trainer(directory: Path, scenario: Scenario) -> tuple[Trainer, MFACPrun
         ),
         train_dataset=[{"input_ids": row, "labels": label} for row, (_, label) in zip(ids, rows, strict=True)],
         data_collator=DataCollatorWithPadding(tokenizer),
-        optimizers=(MFAC(model.parameters(), lr=1e-3), None),
+        optimizers=(MFAC(model.parameters(), lr=1e-3, process_group=dist.group.WORLD if shared else None), None),
     )
     pruning = MFACPruningCallback(SCHEDULE, num_grads=8, block_size=16, recomputations=2)
     trainer.add_callback(pruning)
+    trainer.add_callback(MFACWindowCallback())
     WholeCheckpoints.attach(trainer)
     return trainer, pruning
 
@@ -222,9 +227,9 @@ class Soak:
             ranks[-1].start()
         return ranks, told
 
-    def whole(self, ranks: int) -> None:
+    def whole(self, ranks: int, *, shared: bool = False) -> None:
         """A run that nobody kills."""
-        scenario, directory = Scenario(ranks, 1), self.folder / f"whole-{ranks}"
+        scenario, directory = Scenario(ranks, 1, shared), self.folder / f"whole-{ranks}"
         begun = time.perf_counter()
         processes, _ = self.start(scenario, directory)
         for process in processes:
@@ -352,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="for how long runs are killed")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes to take turns")
+    parser.add_argument("--share_window", action="store_true", help="let ranks share one window")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--output", type=Path, help="file for the report, as JSON")
     args = parser.parse_args(argv)
@@ -359,8 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         soak = Soak(Path(folder), args.seed)
         for ranks in args.ranks:
-            soak.whole(ranks)
-        scenarios = [Scenario(ranks, limit) for limit in (1, 2) for ranks in args.ranks]
+            soak.whole(ranks, shared=args.share_window)
+        scenarios = [Scenario(ranks, limit, args.share_window) for limit in (1, 2) for ranks in args.ranks]
         until = time.monotonic() + 60 * args.minutes
         while time.monotonic() < until:
             soak.live(scenarios[soak.lives % len(scenarios)], until)

@@ -17,8 +17,12 @@ SHARED_DATA_VARIABLE = "MFAC_SHARED_DATA"
 def pytest_configure(config):
     """Let the tests compute on the device that MFAC_TEST_DEVICE names (`tests.helpers.device`)."""
     if os.environ.get("MFAC_TEST_DEVICE", "cpu") != "cpu":
-        from tests.helpers.device import DEVICE, OnDevice
+        from mfac_hf.fisher import BlockedFisher, GradientWindow
+        from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+        from tests.helpers.device import DEVICE, OnDevice, place
 
+        for cls in (BlockedFisher, DenseColumns, GradientWindow, RowSparseColumns):
+            place(cls)
         mode = OnDevice(DEVICE)
         mode.__enter__()
         config.add_cleanup(lambda: mode.__exit__(None, None, None))

@@ -5,6 +5,7 @@ that the numbers stay the same, and moved. What the library makes stays where it
 the CPU has to show.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DEVICE", "OnDevice"]
+__all__ = ["DEVICE", "OnDevice", "place"]
 
 DEVICE = torch.device(os.environ.get("MFAC_TEST_DEVICE") or "cpu")
 
@@ -46,6 +47,23 @@ class OnDevice(TorchFunctionMode):
         if func in _LEAVING:
             args = (args[0].cpu(), *args[1:])
         return func(*args, **kwargs)
+
+
+def place(cls):
+    """Let tests make objects of a class on the device, where they name none and hand over no memory of their own."""
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        if (
+            _called_by_tests()
+            and not {"buffer", "buffers"} & kwargs.keys()
+            and not (len(args) > 1 and isinstance(args[1], list))
+        ):
+            kwargs.setdefault("device", DEVICE)
+        original(self, *args, **kwargs)
+
+    cls.__init__ = __init__
 
 
 def _called_by_tests():
