@@ -1,9 +1,12 @@
-"""Files and functions of the package stay short; tests mirror it, and no test module imports another."""
+"""Files and functions stay short, README too; tests mirror the package, and no test module imports another."""
 
 import ast
 from pathlib import Path
 
 import pytest
+import yaml
+
+import mfac_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "mfac_hf").rglob("*.py"))
@@ -36,6 +39,15 @@ def long_functions(source):
 def test_files_are_short():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE}
     assert {name: count for name, count in lengths.items() if count > FILE_LINES} == {}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == mfac_hf.__version__ and "arXiv:2107.03356" in str(citation["references"])
 
 
 def test_functions_are_short_or_say_why_not():
