@@ -13,11 +13,16 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.shared_net import ADAM, DOUBLE, IDENTITY, Net, mask_of, train
 
 RANKS = 4
-VARIANTS = (ADAM | DOUBLE | {"masks": True}, IDENTITY | DOUBLE | {"momentum": 0.9}, ADAM)
+VARIANTS = (
+    ADAM | DOUBLE | {"masks": "given"},
+    ADAM | DOUBLE | {"masks": "set"},  # of a parameter whose rows are divided by then
+    IDENTITY | DOUBLE | {"momentum": 0.9},
+    ADAM,
+)
 
 
 def build(model, options, group):
-    options = {**options, "masks": mask_of(model) if options.get("masks") else None}
+    options = {**options, "masks": mask_of(model) if options.get("masks") == "given" else None}
     return MFAC(model.parameters(), **options, process_group=group)
 
 
@@ -38,7 +43,11 @@ def check_resumes(groups, folder, options):
     rank, dtype = dist.get_rank(), torch.float64 if "window_dtype" in options else torch.float32
     model = Net(dtype)
     optimizer = build(model, options, groups[4])
-    train(model, optimizer, range(7))  # a layer joins at step 5
+    train(model, optimizer, range(4))
+    if options.get("masks") == "set":
+        optimizer.set_masks(mask_of(model))
+        assert optimizer._window.owners[model.hidden.weight].is_divided()
+    train(model, optimizer, range(4, 7))  # a layer joins at step 5
     assert optimizer.write_window(folder / "four")
     ends = {}
     for ranks, group in groups.items():

@@ -164,6 +164,21 @@ def test_optimizer_options_reach_mfac(options, tmp_path):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_a_flag_keeps_the_window_whole(share, tmp_path, monkeypatch):
+    """Without it, ranks that Trainer announces share a window that is large enough."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
+    asked = []
+    monkeypatch.setattr("mfac_hf.optim.ranked.first_bytes", lambda grad, mask, options: asked.append(grad) or 0)
+    layer, arguments = nn.Linear(3, 2), TrainingArguments(output_dir=str(tmp_path))
+    optimizer = build_optimizer(layer, OptimizerArguments(share_window=share), arguments)
+    optimizer.train()
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert bool(asked) == share and not optimizer.shares_window
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [([], None), (["--decoupled_weight_decay"], True), (["--decoupled_weight_decay", "false"], False)],
