@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.optim.groups import labels
-from mfac_hf.optim.metric import SavedMoment
 from mfac_hf.optim.parameter_window import ParameterWindow
 from mfac_hf.optim.plausible import TOLERANCE, squared_lengths
 from mfac_hf.optim.restore import restore_placements
+from mfac_hf.optim.second_moment import SavedMoment
 from mfac_hf.optim.sharded import Layout, local
 from mfac_hf.optim.window_folder import HeldWindow, Part, WindowFolder, weight_norms
 from mfac_hf.optim.window_needs import Need, Resumed, needs_of, owners_of, slices, states_of

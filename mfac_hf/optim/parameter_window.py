@@ -16,7 +16,7 @@ from mfac_hf.fisher.gram import GramMatrix
 from mfac_hf.memory import gram_matrix_bytes
 from mfac_hf.optim.borrowed import own_buffers
 from mfac_hf.optim.masks import without_masked
-from mfac_hf.optim.metric import AdamMetric, IdentityMetric, Member, Metric, Move, SavedMoment, Scaling
+from mfac_hf.optim.metric import AdamMetric, IdentityMetric, Metric
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import (
     DensePlacement,
@@ -27,6 +27,7 @@ from mfac_hf.optim.placement import (
     kept_positions,
     to_dense,
 )
+from mfac_hf.optim.second_moment import Member, Move, SavedMoment, Scaling
 from mfac_hf.optim.sharded import Layout
 from mfac_hf.optim.sharing import Owner, assign_owners, broadcast_directions, cut_moments, place_own
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.columns import Part
-from mfac_hf.optim.metric import SavedMoment
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import Placement, is_row_sparse, place
+from mfac_hf.optim.second_moment import SavedMoment
 from mfac_hf.optim.sharded import Layout
 
 __all__ = ["SHARE_MIN_BYTES", "Owner", "assign_owners", "broadcast_directions", "cut_moments", "place_own"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfac_hf.fisher.columns import Part
-from mfac_hf.optim.metric import Move
+from mfac_hf.optim.second_moment import Move
 from mfac_hf.optim.sharded import local
 
 __all__ = ["apply_directions", "plan_moves"]

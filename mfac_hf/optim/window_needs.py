@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.columns import SparseRows
-from mfac_hf.optim.metric import Scaling, as_of_now
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import nonzero_rows
+from mfac_hf.optim.second_moment import Scaling, as_of_now
 from mfac_hf.optim.sharded import Layout, box_of, local
 from mfac_hf.optim.sharing import Owner, assign_owners
 from mfac_hf.optim.window_folder import HeldWindow, Part, WindowFolder
