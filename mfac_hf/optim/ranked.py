@@ -76,10 +76,12 @@ class RankedOptimizer(WindowedOptimizer):
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if ranks == 1 or self.shares_window:
             return
-        window, masks = self._window, self._masks()
-        size = 0 if window is None else window.nbytes
-        if window is None:
+        masks = self._masks()
+        if self._window is None:
             size = sum(first_bytes(grad, masks.get(p), self._options) for p, grad in gradients.items())
+        else:
+            moments = [state["second_moment"] for state in self.state.values() if "second_moment" in state]
+            size = self._window.nbytes + sum(moment.nbytes for moment in moments)
         if size >= SHARE_MIN_BYTES:
             logger.info("%d ranks share a gradient window of %d MiB", ranks, size >> 20)
             self._process_group = dist.group.WORLD

@@ -142,7 +142,10 @@ def check_that_trainer_shares(group):
         assert optimizer.shares_window == shares
         assert_same(model, twin, 1e-10)
         assert_ranks_agree(model)
-    # A window that every rank has loaded whole is shared out, and goes on as if it had been shared before.
+    # A window that every rank has loaded whole is shared out, and goes on as if it had been shared before; it is as
+    # large as one that begins.
+    moments = sum(state["second_moment"].nbytes for state in alone.state.values())
+    ranked.SHARE_MIN_BYTES = alone._window.nbytes + moments
     for options in ({}, {"process_group": group}):
         again = copy.deepcopy(twin)
         loaded = MFAC(again.parameters(), **ADAM, **DOUBLE, **options)
