@@ -111,6 +111,7 @@ def test_coordinates_without_gradient_decouple(m):
 @pytest.mark.slow
 @pytest.mark.parametrize(("function", "name", "count", "batch_size"), REAL)
 @pytest.mark.parametrize("block_size", [128, 50])
+@pytest.mark.cpu("models of transformers are made there")
 def test_precision_on_real_gradients(shared_data, function, name, count, batch_size, block_size):
     """The issue asks for 1e-4 at damping 1e-8 and above, for the diagonal in each entry; results are float32."""
     grads = function(shared_data, count, batch_size)[name][:, : 40 * block_size - 3]

@@ -75,6 +75,7 @@ def test_costs_and_summed_update():
             function(weights, keep, fisher, Pattern.parse("block4"))
 
 
+@pytest.mark.cpu("a memory-mapped file stays there")
 def test_pages_do_not_change_a_bit(tmp_path):
     """Also over a memory-mapped file; so one page and eight prune the same weights."""
     d = 6 * full.PORTION + 37
@@ -96,6 +97,7 @@ def test_pages_do_not_change_a_bit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("function", "name", "count", "batch_size"), REAL)
+@pytest.mark.cpu("models of transformers are made there")
 def test_precision_on_real_gradients(shared_data, function, name, count, batch_size):
     """The issue asks for 1e-4 at damping 1e-8 and above; results are float32."""
     grads = function(shared_data, count, batch_size)[name][:, :1500]

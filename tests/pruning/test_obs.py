@@ -257,6 +257,7 @@ def test_bad_requests():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damping", [1e-4, 1e-8])
+@pytest.mark.cpu("models of transformers are made there")
 def test_float32_traces_on_gradients_of_bert(shared_data, damping, monkeypatch):
     """Where the trace chooses float32, it agrees with float64 on what goes, up to near-ties."""
     grads = bert_on_sst2(shared_data, 256, 1)[BERT_NAMES[0]][:, :8192]
