@@ -65,7 +65,7 @@ def test_steps_are_those_of_the_oracle(options):
     """From the first step on, where A's second moment is zero; a table that is trained too is kept by its rows."""
     model = make_classifier(**options).double()
     optimizer = MFAC(model.parameters(), num_grads=6, window_dtype=torch.float32, **GROUP)
-    naive = NaiveAdamMetric([{"params": trained(model), **GROUP}], num_grads=6, damping=0.3)
+    naive = NaiveAdamMetric([{"params": trained(model), **GROUP}], num_grads=6, damping=1.0)
     initial = [p.detach().double().clone() for p in trained(model)]
     factor = [name for name, p in model.named_parameters() if p.requires_grad].index(FIRST)
     first_of_A = []
