@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfac_hf.fisher.columns import DenseColumns
+from mfac_hf.fisher.columns import ColumnStore, DenseColumns
 from mfac_hf.memory import require_memory
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import DensePlacement, Placement, kept_positions
 from mfac_hf.optim.sharded import is_sharded
 
-__all__ = ["check_masks", "check_masks_have_parameters", "check_only_shrink", "without_masked"]
+__all__ = ["check_masks", "check_masks_have_parameters", "check_only_shrink", "shrink_stores"]
 
 
 def check_masks(masks: Mapping[Tensor, Tensor], groups: list[dict[str, Any]]) -> None:
@@ -69,7 +69,41 @@ def check_only_shrink(masks: Mapping[Tensor, Tensor], old: Mapping[Tensor, Tenso
             )
 
 
-def without_masked(
+def shrink_stores(
+    members: Mapping[ColumnStore, Mapping[Tensor, Placement]],
+    masks: Mapping[Tensor, Tensor],
+    count: int,
+    options: ParameterWindowOptions,
+) -> tuple[dict[Tensor, Placement], list[tuple[ColumnStore, DenseColumns, Tensor]]]:
+    """New dense stores for those of which masks drop columns; nothing changes yet.
+
+    Args:
+        members: the parameters of each store, in the order of its columns.
+        masks: {parameter: bool tensor of its shape, True = keep}; other parameters keep all their columns.
+        count: gradients held.
+        options: num_grads, window_dtype and metric.
+
+    Returns:
+        The placements of all parameters then; and for each store that is replaced the old one, the new one, and the
+        positions in the old one that it keeps.
+
+    Raises:
+        MemoryError: if a new store does not fit beside the old one.
+    """
+    placements: dict[Tensor, Placement] = {}
+    replaced: list[tuple[ColumnStore, DenseColumns, Tensor]] = []
+    for columns, parameters in members.items():
+        dense = {p: placement for p, placement in parameters.items() if isinstance(placement, DensePlacement)}
+        if masks.keys().isdisjoint(dense):
+            placements |= parameters
+        else:
+            smaller, fewer, positions = _without_masked(dense, masks, count, options)
+            placements |= fewer
+            replaced.append((columns, smaller, positions))
+    return placements, replaced
+
+
+def _without_masked(
     members: Mapping[Tensor, DensePlacement],
     masks: Mapping[Tensor, Tensor],
     count: int,

@@ -15,7 +15,7 @@ from mfac_hf.fisher.columns import ColumnStore, DenseColumns, Part
 from mfac_hf.fisher.gram import GramMatrix
 from mfac_hf.memory import gram_matrix_bytes
 from mfac_hf.optim.borrowed import own_buffers
-from mfac_hf.optim.masks import without_masked
+from mfac_hf.optim.masks import shrink_stores
 from mfac_hf.optim.metric import AdamMetric, IdentityMetric, Metric
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import (
@@ -30,6 +30,7 @@ from mfac_hf.optim.placement import (
 from mfac_hf.optim.second_moment import Member, Move, SavedMoment, Scaling
 from mfac_hf.optim.sharded import Layout
 from mfac_hf.optim.sharing import Owner, assign_owners, broadcast_directions, cut_moments, place_own
+from mfac_hf.optim.update import order_moves
 
 __all__ = ["ParameterWindow"]
 
@@ -215,22 +216,6 @@ class ParameterWindow:
         self.rearranged = True
         return dense
 
-    def _move(
-        self,
-        columns: ColumnStore,
-        weights_M: Tensor,
-        gradients: dict[Tensor, Tensor],
-        moves: Mapping[Tensor, Move],
-        dtype: torch.dtype | None,
-    ) -> bool:
-        """Move the parameters of a store, unless one of them or the metric needs the directions for it."""
-        members = self._members(columns)
-        stepped = [p for p in members if p in gradients]
-        if self.sharing is not None or any(p not in moves or p.device != columns.device for p in stepped):
-            return False
-        ordered = [moves[p] if p in gradients else None for p in members]
-        return self.metric.move(columns, weights_M, ordered, dtype=dtype)
-
     def directions(self, gradients: dict[Tensor, Tensor], moves: Mapping[Tensor, Move]) -> dict[Tensor, Part]:
         """The direction of each parameter with a gradient: a tensor of its shape, or the rows of a table.
 
@@ -241,11 +226,11 @@ class ParameterWindow:
         """
         weights_M = self.gram.direction_weights(self.options.grad_decay, nesterov=self.options.nesterov)
         dtype = self.gram.combine_dtype(weights_M)
-        combined = {
-            columns: self.metric.combine(columns, weights_M, dtype=dtype)
-            for columns in self.columns
-            if not self._move(columns, weights_M, gradients, moves, dtype)
-        }
+        combined = {}
+        for columns in self.columns:
+            mine = order_moves(self._members(columns), gradients, {} if self.sharing else moves, columns.device)
+            if mine is None or not self.metric.move(columns, weights_M, mine, dtype=dtype):
+                combined[columns] = self.metric.combine(columns, weights_M, dtype=dtype)
         directions: dict[Tensor, Part] = {
             p: placement.direction(combined[placement.columns], p.device)
             for p, placement in self.placements.items()
@@ -277,17 +262,8 @@ class ParameterWindow:
             for p in masks:
                 if isinstance(placement := self.placements.get(p), TablePlacement):
                     own_buffers(placement.columns, 1)
-        placements: dict[Tensor, Placement] = {}
-        replaced: list[tuple[ColumnStore, DenseColumns, Tensor]] = []
-        for columns in self.columns:
-            members = self._members(columns)
-            dense = {p: placement for p, placement in members.items() if isinstance(placement, DensePlacement)}
-            if masks.keys().isdisjoint(dense):
-                placements |= members
-            else:
-                smaller, fewer, positions = without_masked(dense, masks, self.count, self.options)
-                placements |= fewer
-                replaced.append((columns, smaller, positions))
+        members = {columns: self._members(columns) for columns in self.columns}
+        placements, replaced = shrink_stores(members, masks, self.count, self.options)
         # Last, because nothing fails from here on. Tables stay and lose numbers in place.
         self.rearranged = True
         for columns, smaller, positions in replaced:

@@ -4,7 +4,7 @@ Those that `plan_moves` names may be moved in the pass over the window that give
 moves the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mfac_hf.fisher.columns import Part
 from mfac_hf.optim.second_moment import Move
 from mfac_hf.optim.sharded import local
 
-__all__ = ["apply_directions", "plan_moves"]
+__all__ = ["apply_directions", "order_moves", "plan_moves"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -40,6 +40,29 @@ def plan_moves(
             if target.dtype == dtype and target.is_contiguous() and "mask" not in states.get(p, ()):
                 moves[p] = Move(target, factor, lr)
     return moves
+
+
+def order_moves(
+    members: Iterable[Tensor],
+    gradients: Collection[Tensor],
+    moves: Mapping[Tensor, Move],
+    device: torch.device,
+) -> list[Move | None] | None:
+    """The moves of the parameters that share a store, or None if one of them needs its direction.
+
+    Args:
+        members: the parameters, in the order of the store's columns.
+        gradients: parameters that have one.
+        moves: of those that `plan_moves` names.
+        device: of the store.
+
+    Returns:
+        In the order of the members; None for one without a gradient.
+    """
+    members = list(members)
+    if any(p in gradients and (p not in moves or p.device != device) for p in members):
+        return None
+    return [moves[p] if p in gradients else None for p in members]
 
 
 def apply_directions(
