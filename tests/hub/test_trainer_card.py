@@ -114,7 +114,8 @@ def test_the_card_tells_the_metric_and_its_settings_alone(given, bert, tmp_path)
     decay = "0.25" if given == "optimizer_cls_and_kwargs" else "0.01"
     expected = {**MFAC_DEFAULTS["adam"], "metric": "adam", "lr": 1e-3, "weight_decay": decay, "nesterov": False}
     for name, value in expected.items():
-        assert f"| {name} | {value} |" in text, name
+        shown = f"{value:g}" if isinstance(value, float) else value
+        assert f"| {name} | {shown} |" in text, name
     assert "momentum" not in text and "grad_decay" not in text
 
 
