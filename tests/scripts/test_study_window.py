@@ -11,10 +11,10 @@ from mfac_hf import MFAC
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("nesterov", {}),
-        ("average", {"nesterov": False}),
-        ("nesterov, damping 1", {"damping": 1.0}),
-        ("16 gradients", {"num_grads": 16}),
+        ("nesterov, damping 1", {}),
+        ("nesterov", {"damping": 0.3}),
+        ("average", {"nesterov": False, "damping": 0.3}),
+        ("16 gradients, damping 1", {"num_grads": 16}),
     ],
 )
 def test_what_mfac_can_do_is_what_mfac_does(name, options):
