@@ -34,13 +34,12 @@ __all__ = ["ExportFormat", "export_model"]
 
 ExportFormat = Literal["onnx", "openvino"]
 REPORT_FILE = "export.json"
+# What each format needs; the extra of the same name installs it.
 PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino", "nncf")}
-EXTRAS = {"onnx": "onnx", "openvino": "openvino"}
 # Largest difference of an output from the model's, over its largest number: float32 sums in another order.
 TOLERANCE = 1e-3
 # Batch and sequence length of the example that is traced, and of those that the file is tried with.
 TRACED, TRIED = (2, 9), ((1, 5), (3, 16))
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def export_model(
@@ -117,9 +116,7 @@ def export_model(
 def _require(export_format: ExportFormat) -> None:
     missing = [package for package in PACKAGES[export_format] if importlib.util.find_spec(package) is None]
     if missing:
-        raise ImportError(
-            f"{export_format} needs {', '.join(missing)}: pip install 'mfac_hf[{EXTRAS[export_format]}]'"
-        )
+        raise ImportError(f"{export_format} needs {', '.join(missing)}: pip install 'mfac_hf[{export_format}]'")
 
 
 @contextmanager
@@ -236,14 +233,14 @@ def _to_openvino(source: Path, path: Path, *, int8: bool) -> Path:
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
     """Keep back what libraries tell their developers."""
-    levels = {name: logging.getLogger(None if name == "root" else name).level for name in names}
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in names}
     try:
-        for name in levels:
-            logging.getLogger(None if name == "root" else name).setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(None if name == "root" else name).setLevel(level)
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def _compare(
