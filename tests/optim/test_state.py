@@ -497,3 +497,36 @@ def test_rows_without_a_gradient_are_saved_as_zeros():
     parameter.grad = torch.arange(5.0)
     optimizer.step()
     assert parameter.isfinite().all()
+
+
+def assert_state_is_the_window(optimizer, p):
+    """The state has the rows that the optimizer combines, not some that it had before."""
+    state = optimizer.state_dict()["state"][0]
+    assert "window_rows" not in state and "moment_steps" not in state
+    held = state["window"][: int(state["pushed"])].reshape(int(state["pushed"]), -1)
+    assert torch.equal(held, optimizer.stored_gradients(p))
+
+
+def test_a_table_that_becomes_dense_is_dense_in_the_state():
+    p = torch.nn.Parameter(torch.zeros(600, 64))
+    optimizer = MFAC([p], metric="adam", num_grads=8, window_dtype=torch.float32)
+    for rows in (5, 600, 600):
+        p.grad = torch.zeros(600, 64)
+        p.grad[:rows] = torch.randn(rows, 64)
+        optimizer.step()
+        if rows == 5:
+            assert "window_rows" in optimizer.state[p]
+    assert_state_is_the_window(optimizer, p)
+
+
+def test_a_step_after_a_state_that_is_kept_is_in_the_state():
+    """The loaded window is copied at that step: the state has to show the copy."""
+    p = torch.nn.Parameter(torch.zeros(20))
+    optimizer, other = (MFAC([p], metric="adam", num_grads=8, window_dtype=torch.float32) for _ in range(2))
+    p.grad = torch.randn(20)
+    optimizer.step()
+    kept = optimizer.state_dict()
+    other.load_state_dict(kept)
+    p.grad = torch.randn(20)
+    other.step()
+    assert_state_is_the_window(other, p)
