@@ -26,7 +26,7 @@ from mfac_hf.storage import write_text
 from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure, save_figure, study_parser
 
 # By optimizer: flags, and learning rates to try. The other values of M-FAC were the best of few tries on the demo's
-# task (benchmarks/README.md).
+# task (docs/benchmarks/sst2-bert-tiny.md).
 GRIDS: dict[str, tuple[list[str], list[float]]] = {
     "sgd": (["--optim", "sgd", "--momentum", "0.9", "--weightdecay", "5e-4"], [0.01, 0.03, 0.1, 0.2, 0.4]),
     "adam": (["--optim", "adam"], [2e-4, 5e-4, 1e-3, 3e-3, 1e-2]),

@@ -1,4 +1,7 @@
-"""The pages of docs/: their Python runs, their commands have the flags that they show, the reference is complete."""
+"""The pages of docs/: their Python runs, their commands have the flags that they show, the reference is complete.
+
+Links of all Markdown files lead somewhere, and each study with a table has a page.
+"""
 
 import ast
 import importlib
@@ -138,3 +141,63 @@ def test_the_reference_has_every_public_name():
         module = importlib.import_module(room)
         missing = [name for name in module.__all__ if name[0] != "_" and getattr(module, name) not in shown]
         assert missing == [], room
+
+
+def tokens_of(text):
+    """All tokens of a text, those within lines included."""
+    for token in MarkdownIt().enable("table").parse(text):
+        yield token
+        yield from token.children or []
+
+
+def anchors(page):
+    """What a link to a part of a page may name, as GitHub and MkDocs make it of headings."""
+    tokens = list(tokens_of(page.read_text()))
+    titles = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    texts = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", title).lower() for title in titles]
+    return {re.sub(r"[^\w -]", "", text).replace(" ", "-") for text in texts}
+
+
+def broken_links(page):
+    """Targets of relative links and pictures that are not there."""
+    targets = [token.attrGet("href") or token.attrGet("src") for token in tokens_of(page.read_text())]
+    for target in targets:
+        if target is None or re.match(r"https?:|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        # anchors of the reference are names of Python: MkDocs makes and checks them
+        if not file.exists() or (anchor and DOCS / "reference" not in file.parents and anchor not in anchors(file)):
+            yield target
+
+
+@pytest.mark.parametrize("folder", ["", ".github", "benchmarks", "docs", "model_cards"])
+def test_links_lead_somewhere(folder):
+    pages = sorted((ROOT / folder).rglob("*.md") if folder else ROOT.glob("*.md"))
+    assert pages, folder
+    assert {str(page): broken for page in pages if (broken := list(broken_links(page)))} == {}
+
+
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A *B* `c_d`: e\n\n[a](#a-b-c_d-e) [b](#b) [c](page.md#c) [d](no.md) ![e](no.png) [f](https://example.org/no)\n"
+        "| [g](page.md) |\n| --- |\n| [h](no/h.md#x) |\n"
+    )
+    assert list(broken_links(page)) == ["#b", "page.md#c", "no.md", "no.png", "no/h.md#x"]
+
+
+def test_each_study_has_a_page_and_each_page_a_study():
+    """A table that nobody explains, and a page of no measurement, are both left-overs."""
+    tables = {path.name for path in (ROOT / "benchmarks").glob("*.md")} - {"README.md"}
+    pages = {path.name: path.read_text() for path in (DOCS / "benchmarks").glob("*.md")}
+    index = pages.pop("index.md")
+    linked = {name: set(re.findall(r"\]\(\.\./\.\./benchmarks/([\w.-]+)\)", text)) for name, text in pages.items()}
+    assert tables - set().union(*linked.values()) == set(), "a table without a page in docs/benchmarks"
+    assert [name for name, files in linked.items() if not files] == [], "a page without results"
+    assert [name for name in pages if f"]({name})" not in index] == [], "a page that docs/benchmarks/index.md lacks"
+    # The site has a table in the place of a link that stands alone on a line.
+    table = r"\[[^\]]*\]\(\.\./\.\./benchmarks/[\w.-]+\.md\)"
+    lines = [line for text in pages.values() for line in text.splitlines() if re.search(table, line)]
+    assert [line for line in lines if not re.fullmatch(table, line)] == []
+    assert len(lines) >= len(tables)

@@ -37,7 +37,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table in Markdown, so that `benchmarks/README.md` and reports take it as it is."""
+    """Print a table in Markdown, so that `docs/benchmarks/` and reports take it as it is."""
     print(f"\n{title}\n")
     for cells in (headings, ["---"] * len(headings), *rows):
         print("|", " | ".join(map(str, cells)), "|")

@@ -1,10 +1,12 @@
-"""Formulas of docstrings, and pages that would load something from elsewhere."""
+"""Formulas of docstrings, tables of studies, and pages that would load something from elsewhere."""
 
 import pytest
 
 pytest.importorskip("griffe", reason="needs the extra docs")
 pytest.importorskip("latex2mathml", reason="needs the extra docs")
+pytest.importorskip("mkdocs", reason="needs the extra docs")
 
+import doctest  # noqa: E402
 import types  # noqa: E402
 
 import site_hooks  # noqa: E402
@@ -40,3 +42,25 @@ def test_pages_load_nothing_from_elsewhere(tag, refused):
             site_hooks.on_post_page(tag, page=PAGE)
     else:
         assert site_hooks.on_post_page(tag, page=PAGE) == tag
+
+
+def test_doctests():
+    found = doctest.testmod(site_hooks)
+    assert found.attempted >= 3 and found.failed == 0
+
+
+def test_a_link_to_a_table_becomes_the_table(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "one.md").write_text("# one\n\n| a |\n| --- |\n")
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="benchmarks/one.md"))
+    text = "# One\n\n[The table](../../benchmarks/one.md)\n\nRuns: [a](../../benchmarks/one.jsonl), [b](two.md).\n"
+    made = site_hooks.on_page_markdown(text, page=page, config={"config_file_path": str(tmp_path / "mkdocs.yml")})
+    assert made == "# One\n\n| a |\n| --- |\n\n\nRuns: [a](results/one.jsonl), [b](two.md).\n"
+
+
+def test_pages_follow_the_index(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "index.md").write_text("# All\n\n## First\n\n[One](one.md)\n")
+    config = {"docs_dir": str(tmp_path), "nav": ["a.md", {"Benchmarks": "benchmarks/index.md"}]}
+    pages = ["benchmarks/index.md", {"First": ["benchmarks/one.md"]}]
+    assert site_hooks.on_config(config)["nav"] == ["a.md", {"Benchmarks": pages}]
