@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mfac_hf.hub.trainer_card import attach_card
     from mfac_hf.memory import MemoryEstimate, memory_estimate
     from mfac_hf.optim.mfac import MFAC
+    from mfac_hf.planner import Machine, RankPlan, plan_ranks
     from mfac_hf.pruning.oneshot import prune_one_shot
     from mfac_hf.pruning.schedule import SparsitySchedule
     from mfac_hf.pruning.trainer.callback import MFACPruningCallback
@@ -19,11 +20,14 @@ __version__ = "0.1.0"
 _MODULES = {
     "MFAC": "mfac_hf.optim.mfac",
     "MFACPruningCallback": "mfac_hf.pruning.trainer.callback",
+    "Machine": "mfac_hf.planner",
     "MemoryEstimate": "mfac_hf.memory",
+    "RankPlan": "mfac_hf.planner",
     "SparsitySchedule": "mfac_hf.pruning.schedule",
     "attach_card": "mfac_hf.hub.trainer_card",
     "load_sparse": "mfac_hf.sparse.files",
     "memory_estimate": "mfac_hf.memory",
+    "plan_ranks": "mfac_hf.planner",
     "prune_one_shot": "mfac_hf.pruning.oneshot",
     "push_to_hub": "mfac_hf.hub.push",
     "save_sparse": "mfac_hf.sparse.files",
@@ -33,12 +37,15 @@ _MODULES = {
 __all__ = [
     "MFAC",
     "MFACPruningCallback",
+    "Machine",
     "MemoryEstimate",
+    "RankPlan",
     "SparsitySchedule",
     "__version__",
     "attach_card",
     "load_sparse",
     "memory_estimate",
+    "plan_ranks",
     "prune_one_shot",
     "push_to_hub",
     "save_sparse",

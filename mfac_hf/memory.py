@@ -61,7 +61,7 @@ def memory_estimate(
         raise ValueError(f"num_grads is {num_grads}; expected at least 1")
     if embedding_rows is not None and embedding_rows < 0:
         raise ValueError(f"embedding_rows is {embedding_rows}; expected at least 0, or None for dense embeddings")
-    tables = {} if isinstance(model_or_numel, int) or embedding_rows is None else _input_embeddings(model_or_numel)
+    tables = {} if isinstance(model_or_numel, int) or embedding_rows is None else input_embeddings(model_or_numel)
     numel = _trainable(model_or_numel)
     if numel < 1:
         raise ValueError(f"{numel} parameters to optimize; expected at least 1")
@@ -103,7 +103,7 @@ def gram_matrix_bytes(num_grads: int) -> int:
     return GRAM_MATRICES * num_grads**2 * torch.float64.itemsize
 
 
-def _input_embeddings(model: nn.Module) -> dict[str, Tensor]:
+def input_embeddings(model: nn.Module) -> dict[str, Tensor]:
     """Trainable embedding tables large enough to be stored by rows, each once, without those of an output layer."""
     shared = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     tables = {

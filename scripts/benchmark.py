@@ -7,6 +7,8 @@
     python scripts/benchmark.py --kernels [--device cuda]        # checks and times of the two passes; minutes
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
     python scripts/benchmark.py --pruning --threads 1            # static inverse, blocked and full, beside the paper's
+    python scripts/benchmark.py --plan BERT-mini                 # a plan of ranks beside 1 to 4 that do it; minutes
+    python scripts/benchmark.py --plan_table                     # the plans of docs/several-devices.md
     python scripts/benchmark.py --sparse                         # sparse files and inference, BERT-base, beside others
     python scripts/benchmark.py --served PRUNED --threads 1      # a model of `mfac prune` in each engine
 
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import accuracy, cost, engines, kernels, optimizer, pruning, sparse
+from bench import accuracy, cost, engines, kernels, optimizer, plan_table, pruning, ranks, sparse
 from bench.common import describe_machine
 
 from mfac_hf.storage import write_json
@@ -38,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         "cost": "time of an optimizer step in Adam's metric, with a short window",
         "kernels": "checks and times of the native kernels (16 GiB of memory on a CPU)",
         "pruning": "static inverse of ResNet-20, blocked and full, beside the paper's recursions (some 20 minutes)",
+        "plan_table": "what models take on a laptop, one GPU, eight, and 64, as planned: nothing is measured",
         "sparse": "sparse files and inference of a random BERT-base, beside the alternatives",
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -46,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("MODEL", "DATA"),
         help="an epoch of SST-2 at m = 1024 beside AdamW, through run_glue.py",
+    )
+    parser.add_argument(
+        "--plan", choices=ranks.MODELS, help="a plan of ranks beside what 1 to 4 gloo ranks hold, send and take"
     )
     parser.add_argument(
         "--served",
@@ -74,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmarks that the flags name, print their tables, and return what is written as JSON."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    names = ("accuracy", "optimizer", "cost", "kernels", "epoch", "pruning", "sparse", "served")
+    names = ("accuracy", "optimizer", "cost", "kernels", "epoch", "pruning", "plan", "plan_table", "sparse", "served")
     if not any(getattr(args, name) for name in names):
         parser.error(f"nothing to do: pass one of {', '.join(f'--{name}' for name in names)}")
     if args.threads is not None:
@@ -113,6 +119,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         pruning.print_blocked(results["pruning_blocked"])
         results["pruning_full"] = [pruning.benchmark_full(1024, 8, args.rounds)]
         pruning.print_full(results["pruning_full"])
+    if args.plan:
+        results["plan"] = ranks.benchmark_plan(args.plan, args.rounds)
+        ranks.print_plan(results["plan"])
+    if args.plan_table:
+        results["plan_table"] = plan_table.docs_table()
+        print(results["plan_table"], end="")
     if args.sparse:
         results["sparse_files"] = sparse.benchmark_sizes(args.rounds)
         sparse.print_sizes(results["sparse_files"])

@@ -4,11 +4,16 @@
     mfac estimate google/bert_uncased_L-2_H-128_A-2 --metric identity --num_grads 1024
     mfac estimate 4400000
     mfac estimate meta-llama/Llama-2-7b-hf --lora_rank 8
+    mfac estimate google-bert/bert-large-uncased --ranks 8 --machine h100
+    mfac estimate meta-llama/Llama-2-7b-hf --lora_rank 16 --ranks 64 --shards 8 --machine h100-infiniband
 
 It reads the configuration of the model and downloads no weights. A checkpoint with a head for pretraining is counted
 with the head of a classifier, with which it is fine-tuned; ``--head`` chooses another. With ``--lora_rank``, what LoRA
 trains is counted. The time is that of the two passes over the window, at the pace that this machine shows on a small
 window of the same dtype, and of factoring an m x m matrix.
+
+With ``--ranks`` it plans instead: what each rank holds, what it sends and computes in a step, and the seconds that
+takes on a machine (`mfac_hf.planner`). No rank is started and nothing is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mfac_hf.cli.errors import as_command_error
+from mfac_hf.cli.planned import add_plan_flags, describe_plan, planned, weights_dtype
 from mfac_hf.defaults import MFAC_DEFAULTS, MFAC_METRIC, TOUCHED_EMBEDDING_ROWS
 
 # Names of --head, and the classes of transformers that build a model with such a head.
@@ -83,6 +89,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         help="layers that get factors, or all-linear (default: peft's choice for the architecture)",
     )
+    add_plan_flags(estimate)
     estimate.add_argument("--no_time", action="store_true", help="do not measure the time on this machine")
     estimate.add_argument("--json", action="store_true", help="print JSON in place of text")
     estimate.set_defaults(run=_run_estimate)
@@ -99,7 +106,11 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
         named = ""
         if model is None:
             model, named = _skeleton(arguments.model, arguments.head)
-        elif flag := next((f for f in ("head", "lora_rank") if getattr(arguments, f) is not None), None):
+            if arguments.ranks is not None:
+                model = model.to(weights_dtype(model, arguments))
+        elif flag := next(
+            (f for f in ("head", "lora_rank", "model_dtype") if getattr(arguments, f) is not None), None
+        ):
             raise ValueError(f"--{flag} {getattr(arguments, flag)} needs a model; {model} is a number of parameters")
         model_class = None if isinstance(model, int) else type(model).__name__
         model = _with_lora(model, arguments.lora_rank, arguments.lora_targets)
@@ -108,6 +119,7 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
             num_grads = MFAC_DEFAULTS[metric]["num_grads"]
         dtype = getattr(torch, arguments.dtype or MFAC_DEFAULTS[metric]["window_dtype"])
         memory = memory_estimate(model, num_grads, dtype, metric=metric, embedding_rows=arguments.embedding_rows)
+        plan = planned(model, num_grads, dtype, arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = available_bytes(device)
     report: dict[str, Any] = {
@@ -120,8 +132,9 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
         "device": str(device),
         "free_bytes": free,
         "step_seconds": None,
+        "plan": None if plan is None else describe_plan(plan),
     }
-    if not arguments.no_time:
+    if plan is None and not arguments.no_time:
         window_bytes = memory.bytes - gram_matrix_bytes(num_grads)
         report["step_seconds"] = _step_seconds(window_bytes, num_grads, dtype, device, metric)
     if arguments.json:
@@ -130,6 +143,9 @@ def _run_estimate(arguments: argparse.Namespace) -> None:
     if report["model_class"] is not None:
         part = "" if arguments.lora_rank is None else f"{adamw_bytes(model) // 8:,} numbers that LoRA trains of "
         print(f"counted: {part}{_describe_class(report['model_class'], named)}")
+    if plan is not None:
+        print(plan.breakdown)
+        return
     print(memory.breakdown)
     verdict = "fits" if memory.bytes <= free else "does NOT fit"
     print(f"{verdict}: {free / GIB:.2f} GiB are free on {device} (the model and its training come on top)")

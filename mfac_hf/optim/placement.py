@@ -6,7 +6,7 @@ share one dense store, so that each pass over the window is one product. A table
 gets a row-sparse store of its own, with values in float32 also in a bfloat16 window: they are its small part.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ __all__ = [
     "is_row_sparse",
     "kept_positions",
     "place",
+    "table_bytes",
 ]
 
 # A parameter gets row-sparse columns if at most this share of the rows of its first gradient is non-zero ...
@@ -167,10 +168,10 @@ def place(
     keeps = {p: kept_positions(masks.get(p)) for p in gradients if p not in tables}
     sizes = {p: gradients[p].numel() if keep is None else len(keep) for p, keep in keeps.items()}
     slots = {p: max(1, min(g.shape[0], len(nonzero_rows(g).rows) * 5 // 4)) for p, g in tables.items()}
-    table_bytes = sum(_table_bytes(tables[p], n, options) for p, n in slots.items())
+    of_tables = sum(table_bytes(tables[p].shape, n, options) for p, n in slots.items())
     dealt = _deal_out(sizes, devices)
     for device, members in dealt.items():
-        beside = (table_bytes, gram_bytes) if device == devices[0] else (0, 0)
+        beside = (of_tables, gram_bytes) if device == devices[0] else (0, 0)
         _require_room(sum(sizes[p] for p in members), *beside, device, options)
 
     placements: dict[Tensor, Placement] = {}
@@ -205,13 +206,13 @@ def _deal_out(sizes: dict[Tensor, int], devices: list[torch.device]) -> dict[tor
 def first_bytes(grad: Tensor, mask: Tensor | None, options: ParameterWindowOptions) -> int:
     """Bytes of the columns of a parameter with this first gradient, its second moment included."""
     if is_row_sparse(grad, options):
-        return _table_bytes(grad, len(nonzero_rows(grad).rows), options)
+        return table_bytes(grad.shape, len(nonzero_rows(grad).rows), options)
     return (grad.numel() if mask is None else int(mask.sum())) * options.column_bytes
 
 
-def _table_bytes(grad: Tensor, slots: int, options: ParameterWindowOptions) -> int:
+def table_bytes(shape: Sequence[int], slots: int, options: ParameterWindowOptions) -> int:
     """Bytes of a table: ``slots`` rows of each gradient and their numbers, the second moment and its rows' steps."""
-    height, width = grad.shape
+    height, width = shape
     rows = options.num_grads * slots * (width * options.result_dtype.itemsize + 8)
     return rows + (height * (width * options.moment_itemsize + 8) if options.moment_itemsize else 0)
 

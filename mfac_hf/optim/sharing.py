@@ -17,7 +17,7 @@ from mfac_hf.optim.placement import Placement, is_row_sparse, place
 from mfac_hf.optim.second_moment import SavedMoment
 from mfac_hf.optim.sharded import Layout
 
-__all__ = ["SHARE_MIN_BYTES", "Owner", "assign_owners", "broadcast_directions", "cut_moments", "place_own"]
+__all__ = ["SHARE_MIN_BYTES", "Owner", "assign_owners", "broadcast_directions", "cut_moments", "deal_out", "place_own"]
 
 # From this size of a whole window on, Trainer's ranks share it by themselves. Below it the memory is little, and a
 # step waits for the messages; above it a step with gloo on one machine was seen to take less time, too.
@@ -106,9 +106,15 @@ def assign_owners(
         masks: parameters that have one; they stay whole.
         group: the ranks; None if there is only this one.
     """
-    if group is None:
+    return deal_out(sizes, owners, masks, 1 if group is None else dist.get_world_size(group))
+
+
+def deal_out(
+    sizes: dict[Tensor, int], owners: dict[Tensor, Owner], masks: Collection[Tensor], ranks: int
+) -> dict[Tensor, Owner]:
+    """As `assign_owners`, for a number of ranks."""
+    if ranks == 1:
         return {p: Owner.whole(p.shape, size) for p, size in sizes.items()}
-    ranks = dist.get_world_size(group)
     load = [sum(owner.load(rank) for owner in owners.values()) for rank in range(ranks)]
     share = (sum(load) + sum(sizes.values())) / ranks
     assigned = {}

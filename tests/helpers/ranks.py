@@ -1,10 +1,12 @@
 """Runs a function on several processes that talk over gloo on the loopback interface."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import socket
 import sys
+from collections import Counter
 from datetime import timedelta
 
 import torch
@@ -38,3 +40,29 @@ def _run(rank, function, rendezvous, ranks, args, environment):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+COLLECTIVES = ("broadcast", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+COLLECTIVES += ("all_gather_single", "reduce_scatter_single")  # what they are called from torch 2.13 on
+
+
+@contextlib.contextmanager
+def counted_bytes():
+    """Bytes handed to collectives in a block; of the whole tensor, where ranks have parts of it."""
+    counts = Counter()
+    plain = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+
+    def counting(name):
+        def call(*arguments, **options):
+            counts[name] += max(x.nbytes for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor))
+            return plain[name](*arguments, **options)
+
+        return call
+
+    for name in plain:
+        setattr(dist, name, counting(name))
+    try:
+        yield counts
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)

@@ -1,10 +1,8 @@
 """One window shared by one to four ranks: the same steps as in one process, on every rank the same bits."""
 
-import contextlib
 import copy
 import pickle
 import warnings
-from collections import Counter
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 
 from mfac_hf import MFAC
 from mfac_hf.optim import placement, ranked
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import counted_bytes, run_on_ranks
 from tests.helpers.shared_net import ADAM, DOUBLE, IDENTITY, Net, assert_same, mask_of, train
 
 RANKS = 4
@@ -32,28 +30,6 @@ def held_by(optimizer, group=None):
     held = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
     dist.all_gather(held, torch.tensor([optimizer._window.nbytes]), group=group)
     return [int(each) for each in held]
-
-
-@contextlib.contextmanager
-def counted_bytes():
-    """Bytes handed to collectives in a block."""
-    counts = Counter()
-    plain = {name: getattr(dist, name) for name in ("broadcast", "all_reduce")}
-
-    def counting(name):
-        def call(tensor, **options):
-            counts[name] += tensor.nbytes
-            return plain[name](tensor, **options)
-
-        return call
-
-    for name in plain:
-        setattr(dist, name, counting(name))
-    try:
-        yield counts
-    finally:
-        for name, function in plain.items():
-            setattr(dist, name, function)
 
 
 def check_shared_window(group):

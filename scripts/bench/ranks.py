@@ -1,0 +1,323 @@
+"""A plan of ranks beside what gloo ranks on this machine do: bytes held, bytes handed to collectives, seconds.
+
+Each number of ranks is started anew on the loopback interface. A rank trains a BERT with random weights on random
+words: under DistributedDataParallel, or in shards of FSDP2. Its collectives are counted by wrapping those of
+`torch.distributed`, those of DistributedDataParallel among them. In every round the ranks first measure,
+all at once, what the plan computes with: the pace of a pass over memory, of a broadcast of the size of all directions,
+the time of a message, and of a step on parameters of one number each. So a plan of more ranks than there are cores has
+the bandwidth that is left to each of them. Ratios are taken within rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from bench.common import print_table
+from mfac_hf import MFAC, Machine, RankPlan, plan_ranks
+from mfac_hf.machine import peak_memory
+from mfac_hf.ops.window import row_dots
+
+# Hidden size, layers and words of the BERT.
+MODELS = {"BERT-tiny": (128, 2, 30_522), "BERT-mini": (256, 4, 30_522), "MiniLM": (384, 6, 30_522)}
+# Ranks and shards.
+MESHES = [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 4), (4, 2)]
+SENTENCES, WORDS = 8, 16
+COLLECTIVES = ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
+COLLECTIVES += ("all_gather_single", "reduce_scatter_single")  # what they are called from torch 2.13 on
+M_MMAP_THRESHOLD = -3  # of glibc
+SAMPLE_NUMBERS = 1 << 23  # of the arrays by which memory is timed: larger than caches
+COUNTED = ("parameters", "gradients", "window", "second_moment")
+
+
+def make_model(name: str) -> nn.Module:
+    """A BERT with a head for two classes, the same on each rank."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    hidden, layers, words = MODELS[name]
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=words,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=max(2, hidden // 64),
+            intermediate_size=4 * hidden,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def benchmark_plan(name: str, rounds: int, meshes: list[tuple[int, int]] | None = None) -> list[dict[str, Any]]:
+    """Start the ranks of each mesh, and compare what they did with the plan.
+
+    Returns:
+        A row for each mesh: planned and measured bytes of the rank that holds the most, bytes handed to collectives,
+        seconds, and the ratios of planned to measured.
+    """
+    rows = []
+    for ranks, shards in MESHES if meshes is None else meshes:
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = (name, ranks, shards, rounds, directory)
+            mp.start_processes(_run, arguments, nprocs=ranks, start_method="spawn")  # type: ignore[no-untyped-call]
+            measured = [torch.load(Path(directory, f"{rank}.pt")) for rank in range(ranks)]
+        rows.append(_compare(name, ranks, shards, measured))
+    return rows
+
+
+def _run(rank: int, name: str, ranks: int, shards: int, rounds: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    if "lo" in [interface for _, interface in socket.if_nameindex()]:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    rendezvous = f"file://{directory}/rendezvous"
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=timedelta(seconds=300)
+    )
+    try:
+        torch.save(measure_rank(name, shards, rounds), Path(directory, f"{rank}.pt"))
+        dist.barrier()
+    finally:
+        gc.collect()  # optimizers lie in reference cycles and hold the group
+        dist.destroy_process_group()
+
+
+def measure_rank(name: str, shards: int, rounds: int) -> dict[str, Any]:
+    """What this rank of the initialized process group holds, hands over and takes."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    model = make_model(name)
+    counts: Counter[str] = Counter()
+    run: nn.Module = model
+    if shards > 1:
+        _shard(model, ranks, shards)
+    elif ranks > 1:
+        run = nn.parallel.DistributedDataParallel(model)
+        run.register_comm_hook(None, allreduce_hook)  # its own all-reduce, through `torch.distributed`
+    sharing = dist.group.WORLD if ranks > 1 and shards == 1 else None
+    optimizer = MFAC(model.parameters(), lr=1e-6, process_group=sharing)
+    paces, times = [], []
+    found: dict[str, Any] = {}
+    numel = sum(p.numel() for p in model.parameters())
+    tiny = _tiny_optimizer(len(list(model.parameters())), sharing)
+    for number in range(rounds + 8):  # the first ones fill the window
+        words = torch.randint(30_000, (ranks, SENTENCES, WORDS), generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        counts.clear()
+        with counted(counts):
+            run(words[rank], labels=torch.arange(SENTENCES) % 2).loss.backward()
+        others = dict(counts)
+        if number >= 8:
+            paces.append(_measure_paces(tiny, numel, ranks))
+        dist.barrier()
+        counts.clear()
+        begun = time.perf_counter()
+        with counted(counts):
+            optimizer.step()
+        if number >= 8:
+            times.append(time.perf_counter() - begun)
+            found |= {"others": others, "own": dict(counts)}
+        found.setdefault("touched", int(words.unique().numel()))
+    before = _fresh_peak()
+    optimizer.step()
+    found["temporary"] = peak_memory() - before
+    held = [getattr(p, "to_local", lambda p=p: p)() for p in model.parameters()]
+    moments = ("second_moment", "moment_steps")
+    found["parameters"] = found["gradients"] = sum(p.nbytes for p in held)
+    found["window"] = optimizer._window.nbytes if optimizer._window is not None else 0
+    found["second_moment"] = sum(
+        value.nbytes for state in optimizer.state.values() for key, value in state.items() if key in moments
+    )
+    return {**found, "paces": paces, "times": times}
+
+
+def _shard(model: nn.Module, ranks: int, shards: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    sizes = (shards,) if ranks == shards else (ranks // shards, shards)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@contextlib.contextmanager
+def counted(counts: Counter[str]) -> Iterator[None]:
+    """Add up the bytes that the block hands to collectives: of the whole tensor, where ranks have parts of it."""
+    plain = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+
+    def counting(name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)]
+            counts[name] += max(tensor.nbytes for tensor in tensors)
+            return plain[name](*arguments, **options)
+
+        return call
+
+    for name in plain:
+        setattr(dist, name, counting(name))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)
+
+
+def _fresh_peak() -> int:
+    """Forget the peak of this process's memory, and return what it holds now; large blocks come anew from here on."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # else what the model has freed would be taken
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def _tiny_optimizer(tensors: int, sharing: Any) -> MFAC:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(tensors)]
+    optimizer = MFAC(parameters, lr=1e-6, process_group=sharing)
+    for _ in range(8):
+        _step_tiny(optimizer)
+    return optimizer
+
+
+def _step_tiny(optimizer: MFAC) -> float:
+    generator = torch.Generator().manual_seed(len(optimizer.state))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(1, generator=generator)
+    begun = time.perf_counter()
+    optimizer.step()
+    return time.perf_counter() - begun
+
+
+def _measure_paces(tiny: MFAC, numel: int, ranks: int) -> dict[str, float]:
+    """What a plan computes with, all ranks at it at once."""
+    sample = torch.ones(8, SAMPLE_NUMBERS, dtype=torch.bfloat16)
+    first, second = torch.ones(SAMPLE_NUMBERS), torch.ones(SAMPLE_NUMBERS)
+    dist.barrier()
+    begun = time.perf_counter()
+    row_dots(sample, first)
+    first.add_(second, alpha=0.5)
+    first.mul_(0.999)
+    memory = (sample.nbytes + 6 * first.nbytes) / (time.perf_counter() - begun)
+    machine = {"memory_bandwidth": memory, "network_bandwidth": 1e12, "latency": 0.0}
+    if ranks > 1:
+        number = torch.zeros(8, dtype=torch.float64)
+        dist.barrier()
+        begun = time.perf_counter()
+        for _ in range(8):
+            dist.all_reduce(number)
+        message = (time.perf_counter() - begun) / 8
+        dist.barrier()
+        begun = time.perf_counter()
+        for root in range(ranks):
+            dist.broadcast(torch.empty(numel // ranks), src=root)
+        spent = time.perf_counter() - begun
+        machine |= {"network_bandwidth": 4 * numel / spent, "latency": message / (2 * (ranks - 1))}
+    dist.barrier()
+    machine["overhead"] = _step_tiny(tiny)
+    return machine
+
+
+def _machine(pace: dict[str, float]) -> Machine:
+    """The machine that was measured in a round; what its step on single numbers took has all overheads."""
+    return Machine(
+        memory=0.0,
+        memory_bandwidth=pace["memory_bandwidth"],
+        network_bandwidth=pace["network_bandwidth"],
+        latency=0.0,
+        flops=1e12,
+        step_overhead=pace["overhead"],
+        tensor_overhead=0.0,
+        joins_gradients=False,
+    )
+
+
+def _compare(name: str, ranks: int, shards: int, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    touched = measured[0]["touched"]
+    model = make_model(name)
+
+    def plan(machine: Machine) -> RankPlan:
+        return plan_ranks(
+            model, ranks=ranks, shards=shards, embedding_rows=touched, machine=machine,
+            share_window=None if shards > 1 else ranks > 1,
+        )  # fmt: skip
+
+    seconds = []
+    for paces, times in zip(
+        zip(*(each["paces"] for each in measured), strict=True),
+        zip(*(each["times"] for each in measured), strict=True),
+        strict=True,
+    ):
+        slowest = {key: (min if key.endswith("bandwidth") else max)(pace[key] for pace in paces) for key in paces[0]}
+        planned = plan(_machine(slowest))
+        seconds.append((planned.compute_seconds, planned.network_seconds(), max(times)))
+    planned = plan(_machine(measured[0]["paces"][0]))
+    bytes_held = {
+        key: {
+            "planned": max(getattr(holding, key) for holding in planned.holdings),
+            "measured": max(each[key] for each in measured),
+        }
+        for key in (*COUNTED, "temporary")
+    }
+    sent = {
+        by: sum(c.payload for c in planned.collectives if (c.by == "MFAC") == (by == "own"))
+        for by in ("own", "others")
+    }
+    return {
+        "model": name,
+        "ranks": ranks,
+        "shards": shards,
+        "cores": os.cpu_count(),
+        "touched_rows": touched,
+        "bytes_held": bytes_held,
+        "bytes_of_collectives": {
+            by: {"planned": sent[by], "measured": max(sum(each[by].values()) for each in measured)} for by in sent
+        },
+        "seconds": {
+            "planned": statistics.median(compute + network for compute, network, _ in seconds),
+            "of_it_network": statistics.median(network for _, network, _ in seconds),
+            "measured": statistics.median(spent for *_, spent in seconds),
+            "ratio": statistics.median((compute + network) / spent for compute, network, spent in seconds),
+        },
+    }
+
+
+def print_plan(rows: list[dict[str, Any]]) -> None:
+    """Print planned beside measured as a table."""
+
+    def cell(pair: dict[str, float], unit: float = 1 << 20) -> str:
+        planned, measured = pair["planned"], pair["measured"]
+        ratio = f" ({planned / measured:.2f})" if measured else ""
+        return f"{planned / unit:.1f} / {measured / unit:.1f}{ratio}"
+
+    print_table(
+        "planned / measured (ratio): MiB of the rank that holds the most, MiB handed to collectives, ms of a step",
+        ("model", "ranks", "shards", "window", "second moments", "temporary", "MFAC's messages", "DDP's or FSDP2's",
+         "ms", "ratio of ms"),
+        (
+            (
+                row["model"], row["ranks"], row["shards"],
+                *(cell(row["bytes_held"][key]) for key in ("window", "second_moment", "temporary")),
+                *(cell(row["bytes_of_collectives"][key]) for key in ("own", "others")),
+                f"{1e3 * row['seconds']['planned']:.1f} / {1e3 * row['seconds']['measured']:.1f}",
+                f"{row['seconds']['ratio']:.2f}",
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
