@@ -1,8 +1,8 @@
 """Build the native kernels of `mfac_hf/csrc` just in time, for the kind of device that is used.
 
 Nothing is compiled at import or at installation. The first operation on a kind of device has its kernels built, once,
-in some ten seconds. Where they cannot be built, the PyTorch implementations in `mfac_hf.ops` answer, with the same
-results up to rounding. The environment variable ``MFAC_NATIVE`` chooses:
+in some ten seconds on an idle machine, and a message says so. Where they cannot be built, the PyTorch implementations
+in `mfac_hf.ops` answer, with the same results up to rounding. The environment variable ``MFAC_NATIVE`` chooses:
 
 - ``auto`` (default): build and use them; where that fails, warn once with the reason and go on without them;
 - ``force``: raise where that fails;
@@ -20,6 +20,7 @@ compared before each use. One that does not fit is built anew.
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -43,6 +44,8 @@ __all__ = [
     "missing_tools",
     "native_status",
 ]
+
+logger = logging.getLogger(__name__)
 
 SOURCES = {
     "cpu": tuple(f"mfac_cpu{part}.cpp" for part in ("", "_metric", "_sparse", "_blocks", "_gram", "_trace")),
@@ -137,7 +140,7 @@ def missing_tools(device_type: str) -> list[str]:
     missing = []
     if os.name != "posix":
         missing.append(f"native kernels are built on Linux and macOS, not on {platform.system()}")
-    if _torch_version() < OLDEST_TORCH:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         missing.append(
             f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}: pip install -U torch"
         )
@@ -204,6 +207,8 @@ def build_native(device_type: str) -> Path:
         try:
             bounded_wait.lock(lock)
             if not _is_whole(library):  # another process may have built it while this one waited
+                # A warning, since the step that waits here would look stuck.
+                logger.warning("building native %s kernels, once, in %s: the first step waits", device_type, directory)
                 _build(device_type, library, lambda: os.utime(lock))
         finally:
             os.close(lock)
@@ -322,8 +327,3 @@ def _mode() -> str:
     if mode not in ("auto", "force", "off"):
         raise ValueError(f"MFAC_NATIVE is {mode!r}; expected auto, force or off")
     return mode
-
-
-def _torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)

@@ -85,7 +85,7 @@ def machine(tmp_path, monkeypatch):
     return machine
 
 
-def test_first_use_builds_and_every_later_one_loads(machine):
+def test_first_use_builds_and_says_so_and_every_later_one_loads(machine, caplog):
     directory = build.build_directory("cpu")
     library = directory / "mfac_cpu.so"
     assert build.native_status("cpu") == f"built at first use, in {directory}"
@@ -94,6 +94,7 @@ def test_first_use_builds_and_every_later_one_loads(machine):
     use_operators()
     assert machine.loaded == [str(library)]
     assert len(machine.compilations) == 1
+    assert caplog.messages == [f"building native cpu kernels, once, in {directory}: the first step waits"]
     assert library.read_text() == "whole\n"
     assert sorted(path.name for path in directory.iterdir()) == FILES
     assert build.native_status("cpu") == "in use"
@@ -103,7 +104,7 @@ def test_first_use_builds_and_every_later_one_loads(machine):
     assert build.native_status("cpu") == f"built, in {directory}"
     use_operators()
     assert machine.loaded == [str(library)] * 2
-    assert len(machine.compilations) == 1
+    assert len(machine.compilations) == len(caplog.messages) == 1
     assert not (directory / "build.lock").exists(), "nothing is written where a library is there: it may be read-only"
 
 
