@@ -228,7 +228,8 @@ def _locate(source: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
         raise  # no network and nothing in the cache, which its message says
     except EntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{source} on the Hub has no {name}; from_pretrained loads repositories with an ordinary model.safetensors"
+            f"{source} on the Hub has no {name}: a push leaves it out where it is hardly smaller than "
+            "model.safetensors, which from_pretrained loads"
         ) from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
+import warnings
 from typing import Any, TypeVar, cast
 
 import torch
@@ -105,7 +106,9 @@ class SparseLinear(nn.Module):
 
     def _csr(self) -> Tensor:
         size = (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(self.rows, self.columns, self.values, size, check_invariants=False)
+        with warnings.catch_warnings():  # CSR tensors announce themselves as beta
+            warnings.simplefilter("ignore")
+            return torch.sparse_csr_tensor(self.rows, self.columns, self.values, size, check_invariants=False)
 
     def dense(self) -> Tensor:
         """Put the dense weight together."""

@@ -6,6 +6,7 @@ The script loads its data, makes the Trainer and evaluates; `TrainerRun` does ev
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,8 @@ from mfac_hf.training.lora_arguments import LoraArguments, add_lora, base_of_ada
 from mfac_hf.training.pruning_arguments import GradualArguments, PruningArguments, build_pruning_callback
 
 __all__ = ["TrainerRun"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerRun:
@@ -203,13 +206,16 @@ class TrainerRun:
         }
 
     def finish(self, trainer: Trainer, results: dict[str, Any]) -> None:
-        """Write ``results.json`` into the output directory and, with ``--push_to_hub``, push it."""
+        """Write ``results.json`` into the output directory, say what it has and, with ``--push_to_hub``, push it."""
         if trainer.is_world_process_zero():
-            write_results(
+            path = write_results(
                 str(self.training_args.output_dir),
                 results,
                 arguments=self.arguments,
                 argv=self.argv,
                 started=self.started,
             )
+            if "selection_value" in results:
+                logger.info("%s %.4g", results["selection_metric"], results["selection_value"])
+            logger.info("all results are in %s", path)
             push_run(trainer)
