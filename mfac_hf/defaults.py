@@ -5,11 +5,11 @@ from typing import Any
 __all__ = [
     "MFAC_DEFAULTS",
     "MFAC_METRIC",
-    "PRUNING_DAMPING",
+    "PAPER_PRUNING_DAMPING",
     "PRUNING_DAMPING_TEXT",
+    "RELATIVE_PRUNING_DAMPING",
     "TOUCHED_EMBEDDING_ROWS",
     "defaults_of",
-    "pruning_damping",
 ]
 
 # Of `mfac_hf.MFAC`.
@@ -54,21 +54,14 @@ def defaults_of(metric: str) -> dict[str, Any]:
     return MFAC_DEFAULTS[metric]
 
 
-# Of `mfac_hf.prune_one_shot` and the callback, by Fisher, for gradients of single examples.
-PRUNING_DAMPING = {"scaled": 5e-4, "empirical": 1e-5}
-PRUNING_DAMPING_TEXT = "{scaled:g} over the examples of a gradient (scaled), {empirical:g} (empirical)".format_map(
-    PRUNING_DAMPING
+# Of `mfac_hf.prune_one_shot` and the callback. Scaled gradients are of one length within a model, and of another in
+# the next: their damping counts in units of their mean squared entry. The empirical Fisher has the paper's number.
+RELATIVE_PRUNING_DAMPING = 0.03
+PAPER_PRUNING_DAMPING = 1e-5
+PRUNING_DAMPING_TEXT = (
+    f"{RELATIVE_PRUNING_DAMPING:g} of the mean squared entry of a gradient (scaled), "
+    f"{PAPER_PRUNING_DAMPING:g} (empirical)"
 )
-
-
-def pruning_damping(fisher: str, grad_batch_size: int) -> float:
-    """The damping of a pruning whose gradients are means over so many examples.
-
-    Scaled gradients are of about one length, in unlike directions, so that the squares of their mean over B examples
-    are a B-th of their squares. Others differ by orders of magnitude, and keep the number that they had.
-    """
-    return PRUNING_DAMPING[fisher] / (grad_batch_size if fisher == "scaled" else 1)
-
 
 # Of `mfac_hf.memory_estimate`: rows of an embedding table that one batch looks up.
 TOUCHED_EMBEDDING_ROWS = 512

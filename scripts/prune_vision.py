@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import torch
 
-from mfac_hf.defaults import PRUNING_DAMPING_TEXT, pruning_damping
+from mfac_hf.defaults import PRUNING_DAMPING_TEXT
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.machine import describe_run
 from mfac_hf.pruning.engine import prune_to
@@ -123,8 +123,6 @@ class PruneArguments(VisionArguments):
         super().__post_init__()
         if self.momentum is None and (self.optim, self.metric) != ("mfac", "adam"):
             self.momentum = 0.9
-        if self.prundamp is None and self.prun_batchsize > 0:  # logs say which
-            self.prundamp = pruning_damping(self.fisher, self.prun_batchsize)
 
     def steps(self) -> tuple[tuple[int, float], ...]:
         """(epoch, sparsity) of each pruning step, before any adjustment.
@@ -258,6 +256,7 @@ class Pruner:
             "prune",
             step,
             seconds=report.seconds,
+            damping=sorted({part["damping"] for part in report.steps if part["damping"] is not None}),
             num_grads=report.num_grads,
             groups=report.steps[-1]["groups"] if report.steps else 0,
             predicted_loss_increase=report.predicted_loss_increase,

@@ -22,7 +22,6 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from mfac_hf.defaults import PRUNING_DAMPING
 from mfac_hf.machine import describe_run
 from mfac_hf.pruning.engine import prune_to
 from mfac_hf.pruning.gradients import DataLoaderGradients
@@ -117,10 +116,13 @@ class Study:
         report = prune_to(self.run.bare_model, masks, source, sparsity, options, progress=False)
         return {"seconds": report.seconds, "predicted_loss_increase": report.predicted_loss_increase}
 
-    def damping(self, family: str) -> float:
-        """The damping of a family with the best accuracy on the tuning images; what is missing is tried now."""
+    def damping(self, family: str) -> float | None:
+        """The damping of a family with the best accuracy on the tuning images; what is missing is tried now.
+
+        None is the library's own, for families that are not tuned.
+        """
         if family not in TUNING:
-            return PRUNING_DAMPING["empirical" if family == "magnitude" else "scaled"]  # magnitude pruning has none
+            return None
         method, candidates = TUNING[family]
         for damping in candidates:
             key = {"phase": "tuning", "family": family, "damping": damping}
@@ -183,7 +185,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             here = [row for row in mine if row["key"]["sparsity"] == sparsity]
             cells.append(_cell(here) if here else "")
         images = max(row["images"] for row in mine)
-        damping = "" if name == "magnitude" else f"{mine[0]['damping']:g}"
+        tuned = mine[0]["damping"]
+        damping = "" if name == "magnitude" else "its own" if tuned is None else f"{tuned:g}"
         lines.append(f"| {name} | {images:,} | {damping} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

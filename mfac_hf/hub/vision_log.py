@@ -97,10 +97,14 @@ def _vision_pruning(
     for row in until:
         epochs += row.get("event") == "epoch"
         if row.get("event") == "prune":
-            steps.append({"at": f"after {epochs} epochs", "sparsity": row.get("sparsity", 0.0)})
+            damping = {"damping": row["damping"]} if row.get("damping") else {}  # older logs have none
+            steps.append({"at": f"after {epochs} epochs", "sparsity": row.get("sparsity", 0.0), **damping})
     # Logs without it are older than the scaled Fisher.
     fisher = {"fisher": arguments.get("fisher", "empirical")} if arguments.get("pruner") == "mfac" else {}
+    options = fisher | {key: arguments.get(key) for key in (*keys, "pattern", "scope", "reestimate_bn")}
+    if options["prundamp"] is None:  # the steps tell
+        del options["prundamp"]
     return {
-        "options": fisher | {key: arguments.get(key) for key in (*keys, "pattern", "scope", "reestimate_bn")},
+        "options": options,
         "steps": steps,
     }

@@ -82,7 +82,7 @@ def mfac_step(
     """
     step = _Step(parameters, masks, options, gradients, layout)
     if search is not None:
-        step.descend(groups, search)
+        step.descend(groups, dampings, search)
     costs, scale = _costs(step, groups, dampings)
     proposals = [
         Proposal(
@@ -114,27 +114,22 @@ def first_order_step(
     gradients: GradientSet,
     *,
     groups: Sequence[Sequence[str]],
+    dampings: Dampings,
     layout: Layout,
     search: LengthSearch,
 ) -> None:
     """Move the weights that are left along a first-order step, and remove none; see :func:`mfac_step`."""
-    _Step(parameters, masks, options, gradients, layout).descend(groups, search)
+    _Step(parameters, masks, options, gradients, layout).descend(groups, dampings, search)
 
 
 def _costs(
     step: _Step, groups: Sequence[Sequence[str]], dampings: Dampings
 ) -> tuple[dict[float, dict[str, Tensor]], float]:
-    """Return costs by damping and target, and the mean squared entry of a gradient.
-
-    That is of all targets where dampings are relative to it, else of the first group.
-    """
-    scale = step.mean_square() if dampings.relative and len(groups) > 1 else 0.0
-    costs: dict[float, dict[str, Tensor]] = {}
+    """Return costs by damping and target, and the mean squared entry of a gradient; see `_Step.scale`."""
+    scale = step.scale(groups, dampings)
+    costs: dict[float, dict[str, Tensor]] = {damping: {} for damping in dampings.absolute(scale)}
     for names in groups:
-        mean_square = step.visit(names)
-        if not costs:
-            scale = scale or mean_square
-            costs = {damping: {} for damping in dampings.absolute(scale)}
+        step.visit(names)
         for damping in list(costs):
             try:
                 costs[damping] |= {name: step.costs(name, damping) for name in names}
@@ -187,14 +182,13 @@ class _Step:
         self._mean_square = self._mean(names, sum(float(square_D.sum()) for square_D in squares))
         return self._mean_square
 
-    def descend(self, groups: Sequence[Sequence[str]], search: LengthSearch) -> None:
+    def descend(self, groups: Sequence[Sequence[str]], dampings: Dampings, search: LengthSearch) -> None:
         """Move the weights that are left down the loss, by the length that the search finds; the model has them then.
 
         One group keeps its Fishers for what follows; several are visited again, at the new weights.
         """
         slopes, directions = self.gradients.mean(self.parameters), {}
-        damping = self.options.damping
-        assert damping is not None and not isinstance(damping, str)  # PruningOptions
+        (damping,) = dampings.absolute(self.scale(groups, dampings))  # PruningOptions: there is one
         for names in groups:
             self.visit(names)
             for name in names:
@@ -219,7 +213,13 @@ class _Step:
         if len(groups) > 1:
             self.fishers = {}
 
-    def mean_square(self) -> float:
+    def scale(self, groups: Sequence[Sequence[str]], dampings: Dampings) -> float:
+        """Return the mean squared entry of a gradient over all targets; 0 for several groups that need no such."""
+        if len(groups) == 1:
+            return self.visit(groups[0])
+        return self._mean_square_of_all() if dampings.relative else 0.0
+
+    def _mean_square_of_all(self) -> float:
         """Return the mean squared entry of a gradient over all targets, by a pass of its own."""
         names = list(self.parameters)
         total = 0.0

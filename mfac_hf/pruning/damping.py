@@ -1,4 +1,4 @@
-"""Automatic damping: several dampings are tried, and the loss on held-out examples decides.
+"""The damping: a number, one relative to the gradients, or several of them, among which a held-out loss decides.
 
 A Fisher takes any damping after its gradients are accumulated, so one set of gradients serves all trials.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mfac_hf.defaults import RELATIVE_PRUNING_DAMPING
 from mfac_hf.pruning.gradient_source import GradientSource
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.proposal import Proposal, write_weights
@@ -35,10 +36,11 @@ class Dampings:
 
     @classmethod
     def of_options(cls, options: PruningOptions) -> Dampings:
-        """Make the damping of the options, or for ``"auto"`` all of `SWEEP`."""
+        """Make the damping of the options, the scaled Fisher's default for None, or for ``"auto"`` all of `SWEEP`."""
         if isinstance(options.damping, str):
             return cls(SWEEP, relative=True)
-        assert options.damping is not None  # PruningOptions
+        if options.damping is None:
+            return cls((RELATIVE_PRUNING_DAMPING,), relative=True)
         return cls((options.damping,))
 
     def absolute(self, mean_square: float) -> list[float]:

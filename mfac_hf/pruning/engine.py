@@ -180,7 +180,7 @@ class _Substeps:
             records.append(record)
             logger.info("pruned to %.4f in sub-step %d", masks.sparsity, step)
         if search is not None and records:
-            self.descend(masks, search, records)
+            self.descend(masks, dampings, search, records)
         for number, record in enumerate(records):
             record["first_order"] = search.steps[number] if search else None
         return records
@@ -191,16 +191,21 @@ class _Substeps:
             assert self.source is not None  # _check
             self.source.average_batch_norms(self.model, count, substep_seed(self.options.seed, 0))
 
-    def descend(self, masks: MaskSet, search: LengthSearch, records: list[dict[str, Any]]) -> None:
+    def descend(self, masks: MaskSet, dampings: Dampings, search: LengthSearch, records: list[dict[str, Any]]) -> None:
         """Take the first-order step after the last sub-step, whose record gets its gradients and its time."""
         begun, step = time.perf_counter(), len(records) + 1
         assert self.source is not None  # _check
-        with self._bar("first-order step", len(self.groups)) as bar:
+        passes = len(self.groups) + (dampings.relative and len(self.groups) > 1)
+        with self._bar("first-order step", passes) as bar:
             seed = substep_seed(self.options.seed, step)
             gradients = GradientSet(self.source, self.model, self.options.num_grads, seed, bar.update)
             layout = Layout.of(self.model, self.parameters)
             first_order_step(
-                *(self.parameters, masks, self.options, gradients), groups=self.groups, layout=layout, search=search
+                *(self.parameters, masks, self.options, gradients),
+                groups=self.groups,
+                dampings=dampings,
+                layout=layout,
+                search=search,
             )
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         follow_first_rank(weights, {name: keep for name, keep in masks.items()}, self.process_group)
@@ -231,7 +236,8 @@ class _Substeps:
         assert self.source is not None  # _check
         many = len(self.groups) if len(self.groups) > 1 else 0
         passes = 2 * many + dampings.relative if many else 1
-        with self._bar(f"pruning {step}/{options.recomputations}", passes + (many if search else 0)) as bar:
+        passes += many + dampings.relative if many and search else 0
+        with self._bar(f"pruning {step}/{options.recomputations}", passes) as bar:
             seed = substep_seed(options.seed, step)
             gradients = GradientSet(self.source, self.model, options.num_grads, seed, bar.update)
             if options.block_size is None:

@@ -48,12 +48,15 @@ def full_step(
         FloatingPointError: the damping is too small for the Fisher to be inverted.
     """
     assert not isinstance(level, Mapping)  # PruningOptions
-    (damping,) = Dampings.of_options(options).values
     kept = {name: masks[name].flatten() for name in parameters}
     at = {name: keep.nonzero().squeeze(1) for name, keep in kept.items()}
     dim = sum(len(index) for index in at.values())
+    grads_MD = _collect(parameters, at, gradients)
+    (damping,) = Dampings.of_options(options).absolute(
+        float(torch.linalg.vector_norm(grads_MD)) ** 2 / grads_MD.numel()
+    )
     fisher = FullFisher(
-        _collect(parameters, at, gradients),
+        grads_MD,
         damping=damping,
         page_size=-(-dim // options.pages),
         device=next(iter(parameters.values())).device,

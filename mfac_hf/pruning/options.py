@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from mfac_hf.defaults import pruning_damping
+from mfac_hf.defaults import PAPER_PRUNING_DAMPING
 
 if TYPE_CHECKING:
     from mfac_hf.pruning.masks import MaskSet
@@ -55,9 +55,10 @@ class PruningOptions:
             selection is ``"diagonal"`` and the gradients are kept in host memory.
         damping: number added to the Fisher's diagonal, in units of a squared gradient entry. It has to scale with the
             gradients: those of single examples are larger than those of batches, and scaled ones than others. None:
-            `mfac_hf.defaults.pruning_damping`, by Fisher and ``grad_batch_size``. ``"auto"`` tries several
-            numbers in the first sub-step, as if that were the only one, and takes the one with the lowest loss on
-            ``loss_samples`` held-out examples; later sub-steps scale it with their gradients.
+            for the scaled Fisher 0.03 times the mean squared entry of the gradients of each sub-step, pruned weights
+            left out; 1e-5, the paper's, for the empirical one. ``"auto"`` tries several numbers in the first sub-step,
+            as if that were the only one, and takes the one with the lowest loss on ``loss_samples`` held-out
+            examples; later sub-steps scale it with their gradients.
         recomputations: sub-steps, with new gradients in each.
         selection: ``"greedy"`` removes one weight after the other and updates the costs of the rest; ``"diagonal"``
             takes all costs from one inverse, as the paper does.
@@ -115,8 +116,8 @@ class PruningOptions:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
         check_fisher(self.fisher, self.fisher_floor)
-        if self.damping is None:
-            object.__setattr__(self, "damping", pruning_damping(self.fisher, self.grad_batch_size))
+        if self.damping is None and self.fisher == "empirical":
+            object.__setattr__(self, "damping", PAPER_PRUNING_DAMPING)
         if self.block_size is None:
             self._check_full()
         elif not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
@@ -143,7 +144,7 @@ class PruningOptions:
                     f"{name} is {getattr(self, name)!r}; without blocks (block_size None) only {only!r} is possible"
                 )
         if isinstance(self.damping, str):
-            raise ValueError("damping is 'auto'; without blocks (block_size None) it has to be a number")
+            raise ValueError("damping is 'auto'; without blocks (block_size None) it has to be a number or None")
 
     def _check_first_order(self) -> None:
         """Refuse what a first-order step cannot go with, and hold examples out for its length."""
@@ -151,7 +152,7 @@ class PruningOptions:
             if getattr(self, name) == wrong:
                 raise ValueError(
                     f"{name} is {wrong!r}; a first-order step (first_order) needs method 'mfac', a block_size and a "
-                    "number for the damping"
+                    "damping that is a number or None"
                 )
         if self.loss_samples == 0:
             object.__setattr__(self, "loss_samples", FIRST_ORDER_LOSS_SAMPLES)

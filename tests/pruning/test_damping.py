@@ -1,13 +1,15 @@
-"""Automatic damping: the lowest held-out loss decides, and later sub-steps follow their gradients."""
+"""The damping: relative to the gradients by default; automatic, by the lowest held-out loss."""
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+from mfac_hf import prune_one_shot
 from mfac_hf.fisher import BlockedFisher
 from mfac_hf.pruning import MaskSet, PruningOptions, find_targets, prune_to
 from mfac_hf.pruning.damping import Dampings, best_proposal
 from mfac_hf.pruning.proposal import Proposal
-from tests.helpers.pruning_network import Spy, one_shot
+from tests.helpers.pruning_network import Spy, cross_entropy, one_shot
 
 
 def test_automatic_damping_takes_the_lowest_held_out_loss(model, trained):
@@ -35,6 +37,43 @@ def test_later_substeps_keep_the_damping_relative_to_their_gradients(model):
     assert relative == pytest.approx([relative[0]] * 3, rel=1e-4)
     assert [len(step["damping_losses"]) for step in report.steps] == [5, 0, 0]
     assert len({step["damping"] for step in report.steps}) == 3
+
+
+def test_the_scaled_default_is_relative_to_the_gradients_in_every_kind_of_step(model, trained):
+    def damping(memory_budget=None, **options):
+        model.load_state_dict(trained)
+        masks, source = MaskSet.dense(model, find_targets(model)), Spy(loss_samples=24)
+        chosen = PruningOptions(num_grads=16, **{"block_size": 8, **options}, memory_budget=memory_budget)
+        report = prune_to(model, masks, source, 0.6, chosen, progress=False)
+        rows = source.collections[0][0].values()
+        squares = torch.cat([torch.cat(parts).flatten() for parts in rows]).square()
+        return report.steps[0]["damping"], report.steps[0]["groups"], float(squares.mean())
+
+    found, groups, mean_square = damping()
+    assert groups == 1 and found == pytest.approx(0.03 * mean_square, rel=1e-5)
+    in_groups, groups, _ = damping(memory_budget=BlockedFisher.nbytes(144, 8, 16))
+    assert groups > 1 and in_groups == pytest.approx(found, rel=1e-5)
+    assert damping(block_size=None, selection="diagonal")[0] == pytest.approx(found, rel=1e-5)
+    assert damping(first_order=True)[0] == pytest.approx(found, rel=1e-5)
+    assert damping(fisher="scaled", damping=2e-4)[0] == 2e-4
+
+
+def test_the_scaled_default_prunes_alike_where_weights_and_gradients_have_another_unit():
+    """Ten times the weights and a tenth of the inputs: the same function, and a hundredth of the squared gradients."""
+
+    def pruned(unit, **options):
+        torch.manual_seed(0)
+        model, inputs = torch.nn.Linear(8, 3, bias=False), torch.randn(64, 8)
+        labels = inputs[:, :3].argmax(dim=1)
+        with torch.no_grad():
+            model.weight.mul_(unit)
+        data = DataLoader(TensorDataset(inputs / unit, labels), batch_size=4)
+        settings = {"num_grads": 32, "block_size": 8, "progress": False, "targets": ["weight"], **options}
+        prune_one_shot(model, data, 0.5, loss_fn=cross_entropy, **settings)
+        return model.weight.detach() / unit
+
+    torch.testing.assert_close(pruned(10.0), pruned(1.0), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(pruned(10.0, damping=1e-2), pruned(1.0, damping=1e-2), rtol=1e-2)
 
 
 def proposal(damping, weights, level=0.5):

@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from mfac_hf.defaults import PRUNING_DAMPING
+from mfac_hf.defaults import PAPER_PRUNING_DAMPING
 from mfac_hf.pruning.options import PruningKeywords, PruningOptions
 from tests.helpers.pruning_network import one_shot
 
@@ -28,9 +28,8 @@ def test_a_first_order_step_holds_examples_out_by_itself():
 
 
 def test_the_damping_is_that_of_the_fisher():
-    assert PruningOptions().damping == PRUNING_DAMPING["scaled"]
-    assert PruningOptions(grad_batch_size=4).damping == PRUNING_DAMPING["scaled"] / 4
-    assert PruningOptions(fisher="empirical").damping == PRUNING_DAMPING["empirical"] == 1e-5
+    assert PruningOptions().damping is None
+    assert PruningOptions(fisher="empirical").damping == PAPER_PRUNING_DAMPING == 1e-5
     assert PruningOptions(fisher="empirical", grad_batch_size=4).damping == 1e-5
     assert PruningOptions(damping=3e-4).damping == PruningOptions(fisher="empirical", damping=3e-4).damping == 3e-4
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import train_vision
 
-from mfac_hf.defaults import PRUNING_DAMPING
 from mfac_hf.models import read_checkpoint
 from mfac_hf.storage import load_tensors, save_tensors
 from mfac_hf.training.arguments import parse_args
@@ -31,10 +30,10 @@ def test_the_references_own_call_gives_its_plan():
     options = args.options(2, 3)
     assert (options.num_grads, options.grad_batch_size, options.recomputations) == (64, 32, 16)
     assert (options.selection, options.update, options.fisher) == ("greedy", "joint", "scaled")
-    assert options.damping == args.prundamp == PRUNING_DAMPING["scaled"] / 32
+    assert options.damping is args.prundamp is None
     args = arguments(*CALL.split()[2:], "--fisher", "empirical", "--fisher_floor", ".01")
     options = args.options(2, 3)
-    assert (options.fisher, options.fisher_floor, options.damping, args.prundamp) == ("empirical", 0.01, 1e-5, 1e-5)
+    assert (options.fisher, options.fisher_floor, options.damping) == ("empirical", 0.01, 1e-5)
 
 
 def test_steps_down_the_loss_and_batch_norms_are_the_options():
