@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mfac_hf.cli.errors import CommandError
+from mfac_hf.defaults import PRUNING_DAMPING_TEXT
 from mfac_hf.pruning.options import Fisher, Method, PruningOptions, Scope, Selection, Update
 from mfac_hf.storage import write_json, written_directory
 
@@ -31,7 +32,7 @@ _DATA = ("dataset", "max_seq_length", "max_train_samples", "max_eval_samples")
 
 
 def add_parser(commands: Any) -> None:
-    """Add `mfac prune` to the sub-commands; the options have the defaults of `PruningOptions`, but for the damping."""
+    """Add `mfac prune` to the sub-commands; the options have the defaults of `PruningOptions`."""
     prune = commands.add_parser(
         "prune",
         help="prune a fine-tuned model in one go",
@@ -77,8 +78,11 @@ def _add_method(group: Any) -> None:
     add("grad-batch-size", "examples that each gradient is the mean of", type=int)
     add("examples-per-pass", "examples that one pass through the model serves at most", type=int)
     add("block-size", "weights in a block of the Fisher", type=int)
-    # Not the library's number: it has to scale with the gradients, which a user of the command never sees.
-    add("damping", "added to the Fisher's diagonal; auto tries several on held-out training examples", default="auto")
+    group.add_argument(
+        "--damping",
+        help="added to the Fisher's diagonal, or auto: the value with the lowest loss on held-out training examples "
+        f"(default: {PRUNING_DAMPING_TEXT})",
+    )
     add("selection", "how weights are chosen; diagonal is the paper's way", choices=get_args(Selection))
     add("update", "how the other weights make up for them; sum is the paper's way", choices=get_args(Update))
     add("pattern", "unstructured, 2:4 (any N:M), block4 (any length)")
@@ -86,8 +90,7 @@ def _add_method(group: Any) -> None:
     group.add_argument(
         "--first-order",
         action="store_true",
-        help="a step of the survivors down the loss after each sub-step, as long as held-out examples say; needs "
-        "a number for --damping",
+        help="a step of the survivors down the loss after each sub-step, as long as held-out examples say",
     )
     add("batch-norm-samples", "examples that batch norms are averaged over after each sub-step; 0: not", type=int)
     add("seed", "seed that chooses the examples", type=int)
@@ -155,7 +158,7 @@ def _options(arguments: argparse.Namespace) -> PruningOptions:
         grad_batch_size=arguments.grad_batch_size,
         examples_per_pass=arguments.examples_per_pass,
         block_size=arguments.block_size,
-        damping=parse_damping(arguments.damping, "--damping"),
+        damping=None if arguments.damping is None else parse_damping(arguments.damping, "--damping"),
         recomputations=arguments.recomputations,
         selection=arguments.selection,
         update=arguments.update,

@@ -65,14 +65,13 @@ def test_the_directory_has_a_sparse_model_its_masks_and_the_report(prune, model,
     assert (out / "tokenizer.json").exists() or (out / "vocab.txt").exists()
 
 
-def test_defaults_are_those_of_the_library_but_for_the_damping():
+def test_defaults_are_those_of_the_library():
     commands = argparse.ArgumentParser().add_subparsers()
     add_parser(commands)
     arguments = commands.choices["prune"].parse_args(["m", "--task", "sst2", "--sparsity", "0.5", "--output", "o"])
     for field in dataclasses.fields(PruningOptions):
-        if field.name not in ("damping", "loss_samples", "pages", "memory_budget"):  # the last three have no flag
+        if field.name not in ("loss_samples", "pages", "memory_budget"):  # they have no flag
             assert getattr(arguments, field.name) == field.default, field.name
-    assert arguments.damping == "auto"
 
 
 def test_magnitude_without_evaluation(prune, tmp_path, capsys):
