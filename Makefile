@@ -3,6 +3,7 @@
 # make test     set up .venv if it is missing, then run every test, the slow ones included
 # make lint     check format, lint, types and imports         make format   rewrite the files in place
 # make docs     build the documentation site into outputs/site; every warning is an error (no network)
+# make notebooks     write four pages of the documentation as notebooks into outputs/notebooks
 # make clean    remove build products and caches; .venv and outputs/ stay
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -19,7 +20,7 @@ DOCS_READY := $(VENV)/.mfac-docs-ready
 CHECK_VERSION := import sys; sys.exit(sys.version_info < (3, 10) and "mfac_hf needs Python 3.10 or newer, this is \
 	%s: try make PYTHON=python3.12" % sys.version.split()[0])
 
-.PHONY: demo demo-vision test lint format docs clean
+.PHONY: demo demo-vision test lint format docs notebooks clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -50,6 +51,9 @@ format: $(DEV_READY)
 # The variable silences an advertisement of MkDocs' theme. Not --quiet: it hides warnings from strict, too.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
+notebooks: $(READY)
+	$(RUN) scripts/make_notebooks.py
 
 # One install, under the constraints: pip would follow a bare `torch` to its newest release and gigabytes of CUDA.
 # An interrupted or restricted `venv` leaves an environment without pip behind; creating it again repairs it.

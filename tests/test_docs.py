@@ -53,8 +53,16 @@ def commands(page):
                 yield words
 
 
+def pages_to_run():
+    """The pages with Python, without those that `tests/scripts/test_make_notebooks.py` runs as notebooks."""
+    notebooks = {}
+    if importlib.util.find_spec("nbclient") is not None:
+        notebooks = runpy.run_path(str(ROOT / "scripts" / "make_notebooks.py"))["TUTORIALS"]
+    return sorted(set(pages_with("python")) - {page for pages in notebooks.values() for page in pages})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages_with("python"))
+@pytest.mark.parametrize("page", pages_to_run())
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """Blocks run in the page's order, in one namespace, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
