@@ -180,7 +180,7 @@ class _Substeps:
             records.append(record)
             logger.info("pruned to %.4f in sub-step %d", masks.sparsity, step)
         if search is not None and records:
-            self.descend(masks, dampings, search, records)
+            self.descend(masks, search, records)
         for number, record in enumerate(records):
             record["first_order"] = search.steps[number] if search else None
         return records
@@ -191,26 +191,20 @@ class _Substeps:
             assert self.source is not None  # _check
             self.source.average_batch_norms(self.model, count, substep_seed(self.options.seed, 0))
 
-    def descend(self, masks: MaskSet, dampings: Dampings, search: LengthSearch, records: list[dict[str, Any]]) -> None:
+    def descend(self, masks: MaskSet, search: LengthSearch, records: list[dict[str, Any]]) -> None:
         """Take the first-order step after the last sub-step, whose record gets its gradients and its time."""
-        begun, step = time.perf_counter(), len(records) + 1
+        begun, options, many = time.perf_counter(), self.options, len(self.groups)
+        dampings, seed = Dampings.of_options(options), substep_seed(options.seed, len(records) + 1)
         assert self.source is not None  # _check
-        passes = len(self.groups) + (dampings.relative and len(self.groups) > 1)
-        with self._bar("first-order step", passes) as bar:
-            seed = substep_seed(self.options.seed, step)
-            gradients = GradientSet(self.source, self.model, self.options.num_grads, seed, bar.update)
+        with self._bar("first-order step", many + (dampings.relative and many > 1)) as bar:
+            gradients = GradientSet(self.source, self.model, options.num_grads, seed, bar.update)
+            asked = (self.parameters, masks, options, gradients)
             layout = Layout.of(self.model, self.parameters)
-            first_order_step(
-                *(self.parameters, masks, self.options, gradients),
-                groups=self.groups,
-                dampings=dampings,
-                layout=layout,
-                search=search,
-            )
+            first_order_step(*asked, groups=self.groups, dampings=dampings, layout=layout, search=search)
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         follow_first_rank(weights, {name: keep for name, keep in masks.items()}, self.process_group)
         self.average_batch_norms()
-        records[-1]["num_grads"] += self.options.num_grads
+        records[-1]["num_grads"] += options.num_grads
         records[-1]["seconds"] += time.perf_counter() - begun
 
     def _bar(self, text: str, passes: int) -> tqdm[Any]:
