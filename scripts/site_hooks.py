@@ -22,6 +22,7 @@ from mkdocs.structure.files import File
 
 _INLINE = re.compile(r":math:`([^`]+)`")
 _BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n(?!\s*\n).*)*)", re.MULTILINE)
+_EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 _ROLE = re.compile(r":(?:class|func|meth):`([^`]+)`")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _LOADED = re.compile(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(?:https?:)?//|<link\b[^>]*\bhref="(?:https?:)?//')
@@ -82,13 +83,14 @@ def without_title(text: str) -> str:
 
 
 def to_markdown(docstring: str) -> str:
-    r"""Rewrite Sphinx's roles and formulas.
+    r"""Rewrite Sphinx's roles and formulas, and examples, which Markdown would take for quotations.
 
     >>> to_markdown(":math:`x` as in :meth:`step`.")
     '\\(x\\) as in `step`.'
     """
     docstring = _BLOCK.sub(_block, docstring)
     docstring = _INLINE.sub(lambda found: rf"\({' '.join(found[1].split())}\)", docstring)
+    docstring = _EXAMPLE.sub(lambda found: f"```pycon\n{found[0]}\n```", docstring)
     return _ROLE.sub(r"`\1`", docstring)
 
 
@@ -107,10 +109,15 @@ class DocstringMath(griffe.Extension):
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn the formulas of a page into MathML."""
-    return _FORMULA.sub(
-        lambda found: convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline"), content
-    )
+    """Turn the formulas of a page into MathML; those on lines of their own scroll where they are too wide."""
+    return _FORMULA.sub(_mathml, content)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    formula = html.unescape(found[3])
+    if found[2] == "[":
+        return f'<div class="formula">{convert(formula, display="block")}</div>'
+    return str(convert(formula, display="inline"))
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

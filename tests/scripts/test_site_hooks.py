@@ -19,10 +19,16 @@ def test_formulas_of_sphinx_become_those_of_markdown():
     assert site_hooks.to_markdown(docstring) == "One \\(a b\\) of `step`.\n\n\n    \\[ x = y \\]\n\n\n    More."
 
 
+def test_examples_become_code():
+    docstring = "One.\n\n>>> a = 1\n>>> a\n1\n\nMore.\n\nExample:\n    >>> b\n"
+    fenced = "```pycon\n>>> a = 1\n>>> a\n1\n```"
+    assert site_hooks.to_markdown(docstring) == f"One.\n\n{fenced}\n\nMore.\n\nExample:\n    >>> b\n"
+
+
 def test_formulas_become_mathml():
     content = '<p>a <span class="arithmatex">\\(x &lt; 1\\)</span> b</p><div class="arithmatex">\\[ y \\]</div>'
     made = site_hooks.on_page_content(content)
-    assert made.count("<math") == 2 and made.count('display="block"') == 1
+    assert made.count("<math") == 2 and made.count('<div class="formula"><math') == made.count('display="block"') == 1
     assert "arithmatex" not in made and "&#x0003C;" in made
 
 
