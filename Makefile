@@ -1,10 +1,12 @@
 # make demo     set up .venv if it is missing, then run the demonstration (no network, minutes on two cores)
 # make demo-vision   train and prune a small ResNet on scikit-learn's digits (no network, under a minute)
-# make test     set up .venv if it is missing, then run every test, the slow ones included
+# make test     set up .venv if it is missing, then run every test, the slow ones included, on two processes
+# make test-fast     the same without the slow tests
+# make test-lowest   every test with the oldest versions that pyproject.toml admits, in .venv-lowest
 # make lint     check format, lint, types and imports         make format   rewrite the files in place
 # make docs     build the documentation site into outputs/site; every warning is an error (no network)
 # make notebooks     write four pages of the documentation as notebooks into outputs/notebooks
-# make clean    remove build products and caches; .venv and outputs/ stay
+# make clean    remove build products and caches; environments and outputs/ stay
 #
 # Another interpreter: make test PYTHON=python3.12
 
@@ -12,15 +14,16 @@ PYTHON ?= python3
 
 # Relative paths only: a checkout whose path holds spaces would split an absolute one into several targets.
 VENV := .venv
+CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable
+INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 READY := $(VENV)/.mfac-ready
 DEV_READY := $(VENV)/.mfac-dev-ready
 DOCS_READY := $(VENV)/.mfac-docs-ready
 CHECK_VERSION := import sys; sys.exit(sys.version_info < (3, 10) and "mfac_hf needs Python 3.10 or newer, this is \
 	%s: try make PYTHON=python3.12" % sys.version.split()[0])
 
-.PHONY: demo demo-vision test lint format docs notebooks clean
+.PHONY: demo demo-vision test test-fast test-lowest lint format docs notebooks clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -35,8 +38,18 @@ demo-vision: $(READY)
 	$(RUN) $(PRUNE_DIGITS) --pruner mag --prefix outputs/demo-vision/magnitude
 	$(RUN) $(PRUNE_DIGITS) --pruner mfac --prefix outputs/demo-vision/mfac
 
+# Each process computes with one thread: two that take all cores each would wait for each other. make test WORKERS=0
+# runs all in one process, and WORKERS=8 uses more cores.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
 test: $(READY)
-	$(RUN) -m pytest
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow"
+
+test-lowest:
+	@$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 lint: $(DEV_READY)
 	$(RUN) -m ruff format --check .
@@ -57,7 +70,7 @@ notebooks: $(READY)
 
 # One install, under the constraints: pip would follow a bare `torch` to its newest release and gigabytes of CUDA.
 # An interrupted or restricted `venv` leaves an environment without pip behind; creating it again repairs it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@if ! { test -x $(RUN) && $(RUN) -c 'import pip' 2>/dev/null; }; then \
 		"$(PYTHON)" -c '$(CHECK_VERSION)' && \
 		echo "Creating $(VENV)" && "$(PYTHON)" -m venv $(VENV); \
@@ -78,4 +91,4 @@ $(DOCS_READY): $(READY)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -170,9 +170,17 @@ def commit(
             if found is None:
                 raise
             url = f"{api.endpoint}/{repo_id}/commit/{found}"
-            return CommitInfo(
-                commit_url=url, commit_message=message, commit_description="", oid=found, _endpoint=api.endpoint
-            )
+            return FoundCommit(commit_url=url, commit_message=message, commit_description="", oid=found)
+
+
+class FoundCommit(CommitInfo):
+    """A commit to a model's branch whose answer was lost, under whatever address its Hub has."""
+
+    def __post_init__(self) -> None:
+        """Read the endpoint off the commit's address; `CommitInfo` expects the default one."""
+        repository = self.commit_url.partition("/commit/")[0]
+        self.repo_url = RepoUrl(repository, endpoint=repository.rsplit("/", 2)[0])
+        self.pr_revision, self.pr_num = None, None
 
 
 def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:

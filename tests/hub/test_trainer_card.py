@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import huggingface_hub.hf_api
 import pytest
 import torch
 import transformers.utils.hub
@@ -45,7 +46,10 @@ def hub(monkeypatch):
     with running_hub() as server:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url, token=TOKEN))
+        # transformers has had a client of its own since 5.10; before, it used that of huggingface_hub's functions.
+        client = getattr(transformers.utils.hub, "hf_api", lambda: huggingface_hub.hf_api.api)()
+        monkeypatch.setattr(client, "endpoint", server.url)
+        monkeypatch.setattr(client, "token", TOKEN)
         yield server
 
 

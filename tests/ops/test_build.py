@@ -201,11 +201,6 @@ def no_home(machine, monkeypatch):
     return r"no directory to build in \(.*home directory.*\); name one in the environment variable MFAC_CACHE"
 
 
-def old_torch(machine, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    return r"torch 2\.9\.1\+cpu is older than 2\.10: pip install -U torch"
-
-
 def other_system(machine, monkeypatch):
     monkeypatch.setattr(build.platform, "system", lambda: "Windows")
     monkeypatch.setattr(build, "os", types.SimpleNamespace(name="nt", environ=os.environ, path=os.path))
@@ -226,7 +221,6 @@ def other_system(machine, monkeypatch):
         file_in_place_of_the_cache,
         file_in_place_of_the_build_directory,
         no_home,
-        old_torch,
         other_system,
     ],
 )
