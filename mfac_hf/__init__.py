@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mfac_hf.pruning.trainer.callback import MFACPruningCallback
     from mfac_hf.sparse.files import load_sparse, save_sparse, to_sparse_inference
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when first asked for, so that the command line's --help need not wait for torch.
 _MODULES = {
