@@ -13,11 +13,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Everything that ranks import, which takes longer than most tests: one process imports it and is forked for each rank.
+# The first start of that process decides, so the list is the same for all.
+IMPORTED = [
+    "accelerate",
+    "mfac_hf.optim.mfac",
+    "mfac_hf.pruning.trainer.callback",
+    "torch.distributed.checkpoint",
+    "transformers.trainer",
+]
+
+
+def forked():
+    """A context whose processes are forked from one that has imported everything."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    return multiprocessing.get_context("forkserver")
+
 
 def run_on_ranks(function, directory, *args, ranks=2):
     """Call ``function(rank, *args)`` on each rank; a failure on any of them is raised here with its traceback."""
-    # One process imports everything and is forked for each rank: imports take longer than most tests.
-    multiprocessing.set_forkserver_preload(["mfac_hf", "accelerate", function.__module__])
+    forked()
     arguments = (function, f"file://{directory / 'rendezvous'}", ranks, args, dict(os.environ))
     mp.start_processes(_run, arguments, nprocs=ranks, start_method="forkserver")
 

@@ -1,7 +1,6 @@
 """Fine-tuning through an unmodified Trainer: killed without warning and resumed, a run ends with the same bits."""
 
 import copy
-import multiprocessing
 import os
 import random
 import signal
@@ -132,7 +131,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(variant, tmp_path, one_threa
 
     step = random.Random(variant).randrange(SAVE_EVERY + 1, STEPS)
     directory = tmp_path / "killed"
-    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(directory, variant, step))
+    process = forked().Process(target=train_until_killed, args=(directory, variant, step))
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL

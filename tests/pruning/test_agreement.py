@@ -1,6 +1,5 @@
 """A rank that fails or dies within a pruning ends the others at once, and they say why."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -85,7 +84,7 @@ def fail_and_die(rank, directory):
 
 @pytest.mark.slow
 def test_a_rank_that_fails_or_dies_ends_the_others_with_the_reason(tmp_path):
-    context = multiprocessing.get_context("forkserver")  # not torch's start_processes: that ends the others itself
+    context = ranks.forked()  # not torch's start_processes: that ends the others itself
     arguments = (fail_and_die, f"file://{tmp_path / 'rendezvous'}", 2, (tmp_path,), dict(os.environ))
     processes = [context.Process(target=ranks._run, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:

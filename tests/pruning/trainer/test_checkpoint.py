@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -28,6 +27,7 @@ from mfac_hf.pruning import Distillation, MaskSet
 from mfac_hf.pruning.trainer import callback as module
 from mfac_hf.pruning.trainer.checkpoint import Progress
 from tests.helpers.pruning_runs import differing, make_model, make_trainer, weights_of
+from tests.helpers.ranks import forked
 
 # Each pruning lies after a checkpoint of its own: those at 4, 8 and 12 see one, two and three of them.
 SCHEDULE = SparsitySchedule(((3, 0.3), (7, 0.5), (10, 0.8)))
@@ -102,9 +102,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(variant, when, tmp_path, one
     else:
         step, argument = 10, 0.8
         work = train_until_killed_while_pruning
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mfac_hf.pruning.trainer.callback"])  # the imports take longer than the training
-    process = context.Process(target=work, args=(directory, variant, argument))
+    process = forked().Process(target=work, args=(directory, variant, argument))
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
