@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mfac_hf import MFAC
 from mfac_hf.fisher.columns import RowSparseColumns
+from tests.helpers.ranks import forked
 
 STEPS = 23
 SAVE_EVERY = 4
