@@ -20,6 +20,8 @@ import griffe
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+from mfac_hf.pruning import PruningOptions
+
 _INLINE = re.compile(r":math:`([^`]+)`")
 _BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n(?!\s*\n).*)*)", re.MULTILINE)
 _EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
@@ -100,12 +102,19 @@ def _block(found: re.Match[str]) -> str:
 
 
 class DocstringMath(griffe.Extension):
-    """Apply `to_markdown` to every docstring that mkdocstrings shows."""
+    """Apply `to_markdown` to every docstring that mkdocstrings shows, and show the values of defaults."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Put the value in the place of a default such as ``PruningOptions.num_grads``."""
+        for parameter in func.parameters:
+            owner, _dot, name = str(parameter.default).rpartition(".")
+            if owner == PruningOptions.__name__:
+                parameter.default = repr(getattr(PruningOptions, name))
 
 
 def on_page_content(content: str, **_: Any) -> str:

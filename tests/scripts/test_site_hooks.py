@@ -9,7 +9,10 @@ pytest.importorskip("mkdocs", reason="needs the extra docs")
 import doctest  # noqa: E402
 import types  # noqa: E402
 
+import griffe  # noqa: E402
 import site_hooks  # noqa: E402
+
+from mfac_hf.pruning import PruningOptions  # noqa: E402
 
 PAGE = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="page.md"))
 
@@ -23,6 +26,14 @@ def test_examples_become_code():
     docstring = "One.\n\n>>> a = 1\n>>> a\n1\n\nMore.\n\nExample:\n    >>> b\n"
     fenced = "```pycon\n>>> a = 1\n>>> a\n1\n```"
     assert site_hooks.to_markdown(docstring) == f"One.\n\n{fenced}\n\nMore.\n\nExample:\n    >>> b\n"
+
+
+def test_defaults_are_shown_by_their_values():
+    source = "def f(a: int = PruningOptions.num_grads, b=PruningOptions.method, c=1.5, *, d=Other.num_grads): ...\n"
+    with griffe.temporary_visited_module(source) as module:
+        site_hooks.DocstringMath().on_function(func=module["f"])
+        defaults = [str(parameter.default) for parameter in module["f"].parameters]
+    assert defaults == [repr(PruningOptions.num_grads), repr(PruningOptions.method), "1.5", "Other.num_grads"]
 
 
 def test_formulas_become_mathml():
