@@ -146,8 +146,9 @@ class FullFisher:
     def joint_update(self, weights_D: Tensor, keep_D: Tensor, new_keep_D: Tensor) -> Tensor:
         r"""Weights after removing all of Q = keep & ~new_keep at once, the exact minimum over the survivors S.
 
-        :math:`\delta_S = F_{SS}^{-1} F_{SQ} w_Q = G_S^\top (m\lambda I + G_S G_S^\top)^{-1} G_Q w_Q`, by the
-        push-through identity: three passes over the pages and no d x d matrix.
+        .. math:: \delta_S = F_{SS}^{-1} F_{SQ} w_Q = G_S^\top (m\lambda I + G_S G_S^\top)^{-1} G_Q w_Q,
+
+        by the push-through identity: three passes over the pages and no d x d matrix.
 
         Returns:
             Shape (d,), in the dtype and on the device of ``weights_D``; exactly zero where ``new_keep_D`` is False.
