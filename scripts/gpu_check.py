@@ -51,6 +51,7 @@ PARTS = [
     Part("kernels", "published shapes, NaN in memory, repeats, streams, graphs", "gpu.kernels:check_kernels", 60),
     Part("sanitizer", "compute-sanitizer on the kernels", "gpu.kernels:sanitize", 75),
     Part("optimizer", "the tests of the optimizer and its window", "gpu.training:run_optimizer_tests", 90),
+    Part("host", "a window in host memory: bits, and copies beside computing", "gpu.host_window:stream_from_host", 60),
     Part("precisions", "Trainer in fp32, bf16, fp16; a step in autocast", "gpu.training:train_in_precisions", 75),
     Part("resume", "a checkpoint of a CPU goes on on the device", "gpu.training:resume_from_cpu", 45),
     Part("pruning", "tests of the pruner; pruning beside the CPU's; gradual pruning", "gpu.training:prune", 75),

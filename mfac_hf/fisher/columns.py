@@ -19,13 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mfac_hf.machine import prefer_huge_pages
-from mfac_hf.ops import window
+from mfac_hf.fisher.dense import DenseColumns, widened
 from mfac_hf.ops.rows import places, sparse_combine, sparse_dots
 
 __all__ = ["ColumnStore", "DenseColumns", "Part", "RowSparseColumns", "SparseRows", "widened"]
-
-GRAM_ELEMENTS = 1 << 22  # numbers of the window widened to float64 at once: 32 MiB
 
 
 class SparseRows(NamedTuple):
@@ -71,6 +68,10 @@ class ColumnStore(Protocol):
         """Device of the buffers."""
 
     @property
+    def compute_device(self) -> torch.device:
+        """Device of products with the stored gradients."""
+
+    @property
     def result_dtype(self) -> torch.dtype:
         """Type of products with the stored gradients."""
 
@@ -101,92 +102,6 @@ class ColumnStore(Protocol):
 
     def combine_part(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Any:
         """The same as a part."""
-
-
-class DenseColumns:
-    """Columns kept as one (m, d) buffer.
-
-    Args:
-        num_grads: rows of the window, m.
-        dim: columns of this store, d.
-        dtype: storage type, float32, bfloat16 or float64.
-        device: of the buffer.
-        buffer: an existing buffer to use in place of a new one.
-    """
-
-    def __init__(
-        self,
-        num_grads: int,
-        dim: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        buffer: Tensor | None = None,
-    ) -> None:
-        self.dim = dim
-        # Not initialised, which would touch every page of memory: rows are written before they are read.
-        self.buffer_MD = torch.empty(num_grads, dim, dtype=dtype, device=device) if buffer is None else buffer
-        prefer_huge_pages(self.buffer_MD)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the buffer."""
-        return self.buffer_MD.device
-
-    @property
-    def result_dtype(self) -> torch.dtype:
-        """Type of products with the stored gradients: float64 for float64 storage, else float32."""
-        return torch.float64 if self.buffer_MD.dtype == torch.float64 else torch.float32
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer."""
-        return self.buffer_MD.nbytes
-
-    def write(self, row: int, part: Tensor) -> None:
-        """Store d numbers as row ``row``, rounded to the storage type."""
-        self.buffer_MD[row].copy_(part)
-
-    def clear(self, rows: slice) -> None:
-        """Store zeros in these rows."""
-        self.buffer_MD[rows].zero_()
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The vectors of several parameters, in the order of their columns, as one."""
-        return torch.cat(list(parts) or [torch.zeros(0)])
-
-    def dots(self, row: int, count: int) -> Tensor:
-        """Dot products of the stored row ``row`` with the first ``count`` rows; float64."""
-        return window.row_dots(self.buffer_MD[:count], widened(self.buffer_MD[row]))
-
-    def project(self, x_D: Tensor, count: int) -> Tensor:
-        """Dot products of any vector with the first ``count`` rows; float64."""
-        return window.row_dots(self.buffer_MD[:count], x_D.to(self.device))
-
-    def gram(self, count: int) -> Tensor:
-        """All dot products among the first ``count`` rows, (count, count); float64."""
-        gram_MM = torch.zeros(count, count, dtype=torch.float64, device=self.device)
-        chunk = max(1, GRAM_ELEMENTS // max(count, 1))
-        for start in range(0, self.dim, chunk):
-            part = self.buffer_MD[:count, start : start + chunk].double()
-            gram_MM.addmm_(part, part.t())
-        return gram_MM
-
-    def select(self, positions: Tensor, count: int) -> "DenseColumns":
-        """A store of the columns at these positions alone, with the first ``count`` rows filled."""
-        selected = DenseColumns(len(self.buffer_MD), len(positions), dtype=self.buffer_MD.dtype, device=self.device)
-        for row in range(count):
-            torch.index_select(self.buffer_MD[row], 0, positions, out=selected.buffer_MD[row])
-        return selected
-
-    def combine(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Combination of the first ``len(weights_M)`` rows as a vector, (d,); in float64 where ``dtype`` says so."""
-        x_D = None
-        if dtype == torch.float64 and self.buffer_MD.dtype != torch.float64:
-            x_D = torch.zeros(self.dim, dtype=dtype, device=self.device)
-        return window.combine(self.buffer_MD[: len(weights_M)], weights_M.to(self.device), x_D)
-
-    combine_part = combine  # a vector is the part here
 
 
 class RowSparseColumns:
@@ -225,6 +140,11 @@ class RowSparseColumns:
     def device(self) -> torch.device:
         """Device of the buffers."""
         return self.values_MNH.device
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Device of products: that of the buffers."""
+        return self.device
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -310,8 +230,3 @@ class RowSparseColumns:
     def combine(self, weights_M: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Combination of the first ``len(weights_M)`` rows as a vector, (v * h,)."""
         return self.combine_part(weights_M, dtype=dtype).to_dense(self.shape).flatten()
-
-
-def widened(x: Tensor) -> Tensor:
-    """A tensor in the precision of products: float64 as it is, any other type as float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

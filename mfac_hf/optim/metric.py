@@ -162,8 +162,8 @@ class AdamMetric:
 
     def replace(self, old: ColumnStore, new: DenseColumns, positions: Tensor | None) -> None:
         """Take the second moments of some or all columns over to another store."""
-        before = self._stores.pop(old).dense().to(new.device)
-        self._stores[new] = DenseMoment(new, before if positions is None else before[positions.to(new.device)])
+        before = self._stores.pop(old).dense().to(new.compute_device)
+        self._stores[new] = DenseMoment(new, before if positions is None else before[positions.to(before.device)])
 
     def keep_only(self, stores: Sequence[ColumnStore]) -> None:
         """Forget all other stores; one that is new here has no parameters."""

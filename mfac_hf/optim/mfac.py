@@ -88,6 +88,7 @@ class MFAC(RankedOptimizer):
         window_dtype: torch.bfloat16 (embeddings stay float32), the default; torch.float32, the default of the identity
             metric, or torch.float64.
         window_device: None for the parameters' device, another such as ``"cpu"``, or a list to split the window over.
+            ``"host"`` keeps it in host memory and streams it to the parameters' GPU, which computes.
         masks: {parameter: bool tensor of its shape, True = keep}. Masked coordinates never move and take no room in
             the window.
         process_group: ranks with the same parameters and gradients (as under DistributedDataParallel) that share one

@@ -11,6 +11,9 @@ from mfac_hf.fisher.options import WindowOptions
 __all__ = ["ParameterWindowOptions", "SCHEDULED", "check_bool"]
 
 
+# As window_device: in host memory, streamed to the parameters' device. On a CPU that is its memory, and nothing is.
+HOST = "host"
+
 # What may change between steps: the stored gradients are the same with any value of these.
 SCHEDULED = ("damping", "grad_decay")
 
@@ -22,7 +25,7 @@ class ParameterWindowOptions(WindowOptions):
     Args:
         metric: ``"adam"`` or ``"identity"``; damping is relative in Adam's.
         window_device: kept as a string or a list of strings, which can be compared and saved; None for the
-            parameters' device.
+            parameters' device, ``"host"`` for host memory from which the window is streamed to that device.
         grad_decay: in [0, 1).
         nesterov: whether the average of the stored gradients looks one step ahead.
         row_sparse: whether gradients with few non-zero rows are stored by these rows.
@@ -50,7 +53,7 @@ class ParameterWindowOptions(WindowOptions):
             if not device:
                 raise ValueError("window_device is an empty list; name at least one device, or leave it out")
             device = [_device_name(each) for each in device]
-        elif device is not None:
+        elif device is not None and device != HOST:
             device = _device_name(device)
         object.__setattr__(self, "grad_decay", float(self.grad_decay))
         object.__setattr__(self, "window_device", device)  # the way to set a field of a frozen dataclass
@@ -72,7 +75,11 @@ class ParameterWindowOptions(WindowOptions):
     def devices(self, default: torch.device) -> list[torch.device]:
         """The devices to deal the columns out to, each once; ``default`` where none was named."""
         named = self.window_device if isinstance(self.window_device, list) else [self.window_device or default]
-        return list(dict.fromkeys(map(torch.device, named)))
+        return list(dict.fromkeys(torch.device("cpu" if device == HOST else device) for device in named))
+
+    def compute_device(self, default: torch.device) -> torch.device | None:
+        """Where a dense store is worked with, if not where it lies: on the parameters' device, ``default``."""
+        return default if self.window_device == HOST else None
 
     @property
     def moment_itemsize(self) -> int:
@@ -104,6 +111,6 @@ def _device_name(device: Any) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"window_device is {str(device)!r}, which cannot be used here ({reason}); expected None for the "
-            "parameters' device, another such as 'cpu' or 'cuda:0', or a list of devices"
+            "parameters' device, another such as 'cpu' or 'cuda:0', 'host', or a list of devices"
         ) from None
     return str(device)

@@ -75,7 +75,7 @@ class ParameterWindow:
         self.metric: Metric = AdamMetric() if options.metric == "adam" else IdentityMetric()
         group = sharing if layout is None else layout.group
         relative = options.metric == "adam"
-        self.gram = GramMatrix(options, relative=relative, device=self.columns[0].device, process_group=group)
+        self.gram = GramMatrix(options, relative=relative, device=self.columns[0].compute_device, process_group=group)
         for store in self.columns:
             self._admit(store, moments or {})
         self.borrows = False
@@ -209,7 +209,7 @@ class ParameterWindow:
 
     def _densify(self, p: Tensor, table: TablePlacement, mask: Tensor | None) -> DensePlacement:
         """Move a parameter's columns from a table into a dense store."""
-        dense = to_dense(table, self.count, self.options, kept_positions(mask))
+        dense = to_dense(table, self.count, self.options, kept_positions(mask), p.device)
         self.metric.replace(table.columns, dense.columns, dense.keep)
         self.columns[self.columns.index(table.columns)] = dense.columns
         self.placements[p] = dense
@@ -226,9 +226,9 @@ class ParameterWindow:
         """
         weights_M = self.gram.direction_weights(self.options.grad_decay, nesterov=self.options.nesterov)
         dtype = self.gram.combine_dtype(weights_M)
-        combined = {}
+        combined, allowed = {}, {} if self.sharing else moves
         for columns in self.columns:
-            mine = order_moves(self._members(columns), gradients, {} if self.sharing else moves, columns.device)
+            mine = order_moves(self._members(columns), gradients, allowed, columns.compute_device)
             if mine is None or not self.metric.move(columns, weights_M, mine, dtype=dtype):
                 combined[columns] = self.metric.combine(columns, weights_M, dtype=dtype)
         directions: dict[Tensor, Part] = {

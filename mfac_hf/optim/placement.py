@@ -179,7 +179,13 @@ def place(
         if not members:
             continue
         dim = sum(sizes[p] for p in members)
-        columns = DenseColumns(options.num_grads, dim, dtype=options.window_dtype, device=device)
+        columns = DenseColumns(
+            options.num_grads,
+            dim,
+            dtype=options.window_dtype,
+            device=device,
+            compute_device=options.compute_device(gradients[members[0]].device),
+        )
         start = 0
         for p in members:
             placements[p] = DensePlacement(columns, gradients[p].shape, start, sizes[p], keeps[p])
@@ -243,7 +249,11 @@ def kept_positions(mask: Tensor | None) -> Tensor | None:
 
 
 def to_dense(
-    placement: TablePlacement, count: int, options: ParameterWindowOptions, keep: Tensor | None = None
+    placement: TablePlacement,
+    count: int,
+    options: ParameterWindowOptions,
+    keep: Tensor | None,
+    device: torch.device,
 ) -> DensePlacement:
     """The same columns (those in ``keep``) in a dense store, for gradients that turned out not to be row-sparse.
 
@@ -252,6 +262,7 @@ def to_dense(
         count: gradients held.
         options: num_grads, window_dtype and metric.
         keep: flat positions to keep; None keeps all.
+        device: of the parameter.
 
     Raises:
         MemoryError: if the store does not fit; nothing changes then.
@@ -260,7 +271,13 @@ def to_dense(
     what = f"an embedding of {table.shape[0]:,} x {table.shape[1]} whose gradients are no longer row-sparse"
     dim = table.dim if keep is None else len(keep)
     require_memory(dim * options.column_bytes, table.device, what)
-    dense = DenseColumns(options.num_grads, dim, dtype=options.window_dtype, device=table.device)
+    dense = DenseColumns(
+        options.num_grads,
+        dim,
+        dtype=options.window_dtype,
+        device=table.device,
+        compute_device=options.compute_device(device),
+    )
     for row in range(count):
         flat_D = table.row(row)
         dense.write(row, flat_D if keep is None else flat_D[keep.to(flat_D.device)])

@@ -39,7 +39,7 @@ def restore_placements(
         if "window_rows" in state:
             placements[p] = _restore_table(torch.Size(shapes[p]), state, device)
         else:
-            placements |= _restore_dense(members, masks, shapes, device)
+            placements |= _restore_dense(members, masks, shapes, device, options.compute_device(p.device))
         load[device] += placements[p].columns.nbytes
     return placements
 
@@ -56,11 +56,12 @@ def _restore_dense(
     masks: dict[Tensor, Tensor],
     shapes: Mapping[Tensor, Sequence[int]],
     device: torch.device,
+    compute_device: torch.device | None,
 ) -> dict[Tensor, Placement]:
     """Placements of the parameters that share one dense store, in the order of their columns."""
     views = [state["window"].reshape(len(state["window"]), state["window"][0].numel()) for state in members.values()]
     buffer_MD = _shared_buffer(views).to(device)
-    columns = DenseColumns(*buffer_MD.shape, buffer=buffer_MD)
+    columns = DenseColumns(*buffer_MD.shape, buffer=buffer_MD, compute_device=compute_device)
     return {
         p: DensePlacement(
             columns, torch.Size(shapes[p]), state["window_start"], view.shape[1], kept_positions(masks.get(p))

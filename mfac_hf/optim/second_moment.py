@@ -82,7 +82,7 @@ class DenseMoment:
     def __init__(self, columns: Any, moment_D: Tensor | None = None) -> None:
         self.columns = columns
         if moment_D is None:
-            moment_D = torch.zeros(columns.dim, dtype=columns.result_dtype, device=columns.device)
+            moment_D = torch.zeros(columns.dim, dtype=columns.result_dtype, device=columns.compute_device)
         self.moment_D = moment_D
         self._segments: list[_Segment] = []  # of the last push, those with a gradient
 
@@ -105,40 +105,67 @@ class DenseMoment:
 
     def push(self, row: int, count: int, parts: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
         """As `mfac_hf.optim.metric.Metric.push`."""
-        buffer_MD = self.columns.buffer_MD
-        dots_M = torch.zeros(count, dtype=torch.float64, device=buffer_MD.device)
+        dots_M = torch.zeros(count, dtype=torch.float64, device=self.moment_D.device)
         self._segments = []
         for segment in _segments(members):
             if segment.scaling is None:  # it stays as it is, and its columns get zeros
-                buffer_MD[row, segment.columns].zero_()
+                self.columns.buffer_MD[row, segment.columns].zero_()
                 continue
-            moment_D = self.moment_D[segment.columns]
-            grads = [part.to(moment_D) for part in parts[segment.members]]
-            rate, eps = segment.scaling.rate, segment.scaling.eps
-            dots_M += metric_push(buffer_MD[:, segment.columns], grads, moment_D, row, count, rate, eps)
+            grads = [part.to(self.moment_D) for part in parts[segment.members]]
+            rate, eps, first = segment.scaling.rate, segment.scaling.eps, segment.columns.start
+
+            def run(
+                window_MC: Tensor,
+                place: slice,
+                grads: list[Tensor] = grads,
+                rate: float = rate,
+                eps: float = eps,
+                first: int = first,
+            ) -> None:
+                pieces = _cut(grads, place.start - first, place.stop - first)
+                dots_M.add_(metric_push(window_MC, pieces, self.moment_D[place], row, count, rate, eps))
+
+            self.columns.sweep(segment.columns, count, run, writes=row)
             self._segments.append(segment)
         return dots_M
 
     def combine(self, weights_M: Tensor, dtype: torch.dtype | None) -> Tensor:
         """As `mfac_hf.optim.metric.Metric.combine`."""
-        buffer_MD, wide = self.columns.buffer_MD[: len(weights_M)], dtype == torch.float64
-        weights_M = weights_M.to(buffer_MD.device)
-        direction_D = torch.zeros_like(self.moment_D)
-        for columns, _, scaling in self._segments:  # parameters without a gradient stay where they are
-            step_D = metric_combine(buffer_MD[:, columns], weights_M, self.moment_D[columns], scaling.eps, wide)
-            if len(step_D) == len(direction_D):
-                return step_D
-            direction_D[columns] = step_D
-        return direction_D
+        weights_M, wide = weights_M.to(self.moment_D.device), dtype == torch.float64
+        direction_D = None
+        for columns, _, scaling in self._segments:
+            steps: list[Tensor] = []
+
+            def run(window_MC: Tensor, place: slice, steps: list[Tensor] = steps, eps: float = scaling.eps) -> None:
+                steps.append(metric_combine(window_MC, weights_M, self.moment_D[place], eps, wide))
+
+            self.columns.sweep(columns, len(weights_M), run)
+            if len(steps) == 1 and len(steps[0]) == len(self.moment_D):
+                return steps[0]
+            if direction_D is None:  # parameters without a gradient stay where they are
+                direction_D = torch.zeros_like(self.moment_D)
+            direction_D[columns] = torch.cat(steps) if steps else 0.0
+        return torch.zeros_like(self.moment_D) if direction_D is None else direction_D
 
     def move(self, weights_M: Tensor, moves: Sequence[Move | None], dtype: torch.dtype | None) -> bool:
         """As `mfac_hf.optim.metric.Metric.move`."""
-        buffer_MD, wide = self.columns.buffer_MD[: len(weights_M)], dtype == torch.float64
-        weights_M = weights_M.to(buffer_MD.device)
+        weights_M, wide = weights_M.to(self.moment_D.device), dtype == torch.float64
         for columns, members, scaling in self._segments:
             targets, factors, rates = zip(*moves[members], strict=True)
-            moment_D = self.moment_D[columns]
-            metric_move(buffer_MD[:, columns], weights_M, moment_D, scaling.eps, wide, targets, factors, rates)
+
+            def run(
+                window_MC: Tensor,
+                place: slice,
+                targets: Sequence[Tensor] = targets,
+                by_target: Sequence[tuple[float, float]] = tuple(zip(factors, rates, strict=True)),
+                first: int = columns.start,
+                eps: float = scaling.eps,
+            ) -> None:
+                cut = _cut_each(targets, place.start - first, place.stop - first)
+                moved = [(piece, *by_target[number]) for number, piece in cut]
+                metric_move(window_MC, weights_M, self.moment_D[place], eps, wide, *zip(*moved, strict=True))
+
+            self.columns.sweep(columns, len(weights_M), run)
         return True
 
 
@@ -203,6 +230,22 @@ def as_of_now(moment_NH: Tensor, steps_N: Tensor, now: Scaling) -> Tensor:
     since_N = steps_N.double()
     factor_N = now.beta2 ** (now.step - since_N) * (1 - now.beta2**since_N) / (1 - now.beta2**now.step)
     return moment_NH * factor_N.unsqueeze(1).to(moment_NH)
+
+
+def _cut(pieces: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """The numbers from ``start`` to ``stop`` of tensors that lie side by side, as views."""
+    return [piece for _, piece in _cut_each(pieces, start, stop)]
+
+
+def _cut_each(pieces: Sequence[Tensor], start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """The same with the place of the tensor that each is of."""
+    first = 0
+    for number, piece in enumerate(pieces):
+        size = piece.numel()
+        low, high = max(start - first, 0), min(stop - first, size)
+        if low < high or (size == 0 and start <= first <= stop):
+            yield number, piece if high - low == size else piece.view(-1)[low:high]
+        first += size
 
 
 class _Segment(NamedTuple):

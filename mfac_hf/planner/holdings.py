@@ -1,6 +1,6 @@
 """What each rank holds: the parts of the parameters that it has, and the bytes of what goes with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -21,11 +21,13 @@ class Model(NamedTuple):
         trained: those that are trained.
         frozen: the others.
         touched: of embedding tables, rows that one batch of all ranks looks up.
+        layered: those in a list of layers, each of which FSDP2 is taken to gather for forward and for backward.
     """
 
     trained: Sequence[Tensor]
     frozen: Sequence[Tensor]
     touched: Mapping[Tensor, int]
+    layered: Set[Tensor] = frozenset()
 
 
 class Piece(NamedTuple):

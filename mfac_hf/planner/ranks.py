@@ -132,6 +132,7 @@ class RankPlan(NamedTuple):
             f"{machine.network_bandwidth / 1e9:g} GB/s of network each way, {1e6 * machine.latency:g} us a message, "
             f"{machine.flops / 1e9:g} GFLOP/s in factoring, {1e3 * machine.step_overhead:g} ms a step and "
             f"{1e6 * machine.tensor_overhead:g} us a tensor beside"
+            + (f", {machine.fresh_bandwidth / 1e9:g} GB/s of new memory" if machine.fresh_bandwidth else "")
         )
         return lines
 
@@ -150,9 +151,10 @@ def plan_ranks(
 ) -> RankPlan:
     r"""Plan what each rank holds, sends and computes in a step of `MFAC`, and how long that takes.
 
-    Seconds of a step are :math:`\max_r (b_r / B + m^3 / (3 F) + o + o_t n_r)`, with the bytes :math:`b_r` that rank r
-    reads and writes, the memory's bandwidth B, the speed F of factoring and the overheads o, and those of the
-    collectives after each other (`mfac_hf.planner.traffic`). Parameters are dealt out by the optimizer's own rule.
+    Seconds of a step are :math:`\max_r (b_r / B + a_r / A + m^3 / (3 F) + o + o_t n_r)`, with the bytes :math:`b_r`
+    that rank r reads and writes and :math:`a_r` that it allocates, the bandwidths B and A of memory and of new memory,
+    the speed F of factoring and the overheads o, and those of the collectives after each other
+    (`mfac_hf.planner.traffic`). Parameters are dealt out by the optimizer's own rule.
 
     Args:
         model_or_numel: a model (on the meta device, if it is large), or the number of (dense) float32 parameters.
@@ -204,7 +206,10 @@ def _plan_whole(model: Model, options: ParameterWindowOptions, ranks: int, share
                 joins_gradients=machine.joins_gradients,
             )
         )
-        work.append(work_of(pieces, options, moved, divided))
+        # Directions of tables are made dense before they are sent, and given back at once.
+        tables = sum(piece.numel for piece in pieces if piece.touched is not None) if shares else 0
+        fresh = holdings[-1].temporary + tables * options.result_dtype.itemsize
+        work.append(work_of(pieces, options, moved, divided, fresh))
     if not shares:
         holdings, work = holdings * ranks, work * ranks
     collectives = []
@@ -235,12 +240,13 @@ def _plan_shards(model: Model, options: ParameterWindowOptions, ranks: int, shar
                 joins_gradients=machine.joins_gradients,
             )
         )
-        work.append(work_of(pieces, options, None, 0))
+        work.append(work_of(pieces, options, None, 0, holdings[-1].temporary))
     copies = ranks // shards
-    every = sum(p.nbytes for p in [*model.trained, *model.frozen])
+    # A module that is no layer among others, the outermost one, keeps its parameters until backward.
+    gathered = sum(p.nbytes * (2 if p in model.layered else 1) for p in [*model.trained, *model.frozen])
     grads = sum(p.nbytes for p in model.trained)
     collectives = [
-        Collective("parameters, forward and backward", "FSDP2", "all_gather", shards, 2 * every),
+        Collective("parameters", "FSDP2", "all_gather", shards, gathered),
         Collective("gradients", "FSDP2", "reduce_scatter", shards, grads),
     ]
     if copies > 1:
@@ -297,7 +303,7 @@ def _count(model_or_numel: nn.Module | int, embedding_rows: int | None) -> Model
     if isinstance(model_or_numel, int):
         if model_or_numel < 1:
             raise ValueError(f"{model_or_numel} parameters to optimize; expected at least 1")
-        return Model([torch.empty(model_or_numel, device="meta")], [], {})
+        return Model([torch.empty(model_or_numel, device="meta")], [], {}, frozenset())
     parameters = [p for p in model_or_numel.parameters() if p.numel()]
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
@@ -306,4 +312,6 @@ def _count(model_or_numel: nn.Module | int, embedding_rows: int | None) -> Model
     if embedding_rows is not None:
         tables = input_embeddings(model_or_numel).values()
         touched = {table: min(embedding_rows, table.shape[0]) for table in tables}
-    return Model(trained, [p for p in parameters if not p.requires_grad], touched)
+    lists = [module for module in model_or_numel.modules() if isinstance(module, nn.ModuleList)]
+    layered = frozenset(p for module in lists for p in module.parameters())
+    return Model(trained, [p for p in parameters if not p.requires_grad], touched, layered)

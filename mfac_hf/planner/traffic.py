@@ -63,21 +63,29 @@ class Work(NamedTuple):
         flops: of the passes over the window.
         factor_flops: of factoring the m x m matrix, float64.
         tensors: parameters that it moves.
+        fresh: bytes that it allocates and gives back.
     """
 
     bytes: int
     flops: int
     factor_flops: int
     tensors: int
+    fresh: int
 
     def seconds(self, machine: Machine) -> float:
         """Time of the passes, which memory bounds, of the factor, and of what a step costs beside."""
         passes = self.bytes / machine.memory_bandwidth + self.factor_flops / machine.flops
+        if machine.fresh_bandwidth is not None:
+            passes += self.fresh / machine.fresh_bandwidth
         return passes + machine.step_overhead + self.tensors * machine.tensor_overhead
 
 
 def work_of(
-    pieces: Sequence[Piece], options: ParameterWindowOptions, moved: Sequence[tuple[int, int]] | None, divided: int
+    pieces: Sequence[Piece],
+    options: ParameterWindowOptions,
+    moved: Sequence[tuple[int, int]] | None,
+    divided: int,
+    fresh: int = 0,
 ) -> Work:
     r"""What a rank computes: with d dense numbers in its window, m gradients of b bytes a number.
 
@@ -92,6 +100,7 @@ def work_of(
         moved: numbers and item size of all parameters, where ranks share the window and each moves all of them by
             directions that it gets; None where a rank moves its own.
         divided: of those, numbers of parameters whose directions are put together from several ranks.
+        fresh: bytes that a step allocates and gives back.
     """
     m, wide, stored = options.num_grads, options.result_dtype.itemsize, options.window_dtype.itemsize
     adam = options.metric == "adam"
@@ -120,4 +129,4 @@ def work_of(
         read += wide * (3 * dense + 3 * tables + 2 * divided)
         read += sum(numel * (itemsize * (3 + decayed) + wide) for numel, itemsize in moved)
     count = len(pieces) if moved is None else len(moved)
-    return Work(read, flops, m**3 // 3, count)
+    return Work(read, flops, m**3 // 3, count, fresh)

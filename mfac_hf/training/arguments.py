@@ -121,7 +121,8 @@ class OptimizerArguments:
         f"{_IDENTITY['window_dtype']}.",
     )
     window_device: list[str] | None = flag(
-        None, "mfac: device or devices that hold the window; default: the parameters' own."
+        None,
+        "mfac: device or devices that hold the window; host streams it from there; default: the parameters' own.",
     )
     row_sparse: bool = flag(True, "mfac: keep only the rows of embedding gradients that a batch touches.")
     share_window: bool = flag(

@@ -32,22 +32,25 @@ MIB = 1 << 20
 
 
 class Shapes(nn.Module):
-    """Parameters without memory: tables of embeddings, others that are trained, and frozen ones."""
+    """Parameters without memory: trained tables and layers, frozen ones in the layers, and frozen ones beside them."""
 
     def __init__(
         self,
         tables: Sequence[tuple[int, int]],
         trained: Sequence[tuple[int, ...]],
         frozen: Sequence[tuple[int, ...]] = (),
-        frozen_dtype: torch.dtype = torch.float32,
+        beside: Sequence[tuple[int, ...]] = (),
     ) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(*shape, device="meta") for shape in tables)
-        self.trained = nn.ParameterList(torch.empty(shape, device="meta") for shape in trained)
-        self.frozen = nn.ParameterList(
-            nn.Parameter(torch.empty(shape, dtype=frozen_dtype, device="meta"), requires_grad=False)
-            for shape in frozen
-        )
+        for number, shape in enumerate(tables):
+            self.add_module(f"table{number}", nn.Embedding(*shape, device="meta"))
+        self.layers = nn.ModuleList([_list(trained, torch.float32), _list(frozen, torch.bfloat16)])
+        self.layers[1].requires_grad_(False)
+        self.beside = _list(beside, torch.bfloat16).requires_grad_(False)
+
+
+def _list(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> nn.ParameterList:
+    return nn.ParameterList(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
 
 
 def bert(hidden: int, layers: int) -> Shapes:
@@ -61,8 +64,8 @@ def llama_7b(rank: int) -> Shapes:
     hidden, inner, layers, words = 4096, 11_008, 32, 32_000
     linear = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
     factors = [shape for out, width in linear for shape in ((rank, width), (out, rank))]
-    frozen: list[tuple[int, ...]] = [(words, hidden), *(linear + [(hidden,)] * 2) * layers, (hidden,), (words, hidden)]
-    return Shapes([], factors * layers, frozen, torch.bfloat16)
+    frozen = [*linear, (hidden,), (hidden,)] * layers
+    return Shapes([], factors * layers, frozen, [(words, hidden), (hidden,), (words, hidden)])
 
 
 def plans() -> list[tuple[str, int, str, RankPlan]]:

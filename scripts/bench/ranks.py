@@ -2,10 +2,13 @@
 
 Each number of ranks is started anew on the loopback interface. A rank trains a BERT with random weights on random
 words: under DistributedDataParallel, or in shards of FSDP2. Its collectives are counted by wrapping those of
-`torch.distributed`, those of DistributedDataParallel among them. In every round the ranks first measure,
-all at once, what the plan computes with: the pace of a pass over memory, of a broadcast of the size of all directions,
-the time of a message, and of a step on parameters of one number each. So a plan of more ranks than there are cores has
-the bandwidth that is left to each of them. Ratios are taken within rounds.
+`torch.distributed`, those of DistributedDataParallel among them. In every round the ranks first measure, all at once,
+what the plan computes with: the pace of both passes over a window of another size, of new memory, and of a broadcast
+of that size, the time of a message, and of a step on parameters of one number each. Ratios are taken within rounds.
+
+Computing is timed in seconds of the rank's own thread, which do not count while others have the core, and sending in
+seconds of the clock, from a barrier on. So the figures of more ranks than there are cores are those of ranks that wait
+for no core while they compute; how long the whole step took by the clock stands beside.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import os
 import socket
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from bench.common import print_table
 from mfac_hf import MFAC, Machine, RankPlan, plan_ranks
 from mfac_hf.machine import peak_memory
-from mfac_hf.ops.window import row_dots
+from mfac_hf.ops.metric import metric_move, metric_push
 
 # Hidden size, layers and words of the BERT.
 MODELS = {"BERT-tiny": (128, 2, 30_522), "BERT-mini": (256, 4, 30_522), "MiniLM": (384, 6, 30_522)}
@@ -43,7 +47,7 @@ SENTENCES, WORDS = 8, 16
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
 COLLECTIVES += ("all_gather_single", "reduce_scatter_single")  # what they are called from torch 2.13 on
 M_MMAP_THRESHOLD = -3  # of glibc
-SAMPLE_NUMBERS = 1 << 23  # of the arrays by which memory is timed: larger than caches
+SAMPLE_NUMBERS = 1 << 22  # of the arrays by which memory is timed: larger than caches
 COUNTED = ("parameters", "gradients", "window", "second_moment")
 
 
@@ -78,13 +82,16 @@ def benchmark_plan(name: str, rounds: int, meshes: list[tuple[int, int]] | None 
         with tempfile.TemporaryDirectory() as directory:
             arguments = (name, ranks, shards, rounds, directory)
             mp.start_processes(_run, arguments, nprocs=ranks, start_method="spawn")  # type: ignore[no-untyped-call]
-            measured = [torch.load(Path(directory, f"{rank}.pt")) for rank in range(ranks)]
+            measured = [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(ranks)]
         rows.append(_compare(name, ranks, shards, measured))
     return rows
 
 
 def _run(rank: int, name: str, ranks: int, shards: int, rounds: int, directory: str) -> None:
     torch.set_num_threads(1)
+    # Blocks from 1 MiB on come from the system and go back to it, so that what a step allocates shows. By itself glibc
+    # does so from 32 MiB on.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     if "lo" in [interface for _, interface in socket.if_nameindex()]:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rendezvous = f"file://{directory}/rendezvous"
@@ -92,7 +99,7 @@ def _run(rank: int, name: str, ranks: int, shards: int, rounds: int, directory: 
         "gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=timedelta(seconds=300)
     )
     try:
-        torch.save(measure_rank(name, shards, rounds), Path(directory, f"{rank}.pt"))
+        Path(directory, f"{rank}.json").write_text(json.dumps(measure_rank(name, shards, rounds)))
         dist.barrier()
     finally:
         gc.collect()  # optimizers lie in reference cycles and hold the group
@@ -124,14 +131,16 @@ def measure_rank(name: str, shards: int, rounds: int) -> dict[str, Any]:
             run(words[rank], labels=torch.arange(SENTENCES) % 2).loss.backward()
         others = dict(counts)
         if number >= 8:
-            paces.append(_measure_paces(tiny, numel, ranks))
+            paces.append(_measure_machine(tiny, numel, ranks)._asdict())
         dist.barrier()
         counts.clear()
-        begun = time.perf_counter()
-        with counted(counts):
+        sending = [0.0, 0.0]
+        begun, busy = time.perf_counter(), time.thread_time()
+        with counted(counts, sending):
             optimizer.step()
+        busy = time.thread_time() - busy - sending[1]
         if number >= 8:
-            times.append(time.perf_counter() - begun)
+            times.append((busy, sending[0], time.perf_counter() - begun))
             found |= {"others": others, "own": dict(counts)}
         found.setdefault("touched", int(words.unique().numel()))
     before = _fresh_peak()
@@ -159,15 +168,28 @@ def _shard(model: nn.Module, ranks: int, shards: int) -> None:
 
 
 @contextlib.contextmanager
-def counted(counts: Counter[str]) -> Iterator[None]:
-    """Add up the bytes that the block hands to collectives: of the whole tensor, where ranks have parts of it."""
+def counted(counts: Counter[str], sending: list[float] | None = None) -> Iterator[None]:
+    """Add up the bytes that the block hands to collectives: of the whole tensor, where ranks have parts of it.
+
+    Args:
+        counts: gets the bytes.
+        sending: gets seconds by the clock, from when all ranks are there, and of this thread.
+    """
     plain = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
 
     def counting(name: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)]
             counts[name] += max(tensor.nbytes for tensor in tensors)
-            return plain[name](*arguments, **options)
+            if sending is None:
+                return plain[name](*arguments, **options)
+            busy = time.thread_time()
+            dist.barrier()
+            begun = time.perf_counter()
+            result = plain[name](*arguments, **options)
+            sending[0] += time.perf_counter() - begun
+            sending[1] += time.thread_time() - busy
+            return result
 
         return call
 
@@ -181,8 +203,7 @@ def counted(counts: Counter[str]) -> Iterator[None]:
 
 
 def _fresh_peak() -> int:
-    """Forget the peak of this process's memory, and return what it holds now; large blocks come anew from here on."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # else what the model has freed would be taken
+    """Forget the peak of this process's memory, and return what it holds now."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
@@ -196,54 +217,58 @@ def _tiny_optimizer(tensors: int, sharing: Any) -> MFAC:
 
 
 def _step_tiny(optimizer: MFAC) -> float:
+    """Seconds of this thread in a step on single numbers."""
     generator = torch.Generator().manual_seed(len(optimizer.state))
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.randn(1, generator=generator)
-    begun = time.perf_counter()
-    optimizer.step()
-    return time.perf_counter() - begun
+    return _busy(optimizer.step)
 
 
-def _measure_paces(tiny: MFAC, numel: int, ranks: int) -> dict[str, float]:
+def _busy(run: Callable[[], Any]) -> float:
+    """Seconds of this thread."""
+    begun = time.thread_time()
+    run()
+    return time.thread_time() - begun
+
+
+def _measure_machine(tiny: MFAC, numel: int, ranks: int) -> Machine:
     """What a plan computes with, all ranks at it at once."""
-    sample = torch.ones(8, SAMPLE_NUMBERS, dtype=torch.bfloat16)
-    first, second = torch.ones(SAMPLE_NUMBERS), torch.ones(SAMPLE_NUMBERS)
+    window = torch.ones(8, SAMPLE_NUMBERS, dtype=torch.bfloat16)
+    grad, moment, parameter = (torch.ones(SAMPLE_NUMBERS) for _ in range(3))
+    weights = torch.ones(8, dtype=torch.float64)
+
+    def passes() -> None:
+        metric_push(window, [grad], moment, 0, 8, 0.001, 1e-8)
+        metric_move(window, weights, moment, 1e-8, False, [parameter], [1.0], [1e-9])
+
+    block = numel // ranks
     dist.barrier()
-    begun = time.perf_counter()
-    row_dots(sample, first)
-    first.add_(second, alpha=0.5)
-    first.mul_(0.999)
-    memory = (sample.nbytes + 6 * first.nbytes) / (time.perf_counter() - begun)
-    machine = {"memory_bandwidth": memory, "network_bandwidth": 1e12, "latency": 0.0}
+    memory = SAMPLE_NUMBERS * (24 + 2 * 8 * 2) / _busy(passes)
+    fresh = 4 * numel / _busy(lambda: [torch.zeros(block).add_(1) for _ in range(ranks)])
+    network, latency = 1e12, 0.0
     if ranks > 1:
-        number = torch.zeros(8, dtype=torch.float64)
+        number, blocks = torch.zeros(8, dtype=torch.float64), [torch.ones(block) for _ in range(ranks)]
         dist.barrier()
         begun = time.perf_counter()
         for _ in range(8):
             dist.all_reduce(number)
-        message = (time.perf_counter() - begun) / 8
+        latency = (time.perf_counter() - begun) / 8 / (2 * (ranks - 1))
         dist.barrier()
         begun = time.perf_counter()
-        for root in range(ranks):
-            dist.broadcast(torch.empty(numel // ranks), src=root)
-        spent = time.perf_counter() - begun
-        machine |= {"network_bandwidth": 4 * numel / spent, "latency": message / (2 * (ranks - 1))}
+        for root, sent in enumerate(blocks):
+            dist.broadcast(sent, src=root)
+        network = 4 * numel / (time.perf_counter() - begun)
     dist.barrier()
-    machine["overhead"] = _step_tiny(tiny)
-    return machine
-
-
-def _machine(pace: dict[str, float]) -> Machine:
-    """The machine that was measured in a round; what its step on single numbers took has all overheads."""
     return Machine(
         memory=0.0,
-        memory_bandwidth=pace["memory_bandwidth"],
-        network_bandwidth=pace["network_bandwidth"],
-        latency=0.0,
+        memory_bandwidth=memory,
+        network_bandwidth=network,
+        latency=latency,
         flops=1e12,
-        step_overhead=pace["overhead"],
+        step_overhead=_step_tiny(tiny),
         tensor_overhead=0.0,
+        fresh_bandwidth=fresh,
         joins_gradients=False,
     )
 
@@ -258,16 +283,19 @@ def _compare(name: str, ranks: int, shards: int, measured: list[dict[str, Any]])
             share_window=None if shards > 1 else ranks > 1,
         )  # fmt: skip
 
-    seconds = []
+    for each in measured:
+        each["paces"] = [Machine(**pace) for pace in each["paces"]]
+    seconds, clock = [], []
     for paces, times in zip(
         zip(*(each["paces"] for each in measured), strict=True),
         zip(*(each["times"] for each in measured), strict=True),
         strict=True,
     ):
-        slowest = {key: (min if key.endswith("bandwidth") else max)(pace[key] for pace in paces) for key in paces[0]}
-        planned = plan(_machine(slowest))
-        seconds.append((planned.compute_seconds, planned.network_seconds(), max(times)))
-    planned = plan(_machine(measured[0]["paces"][0]))
+        compute = max(work.seconds(pace) for work, pace in zip(plan(paces[0]).work, paces, strict=True))
+        network = max(plan(pace).network_seconds() for pace in paces)
+        seconds.append((compute, network, max(busy for busy, *_ in times), max(sent for _, sent, _ in times)))
+        clock.append(max(spent for *_, spent in times))
+    planned = plan(measured[0]["paces"][0])
     bytes_held = {
         key: {
             "planned": max(getattr(holding, key) for holding in planned.holdings),
@@ -290,12 +318,19 @@ def _compare(name: str, ranks: int, shards: int, measured: list[dict[str, Any]])
             by: {"planned": sent[by], "measured": max(sum(each[by].values()) for each in measured)} for by in sent
         },
         "seconds": {
-            "planned": statistics.median(compute + network for compute, network, _ in seconds),
-            "of_it_network": statistics.median(network for _, network, _ in seconds),
-            "measured": statistics.median(spent for *_, spent in seconds),
-            "ratio": statistics.median((compute + network) / spent for compute, network, spent in seconds),
+            "computing": _pair([(compute, busy) for compute, _, busy, _ in seconds]),
+            "sending": _pair([(network, sent) for _, network, _, sent in seconds]),
+            "step": _pair([(compute + network, busy + sent) for compute, network, busy, sent in seconds]),
+            "by_the_clock": statistics.median(clock),
         },
     }
+
+
+def _pair(rounds: list[tuple[float, float]]) -> dict[str, float]:
+    """Medians of planned and measured, and of their ratio in each round."""
+    planned, measured = (statistics.median(each) for each in zip(*rounds, strict=True))
+    ratio = statistics.median(one / other for one, other in rounds) if measured else 1.0
+    return {"planned": planned, "measured": measured, "ratio": ratio}
 
 
 def print_plan(rows: list[dict[str, Any]]) -> None:
@@ -306,17 +341,19 @@ def print_plan(rows: list[dict[str, Any]]) -> None:
         ratio = f" ({planned / measured:.2f})" if measured else ""
         return f"{planned / unit:.1f} / {measured / unit:.1f}{ratio}"
 
+    def times(pair: dict[str, float]) -> str:
+        return f"{1e3 * pair['planned']:.1f} / {1e3 * pair['measured']:.1f} ({pair['ratio']:.2f})"
+
     print_table(
         "planned / measured (ratio): MiB of the rank that holds the most, MiB handed to collectives, ms of a step",
-        ("model", "ranks", "shards", "window", "second moments", "temporary", "MFAC's messages", "DDP's or FSDP2's",
-         "ms", "ratio of ms"),
+        ("model", "ranks", "shards", "window", "second moments", "allocated in a step", "MFAC's messages",
+         "DDP's or FSDP2's", "computing", "sending", "step"),
         (
             (
                 row["model"], row["ranks"], row["shards"],
                 *(cell(row["bytes_held"][key]) for key in ("window", "second_moment", "temporary")),
                 *(cell(row["bytes_of_collectives"][key]) for key in ("own", "others")),
-                f"{1e3 * row['seconds']['planned']:.1f} / {1e3 * row['seconds']['measured']:.1f}",
-                f"{row['seconds']['ratio']:.2f}",
+                *(times(row["seconds"][key]) for key in ("computing", "sending", "step")),
             )
             for row in rows
         ),

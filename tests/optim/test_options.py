@@ -77,6 +77,12 @@ def test_other_types_are_refused_by_name_and_value(name, value):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device of this name")
+def test_host_memory_is_worked_with_by_the_device_of_the_parameters():
+    options, gpu = make(window_device="host"), torch.device("cuda", 1)
+    assert options.devices(gpu) == [torch.device("cpu")] and options.compute_device(gpu) == gpu
+    assert make(window_device="cpu").compute_device(gpu) is None and make().compute_device(gpu) is None
+
+
 def test_a_device_that_is_not_there():
     with pytest.raises(ValueError, match="window_device is 'cuda:0', which cannot be used here"):
         make(window_device="cuda:0")

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from mfac_hf import MFAC
+from mfac_hf.fisher import dense, streaming
 from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
 from mfac_hf.optim.options import ParameterWindowOptions
 from mfac_hf.optim.placement import DensePlacement, TablePlacement, first_bytes, nonzero_rows, place
+from tests.helpers.lanes import DisorderedLane
 from tests.helpers.oracles import NaiveMFAC
 from tests.helpers.parameters import assert_same, make_params
 
@@ -220,6 +222,71 @@ def test_window_over_several_devices(tables_of_any_size, devices):
     assert stores(optimizer) == [DenseColumns] * distinct + [RowSparseColumns]
     sizes = [columns.dim for columns in optimizer._window.columns[:-1]]
     assert max(sizes) - min(sizes) <= max(p.numel() for p in extra)
+
+
+@pytest.fixture
+def streamed_by(monkeypatch):
+    """Lets a processor stand in for a GPU: a window in host memory comes to it in portions, in any order allowed."""
+
+    def prepare(order):
+        monkeypatch.setattr(streaming, "PORTION_BYTES", 1)
+        monkeypatch.setattr(dense, "make_lane", lambda device: DisorderedLane(order))
+        elsewhere = torch.device("cpu", 0)  # another name than that of the buffer's device
+        monkeypatch.setattr(
+            ParameterWindowOptions,
+            "compute_device",
+            lambda options, default: elsewhere if options.window_device == "host" else None,
+        )
+
+    return prepare
+
+
+@pytest.mark.parametrize("order", ["late", "transfers", 3])
+@pytest.mark.parametrize("options", [{}, {"metric": "identity", "damping": 1e-2, "lr": 0.01}])
+def test_a_window_in_host_memory_is_streamed(streamed_by, options, order):
+    """Parameters over several portions and several in one, some without a gradient, masks, groups, and a resume."""
+    streamed_by(order)
+    shapes = [(70, 90), (3,), (50, 60), (), (40, 50)]
+    common = {"num_grads": 3, "window_dtype": torch.float64, "process_group": None, **options}
+    models = [[nn.Parameter(p) for p in make_params(shapes)] for _ in range(2)]
+    others = {} if options else {"betas": (0.9, 0.99)}
+    groups = [[{"params": params[:3]}, {"params": params[3:], **others}] for params in models]
+    pair = [MFAC(own, window_device=where, **common) for own, where in zip(groups, ("host", None), strict=True)]
+
+    def step(number):
+        for params, optimizer in zip(models, pair, strict=True):
+            generator = torch.Generator().manual_seed(number)
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+                if (i, number) in ((1, 4), (2, 5)):
+                    p.grad = None
+            optimizer.step()
+
+    for number in range(6):
+        step(number)
+    pair[0].load_state_dict(copy.deepcopy(pair[0].state_dict()))
+    assert pair[0]._window.columns[0]._stream is not None and pair[1]._window.columns[0]._stream is None
+    for number in range(6, 9):
+        step(number)
+    for params, optimizer in zip(models, pair, strict=True):
+        optimizer.set_masks({params[0]: torch.rand(70, 90, generator=torch.Generator().manual_seed(9)) < 0.8})
+    step(9)
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)  # sums of portions have another order
+
+
+def test_host_memory_of_a_processor_is_its_memory():
+    ends = []
+    for device in ("host", "cpu", None):
+        params = make_params([(4, 3), (5,)])
+        optimizer = MFAC(params, window_device=device)
+        for number in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number)).to(p.dtype)
+            optimizer.step()
+        assert optimizer._window.columns[0]._stream is None
+        ends.append([p.detach() for p in params])
+    assert all(torch.equal(p, q) for other in ends[1:] for p, q in zip(ends[0], other, strict=True))
 
 
 def test_late_parameters_add_columns_without_touching_the_others(tables_of_any_size):

@@ -104,6 +104,14 @@ def test_the_parts_are_there_and_fit_into_the_time():
 
 
 @pytest.mark.slow
+def test_the_window_in_host_memory_is_rehearsed(check, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    host = next(each for each in gpu_check.PARTS if each.name == "host")
+    status, parts, page = check([host], "--minutes", "40")
+    assert status == 0 and parts["host"]["figures"]["float32"]["dots_off"] < 1e-6 and "pass / sum" in page
+
+
+@pytest.mark.slow
 def test_a_part_runs_without_datasets_evaluate_and_rich(check, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     resume = next(each for each in gpu_check.PARTS if each.name == "resume")
