@@ -107,7 +107,7 @@ def work_of(
     read = flops = 0
     for piece in pieces:
         if piece.touched is None:
-            moment = 3 * options.moment_itemsize
+            moment = 3 * options.moment_itemsize  # read and written, and read for the direction
             window = 2 * m * stored + (0 if adam else 2 * stored)
             read += piece.numel * (piece.grad_itemsize + moment + window)
             flops += 4 * m * piece.numel

@@ -104,7 +104,7 @@ def test_stored_gradients_are_those_that_came(tables_of_any_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gram_matrix_after_shrinking(monkeypatch, dtype):
     """Against the stored, rounded rows in float64, by chunks of 683 columns."""
-    monkeypatch.setattr("mfac_hf.fisher.columns.GRAM_ELEMENTS", 4100)
+    monkeypatch.setattr("mfac_hf.fisher.dense.GRAM_ELEMENTS", 4100)
     p = nn.Parameter(torch.zeros(5000))
     optimizer = MFAC([p], metric="identity", num_grads=6, window_dtype=dtype)
     for step in range(8):

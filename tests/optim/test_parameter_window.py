@@ -17,7 +17,7 @@ OPTIONS = ParameterWindowOptions(num_grads=4, damping=1e-2, window_dtype=torch.f
 def new_memory(monkeypatch):
     """Dense columns that start with NaN for what new memory may hold."""
 
-    def uninitialised(num_grads, dim, *, dtype, device):
+    def uninitialised(num_grads, dim, *, dtype, device, compute_device):
         buffer = torch.full((num_grads, dim), torch.nan, dtype=dtype, device=device)
         return DenseColumns(num_grads, dim, buffer=buffer)
 
