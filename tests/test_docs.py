@@ -121,6 +121,18 @@ def test_commands_of_a_page_exist(page, help_of):
             assert words[:3] in known, f"no test knows {words}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("theirs", "ours", "flags"), [("main_optim.py", "train", 8), ("main_prun.py", "prune", 25)])
+def test_flags_of_the_reference_are_those_of_the_scripts(theirs, ours, flags, help_of):
+    """The tables have every flag of the two scripts, and ours take all of them."""
+    section = (DOCS / "from-the-reference.md").read_text().split(f"## `{theirs}`")[1].split("\n## ")[0]
+    left = " ".join(re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE))
+    named = set(re.findall(r"--[a-z][\w-]+", left))
+    assert len(named) == flags
+    shown = re.findall(r"--[\w-]+", help_of(f"scripts/{ours}_vision.py"))
+    assert sorted(named - set(shown)) == []
+
+
 def test_messages_of_troubleshooting_are_those_of_the_package():
     """What stands in bold before an explanation, between its dots, is in a string of the source."""
     terms = re.findall(r"^(\*\*.+)\n:   ", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
