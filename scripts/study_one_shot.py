@@ -42,6 +42,7 @@ _BATCHES = {**_OURS, "num_grads": 64, "grad_batch_size": 32}
 _DOWN = {**_SCALED, "grad_batch_size": 1, "first_order": True, "batch_norm_samples": 2048, "loss_samples": 512}
 # 16 recomputations to 90 %, geometric but for rounding, with a stop at each sparsity: 11 of them lead to 80 %.
 _PATH = {0.5: 5, 0.6: 1, 0.7: 2, 0.8: 3, 0.9: 5}
+_TEN, _TWENTY = {0.7: 5, 0.8: 2, 0.9: 3}, {0.7: 10, 0.8: 4, 0.9: 6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,19 @@ METHODS = {
     "scaled, 1 x 1024": Method("scaled", {**_SCALED, "num_grads": 1024, "grad_batch_size": 1}),
     "scaled, 4 x 512": Method("scaled", {**_SCALED, "num_grads": 512, "grad_batch_size": 1}, 4),
     "scaled, 16 x 1000": Method("scaled", {**_SCALED, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
-    "first order, 10 x 512": Method("first order", {**_DOWN, "num_grads": 512}, {0.8: 6, 0.9: 4}),
-    "first order, 12 x 1000": Method("first order", {**_DOWN, "num_grads": 1000}, {0.8: 8, 0.9: 4}),
+    "first order, 10 x 512": Method("first order", {**_DOWN, "num_grads": 512}, _TEN),
+    "first order, 20 x 1000": Method("first order", {**_DOWN, "num_grads": 1000}, _TWENTY),
+    # The parts of the last two alone, and what else they might have been.
+    "scaled, 10 x 512": Method("scaled", {**_SCALED, "num_grads": 512, "grad_batch_size": 1}, _TEN),
+    "batch norms, 10 x 512": Method(
+        "scaled", {**_DOWN, "first_order": False, "loss_samples": 0, "num_grads": 512}, _TEN
+    ),
+    "step, 10 x 512": Method("first order", {**_DOWN, "batch_norm_samples": 0, "num_grads": 512}, _TEN),
+    "first order, 5 x 1024": Method("first order", {**_DOWN, "num_grads": 1024}, {0.7: 2, 0.8: 1, 0.9: 2}),
+    "first order, 20 x 256": Method("first order", {**_DOWN, "num_grads": 256}, _TWENTY),
+    "first order, B = 32": Method("first order", {**_DOWN, "num_grads": 512, "block_size": 32}, _TEN),
+    "first order, B = 64": Method("first order", {**_DOWN, "num_grads": 512, "block_size": 64}, _TEN),
+    "first order, B = 256": Method("first order", {**_DOWN, "num_grads": 512, "block_size": 256}, _TEN),
 }
 # By family: the method that the damping is chosen with, at 80 %, and its candidates.
 TUNING = {

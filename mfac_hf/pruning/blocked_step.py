@@ -24,6 +24,7 @@ from mfac_hf.pruning.gradient_source import Consumer, GradientSet
 from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.options import PruningOptions
 from mfac_hf.pruning.patterns import Pattern
+from mfac_hf.pruning.places import Places
 from mfac_hf.pruning.proposal import Level, Proposal, write_weights
 
 __all__ = ["first_order_step", "magnitude_step", "mfac_step"]
@@ -165,6 +166,7 @@ class _Step:
         self.pattern = Pattern.parse(options.pattern)
         self.layout = layout
         self.weights, self.kept = _flat(parameters, masks, layout)
+        self.places = {name: Places.of(kept_D, self.pattern) for name, kept_D in self.kept.items()}
         self.fishers: dict[str, BlockedFisher] = {}
         self._mean_square = 0.0
 
@@ -176,9 +178,9 @@ class _Step:
         if list(self.fishers) == list(names):
             return self._mean_square
         self.fishers = {}  # frees the present ones first
-        self.fishers = {name: self._empty_fisher(self.parameters[name]) for name in names}
-        self._collect(names, lambda name, rows: self.fishers[name].add(rows))
-        squares = (fisher.squares()[self.kept[name]] for name, fisher in self.fishers.items())
+        self.fishers = {name: self._empty_fisher(name) for name in names}
+        self._collect(names, lambda name, rows: self.fishers[name].add(self.places[name].cut(rows)))
+        squares = (fisher.squares()[self.places[name].cut(self.kept[name])] for name, fisher in self.fishers.items())
         self._mean_square = self._mean(names, sum(float(square_D.sum()) for square_D in squares))
         return self._mean_square
 
@@ -194,7 +196,9 @@ class _Step:
             for name in names:
                 slope_D = self.layout.rows(name, slopes.pop(name).unsqueeze(0)).squeeze(0)
                 self.fishers[name].damping = damping
-                directions[name] = obs.descent_direction(slope_D, self.kept[name], self.fishers[name])
+                cut, kept_D = self.places[name].cut, self.kept[name]
+                direction_L = obs.descent_direction(cut(slope_D), cut(kept_D), self.fishers[name])
+                directions[name] = self.places[name].spread(direction_L)
 
         def move(length: float) -> dict[str, Tensor]:
             moved = {name: self.weights[name] + length * directions[name] for name in self.weights}
@@ -243,10 +247,11 @@ class _Step:
         left = sum(int(self.kept[name].sum()) for name in names)
         return total / (self.gradients.num_grads * max(left, 1))
 
-    def _empty_fisher(self, parameter: Tensor) -> BlockedFisher:
+    def _empty_fisher(self, name: str) -> BlockedFisher:
         assert self.options.block_size is not None  # full_step has no blocks
+        parameter = self.parameters[name]
         return BlockedFisher(
-            parameter.numel(),
+            len(self.places[name]),
             block_size=self.options.block_size,
             damping=1.0,  # until costs or an update name one
             num_grads=self.gradients.num_grads,
@@ -258,20 +263,23 @@ class _Step:
         """Return the cost of each unit of a target."""
         self.fishers[name].damping = damping
         costs = obs.greedy_costs if self.options.selection == "greedy" else obs.diagonal_costs
-        return costs(self.weights[name], self.kept[name], self.fishers[name], self.pattern)
+        cut = self.places[name].cut
+        costs_L = costs(cut(self.weights[name]), cut(self.kept[name]), self.fishers[name], self.pattern)
+        return self.places[name].spread(costs_L, elsewhere=float("inf"))
 
     def update(self, proposal: Proposal, name: str) -> None:
         """Add the new weights of a target to a proposal, and the loss increase that they should cause."""
         assert proposal.damping is not None and proposal.predicted_loss_increase is not None
-        weights_D, kept_D, keep_D = self.weights[name], self.kept[name], proposal.keep[name]
+        vectors = (self.weights[name], self.kept[name], proposal.keep[name])
+        weights_L, kept_L, keep_L = map(self.places[name].cut, vectors)
         fisher = self.fishers[name]
         fisher.damping = proposal.damping
         if self.options.update == "joint":
-            moved_D = obs.joint_update(weights_D, kept_D, keep_D, fisher)
+            moved_L = obs.joint_update(weights_L, kept_L, keep_L, fisher)
         else:
-            moved_D = obs.summed_update(weights_D, kept_D, keep_D, fisher, self.pattern)
-        proposal.weights[name] = moved_D
-        proposal.predicted_loss_increase += _quadratic_loss(moved_D - weights_D, fisher)
+            moved_L = obs.summed_update(weights_L, kept_L, keep_L, fisher, self.pattern)
+        proposal.weights[name] = self.places[name].spread(moved_L)
+        proposal.predicted_loss_increase += _quadratic_loss(moved_L - weights_L, fisher)
 
 
 def _select(

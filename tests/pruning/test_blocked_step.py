@@ -59,6 +59,27 @@ def test_the_joint_update_is_the_best_for_the_same_weights(model, trained):
     assert 0 < joint.predicted_loss_increase < summed.predicted_loss_increase
 
 
+def test_a_block_has_consecutive_weights_of_those_that_are_left(model):
+    """26 of 144 weights are left and a block has 26: the update is the dense one over all of them."""
+    weight = model[2].weight
+    keep = torch.zeros(144, dtype=torch.bool)
+    keep[torch.randperm(144, generator=torch.Generator().manual_seed(3))[:26]] = True
+    with torch.no_grad():
+        weight.mul_(keep.view_as(weight))
+    masks = MaskSet.from_model(model, find_targets(model, [r"^2\."]))
+    before, source = weight.detach().flatten().double()[keep], Spy()
+    options = PruningOptions(num_grads=32, block_size=26, damping=1e-2, recomputations=1)
+    prune_to(model, masks, source, 1 - 16 / 144, options, progress=False)
+    gradients = torch.cat(source.collections[0][0]["2.weight"])[:, keep].double()
+    fisher = 1e-2 * torch.eye(26, dtype=torch.float64) + gradients.T @ gradients / 32
+    left = masks["2.weight"].flatten()[keep]
+    assert int(left.sum()) == 16 and not masks["2.weight"].flatten()[~keep].any()
+    pull = fisher[left][:, ~left] @ before[~left]
+    expected = before[left] + torch.linalg.solve(fisher[left][:, left], pull)
+    torch.testing.assert_close(weight.detach().flatten().double()[keep][left], expected, rtol=1e-4, atol=1e-6)
+    assert not weight.detach().flatten()[~masks["2.weight"].flatten()].any()
+
+
 def test_groups_of_targets_give_what_all_at_once_give(model):
     """Passes over the same gradients, before the weights change: rounding of batched products is all that differs."""
     twin = network()
