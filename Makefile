@@ -2,6 +2,7 @@
 # make demo-vision   train and prune a small ResNet on scikit-learn's digits (no network, under a minute)
 # make test     set up .venv if it is missing, then run every test, the slow ones included, on two processes
 # make test-fast     the same without the slow tests
+# make coverage      every test, then the lines and branches of the package that none has reached
 # make test-lowest   every test with the oldest versions that pyproject.toml admits, in .venv-lowest
 # make lint     check format, lint, types and imports         make format   rewrite the files in place
 # make docs     build the documentation site into outputs/site; every warning is an error (no network)
@@ -23,7 +24,7 @@ DOCS_READY := $(VENV)/.mfac-docs-ready
 CHECK_VERSION := import sys; sys.exit(sys.version_info < (3, 10) and "mfac_hf needs Python 3.10 or newer, this is \
 	%s: try make PYTHON=python3.12" % sys.version.split()[0])
 
-.PHONY: demo demo-vision test test-fast test-lowest lint format docs notebooks clean
+.PHONY: demo demo-vision test test-fast coverage test-lowest lint format docs notebooks clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -38,15 +39,17 @@ demo-vision: $(READY)
 	$(RUN) $(PRUNE_DIGITS) --pruner mag --prefix outputs/demo-vision/magnitude
 	$(RUN) $(PRUNE_DIGITS) --pruner mfac --prefix outputs/demo-vision/mfac
 
-# Each process computes with one thread: two that take all cores each would wait for each other. make test WORKERS=0
-# runs all in one process, and WORKERS=8 uses more cores.
+# make test WORKERS=0 runs all in one process, WORKERS=8 on more cores.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
 test: $(READY)
 	$(PYTEST)
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
+
+coverage: $(DEV_READY)
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered
 
 test-lowest:
 	@$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -6,6 +6,9 @@ import os
 # instead of retrying against the Hub, and tokenizers do not warn about worker processes that fork after their use.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch: of several processes that test side by side (pytest -n), each computes with one thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path  # noqa: E402
 
