@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["pruning_full"] = [pruning.benchmark_full(1024, 8, args.rounds)]
         pruning.print_full(results["pruning_full"])
     if args.plan:
-        results["plan"] = ranks.benchmark_plan(args.plan, args.rounds)
+        results["plan"] = list(ranks.benchmark_plan(args.plan, args.rounds))
         ranks.print_plan(results["plan"])
     if args.plan_table:
         results["plan_table"] = plan_table.docs_table()

@@ -11,8 +11,8 @@ class Machine(NamedTuple):
     Attributes:
         memory: bytes for everything that the rank holds.
         memory_bandwidth: bytes a second that passes over large arrays read and write.
-        network_bandwidth: bytes a second that a rank sends while it receives as many: the bus bandwidth of a large
-            collective, as nccl-tests defines it.
+        network_bandwidth: bytes a second that a rank sends while it receives as many, into new memory: the bus
+            bandwidth of a large collective, as nccl-tests defines it.
         latency: seconds of a message.
         flops: float64 operations a second in factoring an m x m matrix.
         step_overhead: seconds of a step beside its arithmetic: Python and the launching of kernels.

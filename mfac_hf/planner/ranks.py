@@ -206,9 +206,13 @@ def _plan_whole(model: Model, options: ParameterWindowOptions, ranks: int, share
                 joins_gradients=machine.joins_gradients,
             )
         )
-        # Directions of tables are made dense before they are sent, and given back at once.
-        tables = sum(piece.numel for piece in pieces if piece.touched is not None) if shares else 0
-        fresh = holdings[-1].temporary + tables * options.result_dtype.itemsize
+        fresh = holdings[-1].temporary
+        if shares:
+            # Directions of tables are made dense before they are sent, and given back at once; the time of memory in
+            # which those of others arrive is that of the network.
+            tables = sum(piece.numel for piece in pieces if piece.touched is not None)
+            arrives = sum(p.numel() for p in model.trained) - sum(piece.numel for piece in pieces)
+            fresh += (tables - arrives) * options.result_dtype.itemsize
         work.append(work_of(pieces, options, moved, divided, fresh))
     if not shares:
         holdings, work = holdings * ranks, work * ranks

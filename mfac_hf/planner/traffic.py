@@ -63,7 +63,7 @@ class Work(NamedTuple):
         flops: of the passes over the window.
         factor_flops: of factoring the m x m matrix, float64.
         tensors: parameters that it moves.
-        fresh: bytes that it allocates and gives back.
+        fresh: bytes that it allocates and gives back, without those in which it receives.
     """
 
     bytes: int

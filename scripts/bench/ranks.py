@@ -4,7 +4,8 @@ Each number of ranks is started anew on the loopback interface. A rank trains a 
 words: under DistributedDataParallel, or in shards of FSDP2. Its collectives are counted by wrapping those of
 `torch.distributed`, those of DistributedDataParallel among them. In every round the ranks first measure, all at once,
 what the plan computes with: the pace of both passes over a window of another size, of new memory, and of a broadcast
-of that size, the time of a message, and of a step on parameters of one number each. Ratios are taken within rounds.
+of that size, the time of a message, and of a step on parameters of a few numbers each. Of all rounds the shortest
+times count, on both sides: other programs on the machine only lengthen them.
 
 Computing is timed in seconds of the rank's own thread, which do not count while others have the core, and sending in
 seconds of the clock, from a barrier on. So the figures of more ranks than there are cores are those of ranks that wait
@@ -19,11 +20,10 @@ import gc
 import json
 import os
 import socket
-import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,21 +70,19 @@ def make_model(name: str) -> nn.Module:
     )
 
 
-def benchmark_plan(name: str, rounds: int, meshes: list[tuple[int, int]] | None = None) -> list[dict[str, Any]]:
+def benchmark_plan(name: str, rounds: int, meshes: Sequence[tuple[int, int]] = MESHES) -> Iterator[dict[str, Any]]:
     """Start the ranks of each mesh, and compare what they did with the plan.
 
-    Returns:
+    Yields:
         A row for each mesh: planned and measured bytes of the rank that holds the most, bytes handed to collectives,
         seconds, and the ratios of planned to measured.
     """
-    rows = []
-    for ranks, shards in MESHES if meshes is None else meshes:
+    for ranks, shards in meshes:
         with tempfile.TemporaryDirectory() as directory:
             arguments = (name, ranks, shards, rounds, directory)
             mp.start_processes(_run, arguments, nprocs=ranks, start_method="spawn")  # type: ignore[no-untyped-call]
             measured = [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(ranks)]
-        rows.append(_compare(name, ranks, shards, measured))
-    return rows
+        yield _compare(name, ranks, shards, measured)
 
 
 def _run(rank: int, name: str, ranks: int, shards: int, rounds: int, directory: str) -> None:
@@ -113,7 +111,7 @@ def measure_rank(name: str, shards: int, rounds: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     run: nn.Module = model
     if shards > 1:
-        _shard(model, ranks, shards)
+        _fully_shard([*model.bert.encoder.layer, model], ranks, shards)
     elif ranks > 1:
         run = nn.parallel.DistributedDataParallel(model)
         run.register_comm_hook(None, allreduce_hook)  # its own all-reduce, through `torch.distributed`
@@ -122,7 +120,7 @@ def measure_rank(name: str, shards: int, rounds: int) -> dict[str, Any]:
     paces, times = [], []
     found: dict[str, Any] = {}
     numel = sum(p.numel() for p in model.parameters())
-    tiny = _tiny_optimizer(len(list(model.parameters())), sharing)
+    tiny = _tiny_optimizer(len(list(model.parameters())), sharing, ranks, shards)
     for number in range(rounds + 8):  # the first ones fill the window
         words = torch.randint(30_000, (ranks, SENTENCES, WORDS), generator=torch.Generator().manual_seed(number))
         optimizer.zero_grad()
@@ -146,7 +144,7 @@ def measure_rank(name: str, shards: int, rounds: int) -> dict[str, Any]:
     before = _fresh_peak()
     optimizer.step()
     found["temporary"] = peak_memory() - before
-    held = [getattr(p, "to_local", lambda p=p: p)() for p in model.parameters()]
+    held = [_local(p) for p in model.parameters()]
     moments = ("second_moment", "moment_steps")
     found["parameters"] = found["gradients"] = sum(p.nbytes for p in held)
     found["window"] = optimizer._window.nbytes if optimizer._window is not None else 0
@@ -156,15 +154,14 @@ def measure_rank(name: str, shards: int, rounds: int) -> dict[str, Any]:
     return {**found, "paces": paces, "times": times}
 
 
-def _shard(model: nn.Module, ranks: int, shards: int) -> None:
+def _fully_shard(modules: Sequence[nn.Module], ranks: int, shards: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     sizes = (shards,) if ranks == shards else (ranks // shards, shards)
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in modules:
+        fully_shard(module, mesh=mesh)
 
 
 @contextlib.contextmanager
@@ -208,21 +205,31 @@ def _fresh_peak() -> int:
     return peak_memory()
 
 
-def _tiny_optimizer(tensors: int, sharing: Any) -> MFAC:
-    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(tensors)]
-    optimizer = MFAC(parameters, lr=1e-6, process_group=sharing)
-    for _ in range(8):
-        _step_tiny(optimizer)
+def _tiny_optimizer(tensors: int, sharing: Any, ranks: int, shards: int) -> MFAC:
+    """An optimizer of as many parameters, of as many numbers as there are shards."""
+    tiny = nn.ParameterList(torch.zeros(shards) for _ in range(tensors))
+    if shards > 1:
+        _fully_shard([tiny], ranks, shards)
+    optimizer = MFAC(tiny.parameters(), lr=1e-6, process_group=sharing)
+    for step in range(8):
+        _step_tiny(optimizer, step)
     return optimizer
 
 
-def _step_tiny(optimizer: MFAC) -> float:
-    """Seconds of this thread in a step on single numbers."""
-    generator = torch.Generator().manual_seed(len(optimizer.state))
+def _step_tiny(optimizer: MFAC, seed: int) -> float:
+    """Seconds of this thread in a step."""
+    generator = torch.Generator().manual_seed(seed)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = torch.randn(1, generator=generator)
-    return _busy(optimizer.step)
+            p.grad = torch.zeros_like(p)
+            _local(p.grad).normal_(generator=generator)
+    busy = [0.0, 0.0]
+    with counted(Counter(), busy):
+        return _busy(optimizer.step) - busy[1]
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _busy(run: Callable[[], Any]) -> float:
@@ -245,10 +252,13 @@ def _measure_machine(tiny: MFAC, numel: int, ranks: int) -> Machine:
     block = numel // ranks
     dist.barrier()
     memory = SAMPLE_NUMBERS * (24 + 2 * 8 * 2) / _busy(passes)
-    fresh = 4 * numel / _busy(lambda: [torch.zeros(block).add_(1) for _ in range(ranks)])
+    new: list[Tensor] = []
+    filled = _busy(lambda: new.extend(torch.empty(block).fill_(1.0) for _ in range(ranks)))
+    filled_again = _busy(lambda: [x.fill_(2.0) for x in new])
+    fresh = 4 * numel / max(filled - filled_again, 1e-9)
     network, latency = 1e12, 0.0
     if ranks > 1:
-        number, blocks = torch.zeros(8, dtype=torch.float64), [torch.ones(block) for _ in range(ranks)]
+        number, own = torch.zeros(8, dtype=torch.float64), torch.ones(block)
         dist.barrier()
         begun = time.perf_counter()
         for _ in range(8):
@@ -256,8 +266,9 @@ def _measure_machine(tiny: MFAC, numel: int, ranks: int) -> Machine:
         latency = (time.perf_counter() - begun) / 8 / (2 * (ranks - 1))
         dist.barrier()
         begun = time.perf_counter()
-        for root, sent in enumerate(blocks):
-            dist.broadcast(sent, src=root)
+        new = [own if root == dist.get_rank() else torch.empty(block) for root in range(ranks)]
+        for root, block_N in enumerate(new):
+            dist.broadcast(block_N, src=root)
         network = 4 * numel / (time.perf_counter() - begun)
     dist.barrier()
     return Machine(
@@ -266,7 +277,7 @@ def _measure_machine(tiny: MFAC, numel: int, ranks: int) -> Machine:
         network_bandwidth=network,
         latency=latency,
         flops=1e12,
-        step_overhead=_step_tiny(tiny),
+        step_overhead=_step_tiny(tiny, 99),
         tensor_overhead=0.0,
         fresh_bandwidth=fresh,
         joins_gradients=False,
@@ -285,17 +296,12 @@ def _compare(name: str, ranks: int, shards: int, measured: list[dict[str, Any]])
 
     for each in measured:
         each["paces"] = [Machine(**pace) for pace in each["paces"]]
-    seconds, clock = [], []
-    for paces, times in zip(
-        zip(*(each["paces"] for each in measured), strict=True),
-        zip(*(each["times"] for each in measured), strict=True),
-        strict=True,
-    ):
-        compute = max(work.seconds(pace) for work, pace in zip(plan(paces[0]).work, paces, strict=True))
-        network = max(plan(pace).network_seconds() for pace in paces)
-        seconds.append((compute, network, max(busy for busy, *_ in times), max(sent for _, sent, _ in times)))
-        clock.append(max(spent for *_, spent in times))
-    planned = plan(measured[0]["paces"][0])
+    fastest = [_fastest(each["paces"]) for each in measured]
+    planned = plan(fastest[0])
+    compute = max(plan(pace).work[rank].seconds(pace) for rank, pace in enumerate(fastest))
+    network = max(plan(pace).network_seconds() for pace in fastest)
+    rounds = list(zip(*(each["times"] for each in measured), strict=True))
+    busy, sent, clock = (min(max(time[i] for time in times) for times in rounds) for i in range(3))
     bytes_held = {
         key: {
             "planned": max(getattr(holding, key) for holding in planned.holdings),
@@ -303,7 +309,7 @@ def _compare(name: str, ranks: int, shards: int, measured: list[dict[str, Any]])
         }
         for key in (*COUNTED, "temporary")
     }
-    sent = {
+    payload = {
         by: sum(c.payload for c in planned.collectives if (c.by == "MFAC") == (by == "own"))
         for by in ("own", "others")
     }
@@ -315,22 +321,29 @@ def _compare(name: str, ranks: int, shards: int, measured: list[dict[str, Any]])
         "touched_rows": touched,
         "bytes_held": bytes_held,
         "bytes_of_collectives": {
-            by: {"planned": sent[by], "measured": max(sum(each[by].values()) for each in measured)} for by in sent
+            by: {"planned": payload[by], "measured": max(sum(each[by].values()) for each in measured)}
+            for by in payload
         },
         "seconds": {
-            "computing": _pair([(compute, busy) for compute, _, busy, _ in seconds]),
-            "sending": _pair([(network, sent) for _, network, _, sent in seconds]),
-            "step": _pair([(compute + network, busy + sent) for compute, network, busy, sent in seconds]),
-            "by_the_clock": statistics.median(clock),
+            "computing": _pair(compute, busy),
+            "sending": _pair(network, sent),
+            "step": _pair(compute + network, busy + sent),
+            "by_the_clock": clock,
         },
     }
 
 
-def _pair(rounds: list[tuple[float, float]]) -> dict[str, float]:
-    """Medians of planned and measured, and of their ratio in each round."""
-    planned, measured = (statistics.median(each) for each in zip(*rounds, strict=True))
-    ratio = statistics.median(one / other for one, other in rounds) if measured else 1.0
-    return {"planned": planned, "measured": measured, "ratio": ratio}
+def _fastest(paces: Sequence[Machine]) -> Machine:
+    """The best of each speed."""
+    best = {
+        name: (max if name.endswith("bandwidth") else min)(getattr(pace, name) for pace in paces)
+        for name in ("memory_bandwidth", "fresh_bandwidth", "network_bandwidth", "latency", "step_overhead")
+    }
+    return paces[0]._replace(**best)
+
+
+def _pair(planned: float, measured: float) -> dict[str, float]:
+    return {"planned": planned, "measured": measured, "ratio": planned / measured if measured else 1.0}
 
 
 def print_plan(rows: list[dict[str, Any]]) -> None:

@@ -13,8 +13,11 @@ def bench(monkeypatch):
     return importlib.import_module("bench.ranks")
 
 
-def test_medians_and_ratios_of_rounds(bench):
-    assert bench._pair([(1.0, 2.0), (3.0, 2.0), (2.0, 4.0)]) == {"planned": 2.0, "measured": 2.0, "ratio": 0.5}
+def test_the_best_of_each_speed(bench):
+    first = bench.Machine(0.0, 1.0, 5.0, 3.0, 9.0, step_overhead=1.0, fresh_bandwidth=2.0)
+    second = bench.Machine(0.0, 2.0, 4.0, 1.0, 9.0, step_overhead=2.0, fresh_bandwidth=1.0)
+    best = bench.Machine(0.0, 2.0, 5.0, 1.0, 9.0, step_overhead=1.0, fresh_bandwidth=2.0)
+    assert bench._fastest([first, second]) == best
 
 
 @pytest.mark.slow
