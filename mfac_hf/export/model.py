@@ -202,11 +202,16 @@ def _write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, k
 
 
 def _round_onnx(path: Path) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     whole = path.with_name("float32.onnx")
     for file in path.parent.glob(f"{path.name}*"):  # with what a large model keeps beside it
         file.rename(whole.with_name(file.name.replace(path.name, whole.name)))
+    # torch 2.10 leaves shapes that weights had before they were transposed; rounding infers all shapes anew.
+    model = onnx.load(whole, load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, whole)
     with _quiet("root"):
         symmetric = {"WeightSymmetric": True}
         quantize_dynamic(whole, path, weight_type=QuantType.QInt8, per_channel=True, extra_options=symmetric)
