@@ -42,7 +42,7 @@ _BATCHES = {**_OURS, "num_grads": 64, "grad_batch_size": 32}
 _DOWN = {**_SCALED, "grad_batch_size": 1, "first_order": True, "batch_norm_samples": 2048, "loss_samples": 512}
 # 16 recomputations to 90 %, geometric but for rounding, with a stop at each sparsity: 11 of them lead to 80 %.
 _PATH = {0.5: 5, 0.6: 1, 0.7: 2, 0.8: 3, 0.9: 5}
-_TEN, _TWENTY = {0.7: 5, 0.8: 2, 0.9: 3}, {0.7: 10, 0.8: 4, 0.9: 6}
+_TEN, _TWENTY, _FORTY = {0.7: 5, 0.8: 2, 0.9: 3}, {0.7: 10, 0.8: 4, 0.9: 6}, {0.7: 20, 0.8: 8, 0.9: 12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,8 @@ METHODS = {
     "scaled, 16 x 1000": Method("scaled", {**_SCALED, "num_grads": 1000, "grad_batch_size": 1}, _PATH),
     "first order, 10 x 512": Method("first order", {**_DOWN, "num_grads": 512}, _TEN),
     "first order, 20 x 1000": Method("first order", {**_DOWN, "num_grads": 1000}, _TWENTY),
-    # The parts of the last two alone, and what else they might have been.
+    "first order, 40 x 500": Method("first order", {**_DOWN, "num_grads": 500}, _FORTY),
+    # The parts of the first of these alone, and what else they might have been.
     "scaled, 10 x 512": Method("scaled", {**_SCALED, "num_grads": 512, "grad_batch_size": 1}, _TEN),
     "batch norms, 10 x 512": Method(
         "scaled", {**_DOWN, "first_order": False, "loss_samples": 0, "num_grads": 512}, _TEN
