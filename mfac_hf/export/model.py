@@ -205,18 +205,17 @@ def _round_onnx(path: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    whole = path.with_name("float32.onnx")
-    for file in path.parent.glob(f"{path.name}*"):  # with what a large model keeps beside it
-        file.rename(whole.with_name(file.name.replace(path.name, whole.name)))
     # torch 2.10 leaves shapes that weights had before they were transposed; rounding infers all shapes anew.
-    model = onnx.load(whole, load_external_data=False)
+    model = onnx.load(path, load_external_data=False)
     del model.graph.value_info[:]
-    onnx.save(model, whole)
+    onnx.save(model, path)
+    rounded = path.with_name("int8.onnx")
     with _quiet("root"):
         symmetric = {"WeightSymmetric": True}
-        quantize_dynamic(whole, path, weight_type=QuantType.QInt8, per_channel=True, extra_options=symmetric)
-    for file in path.parent.glob(f"{whole.name}*"):
+        quantize_dynamic(path, rounded, weight_type=QuantType.QInt8, per_channel=True, extra_options=symmetric)
+    for file in path.parent.glob(f"{path.name}*"):  # with what a large model keeps beside it
         file.unlink()
+    rounded.rename(path)
 
 
 def _to_openvino(source: Path, path: Path, *, int8: bool) -> Path:

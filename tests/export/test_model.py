@@ -64,6 +64,26 @@ def test_decoders_and_images(make, tmp_path):
     assert (tmp_path / "out" / "config.json").exists() == hasattr(model, "config")
 
 
+@pytest.mark.slow
+def test_weights_that_lie_beside_the_file_of_a_large_model_are_rounded(tmp_path, monkeypatch):
+    needs("onnx")
+    import onnx
+
+    write = exporting._write_onnx
+
+    def write_beside(model, inputs, path, **options):
+        outputs = write(model, inputs, path, **options)
+        beside = {"save_as_external_data": True, "location": f"{path.name}.data", "size_threshold": 1024}
+        onnx.save(onnx.load(path), path, **beside)
+        return outputs
+
+    monkeypatch.setattr(exporting, "_write_onnx", write_beside)
+    assert "model.onnx.data" in export_model(tiny_decoder(), tmp_path / "whole")["files"]
+    report = export_model(tiny_decoder(), tmp_path / "rounded", int8=True)
+    assert [name for name in report["files"] if "onnx" in name] == ["model.onnx"]
+    assert report["largest_difference"] <= 0.05
+
+
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bert, tmp_path, monkeypatch):
     sizes = dict(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
     with pytest.raises(ValueError, match="tensorflow.*onnx, openvino"):
