@@ -128,8 +128,10 @@ def masking_collator(tokenizer: BertTokenizer, probability: float = 0.15) -> Cal
 
 def mask_once(blocks: Dataset, tokenizer: BertTokenizer, probability: float = 0.15) -> Dataset:
     """Mask blocks for an evaluation: the same tokens whatever was trained before."""
-    masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability, seed=_MASK_SEED)
-    batch = masking([{"input_ids": block} for block in blocks["input_ids"]])
+    masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
+    with torch.random.fork_rng(devices=[]):  # the collator's own seed is ignored by some releases where it is 0
+        torch.manual_seed(_MASK_SEED)
+        batch = masking([{"input_ids": block} for block in blocks["input_ids"]])
     return Dataset.from_dict({name: batch[name].tolist() for name in ("input_ids", "labels")})
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mfac_hf.sparse.directory import check_inside, dense_files, find_weights, read_tensors, restore_weights
 from tests.helpers.sparse_files import assert_same_state
@@ -71,19 +71,19 @@ def test_links_within_and_those_of_the_cache_are_followed(secret, tmp_path):
         check_inside(cached)
 
 
-def make_vit(layers=1):
+def make_mixtral(layers=1):
     """Build a model whose names on disk are not those in memory."""
-    sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=24)
-    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_hidden_layers=layers, **sizes))
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_hidden_layers=layers)
+    return MixtralForCausalLM(MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=24, **heads))
 
 
 def test_weights_are_restored_where_the_names_on_disk_are_others(bert, tmp_path):
-    model, other, larger = make_vit(), make_vit(), make_vit(layers=2)
+    model, other, larger = make_mixtral(), make_mixtral(), make_mixtral(layers=2)
     model.save_pretrained(tmp_path / "small")
     assert restore_weights(torch.compile(other, backend="eager"), tmp_path / "small")
     assert_same_state(other.state_dict(), model.state_dict())
     larger.save_pretrained(tmp_path / "large")
-    with pytest.raises(ValueError, match="are not those of this ViTForImageClassification"):
+    with pytest.raises(ValueError, match="are not those of this MixtralForCausalLM"):
         restore_weights(other, tmp_path / "large")
     assert_same_state(other.state_dict(), model.state_dict())
 

@@ -12,7 +12,7 @@ from mfac_hf import load_sparse, save_sparse
 from mfac_hf.hub.inventory import describe_weights
 from mfac_hf.pruning.targets import find_targets
 from mfac_hf.sparse.directory import DENSE_FILE, SPARSE_FILE, read_tensors
-from mfac_hf.sparse.format import SparseFile, write_sparse
+from mfac_hf.sparse.format import write_sparse
 from mfac_hf.sparse.names import names_in_memory
 from tests.helpers.models import CONFIG
 from tests.helpers.sparse_files import assert_same_state
@@ -53,7 +53,7 @@ def test_names_and_values_are_those_in_memory(saved):
     state = model.state_dict()
     tied = state.keys() - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
     assert_same_state(dict(read_tensors(directory)), {name: t for name, t in state.items() if name not in tied})
-    if type(model).__name__ != "BertForMaskedLM":
+    if type(model).__name__ == "MixtralForCausalLM":  # those of the vision models are in newer transformers alone
         assert load_file(directory / DENSE_FILE).keys() != state.keys(), "the names on disk are others"
     assert names_in_memory(model, state) == {name: name for name in state}
 
@@ -74,8 +74,9 @@ def test_sparse_file_with_the_names_on_disk_still_loads(tmp_path):
     """As earlier versions made them of directories."""
     model = build("ViTForImageClassification")
     model.save_pretrained(tmp_path)
+    if load_file(tmp_path / DENSE_FILE).keys() == model.state_dict().keys():
+        pytest.skip("this release of transformers gives a ViT the same names on disk and in memory")
     write_sparse(tmp_path / SPARSE_FILE, iter(load_file(tmp_path / DENSE_FILE).items()), {})
-    assert SparseFile(tmp_path / SPARSE_FILE).records.keys() != model.state_dict().keys()
     built = load_sparse(tmp_path, AutoModelForImageClassification)
     assert_same_state(built.state_dict(), model.state_dict())
     (tmp_path / DENSE_FILE).unlink()
