@@ -17,6 +17,12 @@ GRAM_ELEMENTS = 1 << 22  # numbers of the window widened to float64 at once: 32 
 class DenseColumns:
     """Columns kept as one (m, d) buffer.
 
+    >>> columns = DenseColumns(2, 3)
+    >>> columns.write(0, torch.tensor([1.0, 0.0, 2.0]))
+    >>> columns.write(1, torch.tensor([0.0, 3.0, 1.0]))
+    >>> columns.gram(2).tolist(), columns.combine(torch.tensor([1.0, -1.0])).tolist()
+    ([[5.0, 2.0], [2.0, 10.0]], [1.0, -3.0, 1.0])
+
     Args:
         num_grads: rows of the window, m.
         dim: columns of this store, d.

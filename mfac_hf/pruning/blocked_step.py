@@ -166,7 +166,11 @@ class _Step:
         self.pattern = Pattern.parse(options.pattern)
         self.layout = layout
         self.weights, self.kept = _flat(parameters, masks, layout)
-        self.places = {name: Places.of(kept_D, self.pattern) for name, kept_D in self.kept.items()}
+        assert options.block_size is not None  # full_step has no blocks
+        self.places = {
+            name: Places.of(kept_D, self.pattern, options.block_size, layout.experts.get(name, 1))
+            for name, kept_D in self.kept.items()
+        }
         self.fishers: dict[str, BlockedFisher] = {}
         self._mean_square = 0.0
 

@@ -2,7 +2,8 @@
 
 Where single weights are pruned, a block has consecutive weights of those that are left. It sees more of what they do
 to each other than a block of all places would, most of which are empty in the end, and blocks are fewer. Units and
-windows of a pattern have to lie in one block, so theirs are of all places.
+windows of a pattern have to lie in one block, so theirs are of all places. The experts of one target have no block in
+common: what is left of each is filled up with one of its pruned places.
 
 Shape suffixes: D all weights of a target, L those that are left.
 """
@@ -32,11 +33,18 @@ class Places:
     at_L: Tensor | None
 
     @classmethod
-    def of(cls, kept_D: Tensor, pattern: Pattern) -> Places:
+    def of(cls, kept_D: Tensor, pattern: Pattern, block_size: int, experts: int = 1) -> Places:
         """Make the places for a mask; where nothing is left there is one, a pruned one, since no Fisher is empty."""
         if pattern.unit > 1 or pattern.window > 1 or bool(kept_D.all()):
             return cls(len(kept_D), None)
-        at_L = kept_D.nonzero().squeeze(1)
+        parts, start = [], 0
+        for part_P in kept_D.chunk(experts):
+            at_P = part_P.nonzero().squeeze(1)
+            if experts > 1 and not bool(part_P.all()):
+                at_P = torch.cat([at_P, part_P.logical_not().nonzero()[0].expand(-len(at_P) % block_size)])
+            parts.append(at_P + start)
+            start += len(part_P)
+        at_L = torch.cat(parts)
         return cls(len(kept_D), at_L if len(at_L) else at_L.new_zeros(1))
 
     def __len__(self) -> int:

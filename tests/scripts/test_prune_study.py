@@ -150,7 +150,7 @@ def test_a_study_that_cannot_be_is_refused_at_once(change, message, study, capsy
 def test_shipped_studies_can_be_read(path):
     study = prune_study.load_study(path)
     budgets = {len(contender["grid"]) for name, contender in study["contenders"].items() if name != "magnitude"}
-    assert len(budgets) == 1  # everyone is tuned with as many points
+    assert len(budgets - {1}) == 1  # whoever is tuned has as many points; the scaled Fisher has the library's damping
 
 
 @pytest.mark.parametrize(
