@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if reason := item.get_closest_marker("cpu"):
                 item.add_marker(pytest.mark.skip(reason=f"about the CPU alone: {reason.args[0]}"))
+
+
+@pytest.fixture(autouse=True)
+def plain_logging():
+    """What a script tells, run within an earlier test, is not told in this one."""
+    logging.getLogger("mfac_hf").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
