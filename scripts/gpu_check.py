@@ -50,11 +50,11 @@ PARTS = [
     Part("operators", "every operator against float64", "gpu.kernels:run_operator_tests", 90),
     Part("kernels", "published shapes, NaN in memory, repeats, streams, graphs", "gpu.kernels:check_kernels", 60),
     Part("sanitizer", "compute-sanitizer on the kernels", "gpu.kernels:sanitize", 75),
-    Part("optimizer", "the tests of the optimizer and its window", "gpu.training:run_optimizer_tests", 90),
+    Part("optimizer", "the tests of the optimizer and its window", "gpu.training:run_optimizer_tests", 110),
     Part("host", "a window in host memory: bits, and copies beside computing", "gpu.host_window:stream_from_host", 60),
     Part("precisions", "Trainer in fp32, bf16, fp16; a step in autocast", "gpu.training:train_in_precisions", 75),
     Part("resume", "a checkpoint of a CPU goes on on the device", "gpu.training:resume_from_cpu", 45),
-    Part("pruning", "tests of the pruner; pruning beside the CPU's; gradual pruning", "gpu.training:prune", 75),
+    Part("pruning", "tests of the pruner; pruning beside the CPU's; gradual pruning", "gpu.training:prune", 90),
     Part("cost", "a step beside fused AdamW, passes beside a copy", "gpu.kernels:measure_cost", 60, measures=True),
     Part("epoch", "an epoch of SST-2, or of as many generated sentences", "gpu.training:train_epoch", 150),
 ]

@@ -23,9 +23,11 @@ def pytest_configure(config):
     if os.environ.get("MFAC_TEST_DEVICE", "cpu") != "cpu":
         from mfac_hf.fisher import BlockedFisher, GradientWindow
         from mfac_hf.fisher.columns import DenseColumns, RowSparseColumns
+        from mfac_hf.fisher.gram import GramMatrix
+        from mfac_hf.fisher.reference import PaperDynamicInverse
         from tests.helpers.device import DEVICE, OnDevice, place
 
-        for cls in (BlockedFisher, DenseColumns, GradientWindow, RowSparseColumns):
+        for cls in (BlockedFisher, DenseColumns, GradientWindow, GramMatrix, PaperDynamicInverse, RowSparseColumns):
             place(cls)
         mode = OnDevice(DEVICE)
         mode.__enter__()

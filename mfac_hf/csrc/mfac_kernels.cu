@@ -251,10 +251,12 @@ __global__ void multiply_lower(const A* lower, bool transposed, int64_t m, const
 
 int64_t blocks(int64_t total, int64_t each) { return (total + each - 1) / each; }
 
+// Whether all rows begin where packs may. The stride decides for a single row, too: the first row of a window, alone in it, has
+// to be added up in the order that it will have beside others, or equal rows get unequal products.
 template <int COUNT, typename G>
-bool aligned(const G* grads, int64_t stride, int64_t m) {
+bool aligned(const G* grads, int64_t stride) {
   constexpr uintptr_t BYTES = sizeof(G) * COUNT;
-  return reinterpret_cast<uintptr_t>(grads) % BYTES == 0 && (m <= 1 || static_cast<uint64_t>(stride) * sizeof(G) % BYTES == 0);
+  return reinterpret_cast<uintptr_t>(grads) % BYTES == 0 && static_cast<uint64_t>(stride) * sizeof(G) % BYTES == 0;
 }
 
 template <int COUNT, typename G, typename A>
@@ -285,7 +287,7 @@ struct Width {
   static constexpr int value = COUNT;
 };
 template <typename A, typename F>
-int with_window(const void* grads, int type, int64_t stride, int64_t m, F f) {
+int with_window(const void* grads, int type, int64_t stride, F f) {
   if (type == MFAC_FLOAT64) {
     if constexpr (sizeof(A) == sizeof(double)) return f(static_cast<const double*>(grads), Width<1>{});
     return static_cast<int>(cudaErrorInvalidValue);
@@ -293,17 +295,17 @@ int with_window(const void* grads, int type, int64_t stride, int64_t m, F f) {
   if (type == MFAC_FLOAT32) {
     const float* g = static_cast<const float*>(grads);
     if constexpr (sizeof(A) == sizeof(float)) {  // float64 arithmetic is rare: one number at a time will do
-      if (aligned<4>(g, stride, m)) return f(g, Width<4>{});
-      if (aligned<2>(g, stride, m)) return f(g, Width<2>{});
+      if (aligned<4>(g, stride)) return f(g, Width<4>{});
+      if (aligned<2>(g, stride)) return f(g, Width<2>{});
     }
     return f(g, Width<1>{});
   }
   if (type != MFAC_BFLOAT16) return static_cast<int>(cudaErrorInvalidValue);
   const BFloat16* g = static_cast<const BFloat16*>(grads);
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (aligned<8>(g, stride, m)) return f(g, Width<8>{});
-    if (aligned<4>(g, stride, m)) return f(g, Width<4>{});
-    if (aligned<2>(g, stride, m)) return f(g, Width<2>{});
+    if (aligned<8>(g, stride)) return f(g, Width<8>{});
+    if (aligned<4>(g, stride)) return f(g, Width<4>{});
+    if (aligned<2>(g, stride)) return f(g, Width<2>{});
   }
   return f(g, Width<1>{});
 }
@@ -323,7 +325,7 @@ int mfac_row_dots(const void* grads, int type, int64_t stride, int64_t m, int64_
   }
   const auto run = [&](auto working) {
     using A = decltype(working);
-    return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
+    return with_window<A>(grads, type, stride, [&](auto* g, auto width) {
       return launch_row_dots<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(x), scratch, out, stream);
     });
   };
@@ -335,7 +337,7 @@ int mfac_combine(const void* grads, int type, int64_t stride, int64_t m, int64_t
   if (d == 0) return 0;
   const auto run = [&](auto working) {
     using A = decltype(working);
-    return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
+    return with_window<A>(grads, type, stride, [&](auto* g, auto width) {
       const AddVector<A> finish{static_cast<const A*>(x), static_cast<A>(alpha), static_cast<A*>(out)};
       return launch_combine<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), finish, stream);
     });
@@ -349,7 +351,7 @@ int mfac_metric_push(void* grads, int type, int64_t stride, int64_t d, const voi
   const auto take = [&](auto working, auto second) {
     using A = decltype(working);
     using V = decltype(second);
-    return with_window<A>(grads, type, stride, count, [&](auto* g, auto) -> int {
+    return with_window<A>(grads, type, stride, [&](auto* g, auto) -> int {
       using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
       MFAC_LAUNCH((take_gradient<G, A, V>), dim3(static_cast<unsigned>(blocks(d, THREADS))), THREADS, stream,
                   static_cast<const V*>(grad), d, static_cast<V>(rate), static_cast<V>(eps), static_cast<V*>(moment),
@@ -368,7 +370,7 @@ int mfac_metric_combine(const void* grads, int type, int64_t stride, int64_t m, 
   const auto run = [&](auto working, auto second) {
     using A = decltype(working);
     using V = decltype(second);
-    return with_window<A>(grads, type, stride, m, [&](auto* g, auto width) {
+    return with_window<A>(grads, type, stride, [&](auto* g, auto width) {
       const Rescale<A, V> finish{static_cast<const V*>(moment), static_cast<V>(eps), static_cast<V*>(out)};
       return launch_combine<decltype(width)::value>(g, stride, m, d, static_cast<const A*>(weights), finish, stream);
     });

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mfac_hf.ops.blocks import dual_inverse, spd_inverse, spd_solve
+from mfac_hf.ops.blocks import cholesky, dual_inverse, spd_inverse, spd_solve
 
 __all__ = ["check_damping", "dual_blocks", "factor_blocks", "inverse_blocks", "is_number", "solve_blocks"]
 
@@ -41,7 +41,7 @@ def factor_blocks(matrices_KBB: Tensor) -> Tensor:
     Raises:
         FloatingPointError: if one is not positive definite.
     """
-    factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
+    factor_KBB, info_K = cholesky(matrices_KBB)
     _check_definite(matrices_KBB, info_K)
     return factor_KBB
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mfac_hf.ops.blocks import cholesky
+
 __all__ = ["RUN", "CachedFactor", "Factor"]
 
 # Pushes in a run, which costs one factorization and RUN borders: on a CPU at m = 1024 about 30 ms, and 2 ms each.
@@ -90,7 +92,7 @@ class CachedFactor:
 
 def _cholesky(matrix: Tensor, shift: float) -> tuple[Tensor, int]:
     matrix.diagonal().add_(shift)
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor, info = cholesky(matrix)
     return factor, int(info)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfac_hf.ops.registry import operators_for, register
 
-__all__ = ["add_gram", "dual_inverse", "spd_inverse", "spd_solve", "triangle", "unpack_gram"]
+__all__ = ["add_gram", "cholesky", "dual_inverse", "spd_inverse", "spd_solve", "triangle", "unpack_gram"]
 
 # Rows of the largest matrices for the native kernels, which hold one in a core's own cache. Beyond, PyTorch is faster:
 # its threads share a matrix.
@@ -184,7 +184,7 @@ def _dual_inverse(grads_MD: Tensor, block_size: int, shift: float, x_D: Tensor |
         grads_KMB = blocks_of(grads_MD, block_size, first, last)
         system_KMM = torch.bmm(grads_KMB, grads_KMB.mT)
         system_KMM.diagonal(dim1=1, dim2=2).add_(shift)
-        factor_KMM, info_K = torch.linalg.cholesky_ex(system_KMM)
+        factor_KMM, info_K = cholesky(system_KMM)
         if x_D is None:
             root_KMB = torch.linalg.solve_triangular(factor_KMM, grads_KMB, upper=False)
             part_KB = 1 - root_KMB.square().sum(dim=1)
@@ -197,8 +197,20 @@ def _dual_inverse(grads_MD: Tensor, block_size: int, shift: float, x_D: Tensor |
     return torch.cat(parts)[:dim], torch.cat(infos)
 
 
+def cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return lower factors, and where each one ended or 0: `torch.linalg.cholesky_ex` of one matrix or many.
+
+    A matrix with NaN is not positive definite either, which LAPACK says, but cuSOLVER does not.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    if matrices.device.type != "cpu":
+        broken = ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
+        info = info.masked_fill((info == 0) & broken, matrices.shape[-1])
+    return factor, info
+
+
 def _spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
-    factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
+    factor_KBB, info_K = cholesky(matrices_KBB)
     identity_BB = torch.eye(matrices_KBB.shape[-1], dtype=matrices_KBB.dtype, device=matrices_KBB.device)
     root_KBB = torch.linalg.solve_triangular(factor_KBB, identity_BB.expand_as(factor_KBB), upper=False)
     inverse_KBB = torch.bmm(root_KBB.mT, root_KBB)
@@ -206,7 +218,7 @@ def _spd_inverse(matrices_KBB: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spd_solve(matrices_KBB: Tensor, x_KB: Tensor) -> tuple[Tensor, Tensor]:
-    factor_KBB, info_K = torch.linalg.cholesky_ex(matrices_KBB)
+    factor_KBB, info_K = cholesky(matrices_KBB)
     solution_KB = torch.cholesky_solve(x_KB.unsqueeze(2), factor_KBB).squeeze(2)
     return solution_KB.masked_fill((info_K != 0)[:, None], torch.nan), info_K
 

@@ -158,9 +158,11 @@ def resume_from_cpu(context: Context) -> dict[str, Any]:
     trainer(True, 8).train()
     checkpoint = str(folder / "checkpoint-8")
     half = weights_in(checkpoint)
-    stayed, moved = trainer(True, 16), trainer(context.rehearsal, 16)
-    for each in (stayed, moved):
-        each.train(resume_from_checkpoint=checkpoint)
+    ended = []
+    for use_cpu in (True, context.rehearsal):  # accelerate has one device for all: that of the newest arguments
+        ended.append(trainer(use_cpu, 16))
+        ended[-1].train(resume_from_checkpoint=checkpoint)
+    stayed, moved = ended
     require(moved.state.global_step == 16, f"the resumed run ended at step {moved.state.global_step}")
     state = moved.optimizer.optimizer.state.values()
     places = {value.device.type for each in state for value in each.values() if torch.is_tensor(value)}
@@ -219,7 +221,7 @@ def prune(context: Context) -> dict[str, Any]:
     require(same >= 0.99 * total and off <= 0.1, f"pruned otherwise than on the CPU: {results['one_shot']}")
 
     pruning = MFACPruningCallback(
-        SparsitySchedule.cubic(final=0.8, start=2, end=steps - 5, every=4),
+        SparsitySchedule.cubic(final=0.8, start=2, end=steps - 5, every=4 if context.rehearsal else 12),
         num_grads=32,
         block_size=64,
         recomputations=1,

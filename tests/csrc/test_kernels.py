@@ -155,7 +155,8 @@ def test_emulated_operators_pass_the_tests_of_the_operators(cxx, tmp_path):
     # Those that need few launches: each starts threads anew.
     chosen = (
         "not pytorch and not 4097 and not 9001 and "
-        "(strided or stay_as or float64_vector or refused or soundly or coefficients or scaled or always_zero)"
+        "(strided or stay_as or float64_vector or refused or soundly or equal_rows or coefficients or scaled or "
+        "always_zero)"
     )
     files = [operators / f"test_{name}.py" for name in ("window", "metric", "coefficients")]
     said = run(

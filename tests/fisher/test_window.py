@@ -91,6 +91,7 @@ def test_matches_the_oracle_for_any_shape(m, d, steps, dtype, normalize, scale):
     check(window, scale * draw(1, d, seed=1)[0])
 
 
+@pytest.mark.cpu("the devices are parts of the CPU")
 @pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"], ["cpu"] * 3, ["cpu"] * 9, [torch.device("cpu"), "cpu"]])
 def test_columns_split_over_several_devices(devices):
     """Also with fewer columns than devices."""

@@ -22,7 +22,8 @@ _TESTS, _TORCH = str(Path(__file__).parents[1]) + os.sep, str(Path(torch.__file_
 _FACTORIES = {
     getattr(torch, name)
     for name in (
-        "arange as_tensor empty eye full linspace logspace ones rand randint randn randperm tensor tril_indices zeros"
+        "arange as_tensor empty eye from_numpy full linspace logspace ones rand randint randn randperm tensor "
+        "tril_indices zeros"
     ).split()
 }
 _DRAWING = {getattr(torch.Tensor, name) for name in ("bernoulli_", "exponential_", "normal_", "random_", "uniform_")}

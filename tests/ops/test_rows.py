@@ -94,6 +94,7 @@ ROWS, VALUES, PLACE = torch.tensor([[0, 2], [1, 3]]), torch.ones(2, 2, 4), torch
 X, WEIGHTS = torch.ones(2, 4), torch.ones(2)
 
 
+@pytest.mark.cpu("PyTorch's own operators end the process's use of a GPU that is asked for a row outside")
 def test_row_numbers_outside_are_refused(implementation):
     sparse_dots, sparse_combine = implementation
     assert sparse_dots(ROWS, VALUES, PLACE, X).tolist() == [4, 4]

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfac_hf.ops import window
+from mfac_hf.ops.build import load_native
+from tests.helpers.device import DEVICE
 
 RUN = min(window.RUN_LENGTH, 1 << 14)  # one run of columns, which some shapes below exceed
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -87,6 +89,18 @@ def test_strided_rows(implementation, dtype):
         assert not view.is_contiguous()
         check_row_dots(row_dots, view, x[:d])
         check_combine(combine, view, weights[:5], x[:d], 1.0, 1.0)
+
+
+@pytest.mark.parametrize("d", [500, 512, 515])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_have_equal_products(dtype, d):
+    """To the bit, however many rows stand beside them: else repeated gradients look unlike in a Gram matrix."""
+    if load_native(DEVICE.type) is None:
+        pytest.skip("needs the native kernels: a BLAS rounds by the position of a row")
+    grads, x, _ = draw(1, d, dtype, torch.float32)
+    rows = grads.repeat(20, 1)
+    found = torch.cat([window.row_dots(rows[:count], x) for count in (1, 2, 8, 9, 20)])
+    assert len(set(found.tolist())) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

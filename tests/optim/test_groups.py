@@ -14,7 +14,7 @@ from tests.helpers.parameters import make_params
         (
             lambda: [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, device="meta"))],
             ValueError,
-            "(cpu, meta|meta, )",
+            "((cpu|cuda:0), meta|meta, )",
         ),
         (lambda: [nn.Parameter(torch.zeros(3, dtype=torch.complex64))], TypeError, "complex64.*view_as_real"),
     ],
