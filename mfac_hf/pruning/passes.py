@@ -6,7 +6,8 @@ equally many labels; padding changes some losses, weights of classes others. Not
 holds for batches of its kind alone. So a batch is described by how far its examples lie apart, in numbers of ignored
 labels and zeros (padding, attention masks) and in what stands once for each (labels, weights). It is compared with
 passes for single examples, the most unlike ones among them, unless a batch whose examples lay as far apart was right,
-or one whose examples lay closer together was wrong.
+or one whose examples lay closer together was wrong. What is alike in all examples of a batch tells nothing apart,
+whatever it is.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ __all__ = [
 # Wrong verdicts after which nothing more is compared: data that are drawn anew each time never agree.
 _ENOUGH = 8
 
-# What a batch spans: the least and the largest value of each statistic of its examples.
-Ranges = dict[str, tuple[float, float]]
+# What a batch spans: the least and the largest value of each statistic of its examples, None where they are alike.
+Ranges = dict[str, tuple[float, float] | None]
 
 
 def statistics(batch: Any, count: int) -> dict[str, Tensor]:
@@ -111,7 +112,8 @@ class Verdicts:
     @staticmethod
     def ranges(values: Mapping[str, Tensor]) -> Ranges:
         """Return what a batch spans, from its `statistics`."""
-        return {name: (float(column.min()), float(column.max())) for name, column in values.items()}
+        ends = {name: (float(column.min()), float(column.max())) for name, column in values.items()}
+        return {name: (low, high) if low < high else None for name, (low, high) in ends.items()}
 
     def known(self, ranges: Ranges) -> bool | None:
         """Return whether one pass serves such a batch; None where only a comparison tells."""
@@ -128,7 +130,8 @@ class Verdicts:
 
 def _inside(inner: Ranges, outer: Ranges) -> bool:
     return inner.keys() == outer.keys() and all(
-        outer[name][0] <= low and high <= outer[name][1] for name, (low, high) in inner.items()
+        span is None or ((other := outer[name]) is not None and other[0] <= span[0] and span[1] <= other[1])
+        for name, span in inner.items()
     )
 
 

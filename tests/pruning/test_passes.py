@@ -51,18 +51,28 @@ def test_a_verdict_holds_for_what_it_has_seen():
     assert verdicts.known({"labels": (0, 3)}) is None
     verdicts.add({"labels": (0, 3)}, True)
     verdicts.add({"labels": (5, 7)}, False)
-    for ranges, known in {(0, 3): True, (1, 2): True, (1, 4): None, (4, 8): False, (6, 6): None}.items():
+    for ranges, known in {(0, 3): True, (1, 2): True, (1, 4): None, (4, 8): False, (5, 6): None, None: True}.items():
         assert verdicts.known({"labels": ranges}) is known
     assert verdicts.known({"others": (1, 2)}) is None
     assert verdicts.known({"labels": (1, 2), "mask": (0, 9)}) is None, "something that was not there"
 
 
+def test_what_is_alike_in_a_batch_tells_nothing_apart():
+    """Such as padding to a length that each batch has anew: else each batch would be compared."""
+    lengths = [Verdicts.ranges({"zeros": torch.tensor([n, n]), "labels": torch.tensor([0, 1])}) for n in (7, 9)]
+    assert lengths[0] == lengths[1] == {"zeros": None, "labels": (0, 1)}
+    verdicts = Verdicts()
+    verdicts.add(lengths[0], True)
+    assert verdicts.known(lengths[1]) is True
+    assert verdicts.known({"zeros": (7, 9), "labels": (0, 1)}) is None
+
+
 def test_comparing_ends_where_nothing_agrees():
     verdicts = Verdicts()
     for i in range(8):
-        assert verdicts.known({"x": (i, i)}) is None
-        verdicts.add({"x": (i, i)}, False)
-    assert verdicts.known({"x": (99, 99)}) is False
+        assert verdicts.known({"x": (i, i + 1)}) is None
+        verdicts.add({"x": (i, i + 1)}, False)
+    assert verdicts.known({"x": (99, 100)}) is False
     stopped = Verdicts()
     stopped.add({"x": (0, 9)}, True)
     stopped.stop()
