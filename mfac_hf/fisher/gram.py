@@ -21,7 +21,18 @@ from torch import Tensor
 from mfac_hf.fisher.factor import CachedFactor, Factor
 from mfac_hf.fisher.options import WindowOptions
 
-__all__ = ["GramMatrix"]
+__all__ = ["GramMatrix", "algebra_device"]
+
+# Rows up to which a CPU is through with the small matrix before a GPU has been told what to do.
+CPU_ROWS = 64
+
+
+def algebra_device(num_grads: int, device: torch.device) -> torch.device:
+    """Where the matrix of a window of so many gradients on ``device`` belongs: a small one on the CPU.
+
+    A step asks some thirty operators of it, and several of them for an answer that the CPU waits for.
+    """
+    return torch.device("cpu") if num_grads <= CPU_ROWS else device
 
 
 class GramMatrix:
@@ -102,10 +113,10 @@ class GramMatrix:
 
     def add_up(self, parts: list[Tensor]) -> Tensor:
         """Sum of what several stores of columns found, over the ranks too; on the device of the Gram matrix."""
-        total = torch.stack([part.to(self.gram_MM.device) for part in parts]).sum(dim=0)
-        if self.process_group is not None:
+        total = torch.stack([part.to(parts[0].device) for part in parts]).sum(dim=0)
+        if self.process_group is not None:  # where the parts are: some backends reduce on GPUs alone
             dist.all_reduce(total, group=self.process_group)
-        return total
+        return total.to(self.gram_MM.device)
 
     def push(self, dots: list[Tensor]) -> None:
         """Take in a gradient that was stored in row `next_row`.

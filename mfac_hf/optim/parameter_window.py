@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfac_hf.fisher.columns import ColumnStore, DenseColumns, Part
-from mfac_hf.fisher.gram import GramMatrix
+from mfac_hf.fisher.gram import GramMatrix, algebra_device
 from mfac_hf.memory import gram_matrix_bytes
 from mfac_hf.optim.borrowed import own_buffers
 from mfac_hf.optim.masks import shrink_stores
@@ -75,7 +75,8 @@ class ParameterWindow:
         self.metric: Metric = AdamMetric() if options.metric == "adam" else IdentityMetric()
         group = sharing if layout is None else layout.group
         relative = options.metric == "adam"
-        self.gram = GramMatrix(options, relative=relative, device=self.columns[0].compute_device, process_group=group)
+        device = algebra_device(options.num_grads, self.columns[0].compute_device)
+        self.gram = GramMatrix(options, relative=relative, device=device, process_group=group)
         for store in self.columns:
             self._admit(store, moments or {})
         self.borrows = False

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfac_hf.fisher.gram import GramMatrix
+from mfac_hf.fisher.gram import CPU_ROWS, GramMatrix, algebra_device
 from mfac_hf.fisher.options import WindowOptions
 from mfac_hf.fisher.reference import dense_fisher
 from tests.helpers.tensors import draw, relative_error
@@ -201,3 +201,9 @@ def test_zero_gradients_have_a_zero_direction():
     gram.push([torch.tensor([0.0, 4.0], dtype=torch.float64)])
     weights = gram.direction_weights(0.9)
     assert float(weights[1]) == pytest.approx(1 / 1.9)  # as long as the average of zero and the new one
+
+
+def test_a_small_matrix_is_the_cpus():
+    """Whatever device the gradients are on: a GPU would be told of thirty operators, and asked for some answers."""
+    device = torch.device("meta")
+    assert algebra_device(CPU_ROWS, device) == torch.device("cpu") and algebra_device(CPU_ROWS + 1, device) == device

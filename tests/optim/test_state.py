@@ -270,7 +270,7 @@ def test_the_window_goes_where_the_optimizer_wants_it(device):
     train(model, optimizer, 0, 3)
     _, loaded = make(row_sparse=False, window_device=device)
     loaded.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert loaded._window.gram.gram_MM.device.type == "meta"
+    assert loaded._window.gram.gram_MM.device.type == "cpu", "a small matrix is no work for an accelerator"
     assert {columns.device.type for columns in loaded._window.columns} == {"meta"}
 
 
