@@ -24,6 +24,7 @@ from mfac_hf.pruning.passes import (
     Verdicts,
     device_of,
     example_bytes,
+    longest_first,
     memory_budget,
     statistics,
     unlike_examples,
@@ -174,11 +175,14 @@ class DataLoaderGradients:
             self.check(num_grads)
             indices = self._draw(num_grads, seed)
             at_once = self.at_once(model, parameters) if self.batch_size == 1 else 1
-            queue = PassQueue(indices, at_once if at_once > 1 else self.batch_size, shared=at_once > 1)
             room = max(1, min(_ROWS, _BUFFER // sum(p.numel() for p in parameters.values())))
             waiting: list[list[Tensor]] = []
             unlabelled = steep = 0
             with undisturbed(model, parameters, seed):
+                if self.batch_size == 1:
+                    queue = PassQueue(longest_first(self.dataset, indices), at_once, shared=at_once > 1)
+                else:
+                    queue = PassQueue(indices, self.batch_size)
                 for batch in self.batches(model, queue):
                     if queue.shared and not self._agrees(model, parameters, batch, queue.examples, seed):
                         queue.cut()

@@ -7,7 +7,7 @@ holds for batches of its kind alone. So a batch is described by how far its exam
 labels and zeros (padding, attention masks) and in what stands once for each (labels, weights). It is compared with
 passes for single examples, the most unlike ones among them, unless a batch whose examples lay as far apart was right,
 or one whose examples lay closer together was wrong. What is alike in all examples of a batch tells nothing apart,
-whatever it is.
+whatever it is. Texts come longest first, so that few are padded and the first comparisons tell of the later batches.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "Verdicts",
     "device_of",
     "example_bytes",
+    "longest_first",
     "memory_budget",
     "statistics",
     "unlike_examples",
@@ -133,6 +134,18 @@ def _inside(inner: Ranges, outer: Ranges) -> bool:
         span is None or ((other := outer[name]) is not None and other[0] <= span[0] and span[1] <= other[1])
         for name, span in inner.items()
     )
+
+
+def longest_first(dataset: Any, examples: Sequence[int]) -> list[int]:
+    """Return examples by falling length of their ``input_ids``; in the given order where they have none."""
+    if not examples or not _has_length(dataset[examples[0]]):
+        return list(examples)
+    lengths = {i: len(example["input_ids"]) if _has_length(example := dataset[i]) else 0 for i in examples}
+    return sorted(examples, key=lambda i: -lengths[i])
+
+
+def _has_length(example: Any) -> bool:
+    return isinstance(example, Mapping) and hasattr(example.get("input_ids"), "__len__")
 
 
 class PassQueue:

@@ -194,10 +194,15 @@ def collate_tokens(rows):
     return batch | {"labels": labels}
 
 
-def own_gradients(model, rows, num_grads, make_batch, fisher, loss=own_loss):
-    """Gradients of so many examples, drawn as a source draws them, each by a backward pass of its own."""
+def drawn(rows, count):
+    """Examples that a source draws for so many gradients, in its order: the longest first."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    expected = [backward(model, make_batch([rows[i]]), fisher, loss) for i in order[:num_grads]]
+    return sorted(order[:count], key=lambda i: -len(rows[i]["input_ids"]))
+
+
+def own_gradients(model, rows, num_grads, make_batch, fisher, loss=own_loss):
+    """Gradients of these examples, each by a backward pass of its own."""
+    expected = [backward(model, make_batch([rows[i]]), fisher, loss) for i in drawn(rows, num_grads)]
     return {name: torch.stack([row[name] for row in expected]) for name in expected[0]}
 
 
@@ -205,8 +210,8 @@ def own_gradients(model, rows, num_grads, make_batch, fisher, loss=own_loss):
 def test_a_few_unlike_examples_have_their_own_gradients_wherever_they_come(odd, fisher, shared):
     """Most have eight tokens and labels; the mean over tokens is that of examples where all have equally many."""
     rows = [{"input_ids": [1 + (7 * i + j) % 29 for j in range(8)]} for i in range(40)]
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
-    for position in (6, 13):  # in the second and fourth pass of four examples
+    order = drawn(rows, 20)
+    for position in (6, 13):  # in the second and fourth pass of four examples, or, where they are short, in the last
         rows[order[position]] |= odd
     origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), examples_per_pass=4, fisher=fisher)
     model = language_model()
@@ -217,8 +222,7 @@ def test_a_few_unlike_examples_have_their_own_gradients_wherever_they_come(odd, 
 def test_padding_that_changes_the_loss_of_a_shorter_example_alone_is_noticed(fisher, shared):
     """A softmax over positions, as for the ends of an answer: full examples have the same loss in any batch."""
     rows = [{"input_ids": [1 + (7 * i + j) % 29 for j in range(8)], "labels": 0} for i in range(40)]
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
-    rows[order[6]]["input_ids"] = [5, 6, 7]
+    rows[drawn(rows, 12)[6]]["input_ids"] = [5, 6, 7]
     model = language_model()
 
     def loss(model, batch):
@@ -251,8 +255,7 @@ def test_weights_of_classes_that_come_late_are_noticed(fisher, shared):
         return nn.functional.cross_entropy(logits, batch["labels"], weight=weight), logits
 
     rows = [row | {"labels": 0} for row in examples()]
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
-    rows[order[6]]["labels"] = 1
+    rows[drawn(rows, 12)[6]]["labels"] = 1
     origin = DataLoaderGradients(
         DataLoader(rows, collate_fn=collate),
         loss_fn=lambda *given: loss(*given)[0],
@@ -269,9 +272,9 @@ def test_weights_of_classes_that_come_late_are_noticed(fisher, shared):
 def test_examples_without_a_label_have_the_gradient_zero(options, fisher, caplog):
     caplog.set_level("INFO")
     rows, model = examples(), language_model()
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()  # in which pairs come
     for position in (0, 1, 4):
-        rows[order[position]]["labelled"] = 0
+        rows[(order if "batch_size" in options else drawn(rows, 6))[position]]["labelled"] = 0
     origin = DataLoaderGradients(DataLoader(rows, collate_fn=collate_tokens), fisher=fisher, **options)
     found = collect(model, origin, 6)
     empty = [0] if "batch_size" in options else [0, 1, 4]

@@ -14,6 +14,7 @@ from mfac_hf.pruning.passes import (
     example_bytes,
     joined,
     kind_of,
+    longest_first,
     memory_budget,
     statistics,
     unlike_examples,
@@ -77,6 +78,14 @@ def test_comparing_ends_where_nothing_agrees():
     stopped.add({"x": (0, 9)}, True)
     stopped.stop()
     assert stopped.known({"x": (1, 2)}) is False
+
+
+def test_texts_come_longest_first():
+    rows = [{"input_ids": [1] * n} for n in (3, 9, 3, 5)]
+    assert longest_first(rows, [2, 0, 3, 1]) == [1, 3, 2, 0], "of equal ones in the given order"
+    assert longest_first(rows, []) == []
+    assert longest_first([(torch.zeros(2), 1), (torch.zeros(9), 0)], [0, 1]) == [0, 1], "no texts"
+    assert longest_first([{"input_ids": [1]}, {"pixel_values": 0}, {"input_ids": [1, 1]}], [0, 1, 2]) == [2, 0, 1]
 
 
 def draw():
