@@ -100,8 +100,9 @@ def add_lora(model: PreTrainedModel, arguments: LoraArguments, drawn: Iterable[s
     )
     try:
         adapted = peft.get_peft_model(model, config)
-    except peft.utils.error.NoMatchingPeftModuleError as error:
-        raise ValueError(f"--lora_targets {' '.join(targets or [])}: the model has no such layer; {hint}") from error
+    except ValueError as error:
+        named, reason = " ".join(targets or []), str(error).partition(". ")[0]
+        raise ValueError(f"--lora_targets {named}: the model has no such layer ({reason}); {hint}") from error
     reached = adapted.base_model.targeted_module_names
     for name in [] if targets in (None, [ALL_LINEAR]) else targets:
         if not any(f".{layer}".endswith(f".{name}") for layer in reached):

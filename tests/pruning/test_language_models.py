@@ -50,7 +50,7 @@ def test_a_decoder_loses_far_less_than_by_magnitude(learned, sparsity, share):
     dense = loss(model, unseen)
     ours = loss(pruned(model, examples, sparsity)[0], unseen) - dense
     magnitude = loss(pruned(model, examples, sparsity, method="magnitude")[0], unseen) - dense
-    assert magnitude > 0.02
+    assert magnitude > 0.01
     assert ours < share * magnitude
 
 
