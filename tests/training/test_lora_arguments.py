@@ -130,7 +130,7 @@ def test_flags_that_cannot_be_followed(flags, message):
 
 @pytest.mark.parametrize("targets", [("nothing",), ("query", "nothing")])
 def test_targets_that_the_model_lacks(targets, bert):
-    with pytest.raises(ValueError, match="nothing: the model has no such layer .*; query, key, value, dense, class"):
+    with pytest.raises(ValueError, match="nothing: the model has no such layer.*; .* query, key, value, dense, class"):
         adapt(bert, "--lora_targets", *targets)
 
 
