@@ -138,14 +138,20 @@ def _inside(inner: Ranges, outer: Ranges) -> bool:
 
 def longest_first(dataset: Any, examples: Sequence[int]) -> list[int]:
     """Return examples by falling length of their ``input_ids``; in the given order where they have none."""
-    if not examples or not _has_length(dataset[examples[0]]):
+    if not examples or _length(_fetched(dataset, examples[0])) is None:
         return list(examples)
-    lengths = {i: len(example["input_ids"]) if _has_length(example := dataset[i]) else 0 for i in examples}
+    lengths = {i: _length(_fetched(dataset, i)) or 0 for i in examples}
     return sorted(examples, key=lambda i: -lengths[i])
 
 
-def _has_length(example: Any) -> bool:
-    return isinstance(example, Mapping) and hasattr(example.get("input_ids"), "__len__")
+def _fetched(dataset: Any, i: int) -> Any:
+    """Return an example as a data loader gets it: some data sets give lists of them alone."""
+    return dataset.__getitems__([i])[0] if hasattr(dataset, "__getitems__") else dataset[i]
+
+
+def _length(example: Any) -> int | None:
+    ids = example.get("input_ids") if isinstance(example, Mapping) else None
+    return len(ids) if hasattr(ids, "__len__") else None
 
 
 class PassQueue:

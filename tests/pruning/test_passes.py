@@ -85,6 +85,14 @@ def test_texts_come_longest_first():
     assert longest_first(rows, [2, 0, 3, 1]) == [1, 3, 2, 0], "of equal ones in the given order"
     assert longest_first(rows, []) == []
     assert longest_first([(torch.zeros(2), 1), (torch.zeros(9), 0)], [0, 1]) == [0, 1], "no texts"
+
+    class Lists(torch.utils.data.Dataset):
+        """As data sets that read many examples at once may be."""
+
+        def __getitems__(self, indices):
+            return [rows[i] for i in indices]
+
+    assert longest_first(Lists(), [0, 1]) == [1, 0]
     assert longest_first([{"input_ids": [1]}, {"pixel_values": 0}, {"input_ids": [1, 1]}], [0, 1, 2]) == [2, 0, 1]
 
 
