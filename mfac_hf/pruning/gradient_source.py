@@ -6,14 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mfac_hf.pruning.options import Fisher
 
-__all__ = ["Consumer", "GradientSet", "GradientSource"]
+__all__ = ["Consumer", "GradientSet", "GradientSource", "hand_over"]
 
 Consumer = Callable[[str, Tensor], None]
+
+
+def hand_over(parameters: Mapping[str, nn.Parameter], waiting: list[list[Tensor]], consume: Consumer) -> None:
+    """Hand the gradients that wait over, each a list by parameter, if there are any, and forget them."""
+    for name, *rows in zip(parameters, *waiting, strict=True) if waiting else ():
+        consume(name, torch.stack(rows))
+    waiting.clear()
 
 
 class GradientSource(Protocol):

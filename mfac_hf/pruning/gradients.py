@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mfac_hf.pruning.agreement import failing_together
 from mfac_hf.pruning.batch_norm import averaging_anew
-from mfac_hf.pruning.gradient_source import Consumer
+from mfac_hf.pruning.gradient_source import Consumer, hand_over
 from mfac_hf.pruning.losses import BatchLoss, LossFunction, check_counts, is_unlabelled, model_loss, to_device
 from mfac_hf.pruning.mean_gradient import mean_gradient
 from mfac_hf.pruning.options import Fisher, PruningOptions, check_fisher
@@ -179,26 +179,24 @@ class DataLoaderGradients:
             waiting: list[list[Tensor]] = []
             unlabelled = steep = 0
             with undisturbed(model, parameters, seed):
-                if self.batch_size == 1:
-                    queue = PassQueue(longest_first(self.dataset, indices), at_once, shared=at_once > 1)
-                else:
-                    queue = PassQueue(indices, self.batch_size)
+                examples = longest_first(self.dataset, indices) if self.batch_size == 1 else indices
+                queue = PassQueue(examples, at_once if at_once > 1 else self.batch_size, shared=at_once > 1)
                 for batch in self.batches(model, queue):
                     if queue.shared and not self._agrees(model, parameters, batch, queue.examples, seed):
                         queue.cut()
                         continue
                     loss = self.loss_of(model, batch, parameters, count := len(queue.examples))
                     if queue.shared:
-                        _hand_over(parameters, waiting, consume)
+                        hand_over(parameters, waiting, consume)
                         for name, rows in batch_gradients(model, parameters, loss, count, loss.gradients):
                             consume(name, loss.checked(name, rows))
                     else:
                         waiting.append(loss.by_parameter())
                         if len(waiting) == room:
-                            _hand_over(parameters, waiting, consume)
+                            hand_over(parameters, waiting, consume)
                     unlabelled += count * loss.missing
                     steep += int(loss.norms.count_nonzero())
-                _hand_over(parameters, waiting, consume)
+                hand_over(parameters, waiting, consume)
         counts = torch.tensor([len(indices), unlabelled, steep], device=device_of(model))
         if self.process_group is not None:
             dist.all_reduce(counts, group=self.process_group)
@@ -325,10 +323,3 @@ class DataLoaderGradients:
         loader: DataLoader[Any] = DataLoader(self.dataset, batch_sampler=queue, collate_fn=self.collate_fn)
         for batch in loader:
             yield to_device(batch, device)
-
-
-def _hand_over(parameters: Mapping[str, nn.Parameter], waiting: list[list[Tensor]], consume: Consumer) -> None:
-    """Hand the gradients that wait over, if there are any, and forget them."""
-    for name, *rows in zip(parameters, *waiting, strict=True) if waiting else ():
-        consume(name, torch.stack(rows))
-    waiting.clear()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def _fetched(dataset: Any, i: int) -> Any:
 
 def _length(example: Any) -> int | None:
     ids = example.get("input_ids") if isinstance(example, Mapping) else None
-    return len(ids) if hasattr(ids, "__len__") else None
+    return len(ids) if isinstance(ids, Sized) else None
 
 
 class PassQueue:

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import checkpoint
 
 from mfac_hf import MFAC
 from mfac_hf.optim import placement
@@ -92,3 +94,82 @@ def check_all(rank, folder):
 @pytest.mark.slow
 def test_ranks(tmp_path):
     run_on_ranks(check_all, tmp_path, tmp_path, ranks=RANKS)
+
+
+def remove_data(folder):
+    for file in folder.glob("*.distcp"):
+        file.unlink()
+
+
+def spoil_metadata(folder):
+    (folder / ".metadata").write_bytes(b"no pickle")
+
+
+def write_something_else(folder):
+    shutil.rmtree(folder)
+    checkpoint.save({"weight": torch.zeros(3)}, checkpoint_id=folder, no_dist=True)
+
+
+def lose_metadata(folder):
+    (folder / ".metadata").unlink()
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A model, its optimizer, and the folder of its window."""
+    model = Net(torch.float32)
+    optimizer = build(model, ADAM, None)
+    train(model, optimizer, range(4))
+    assert optimizer.write_window(tmp_path / "window")
+    return model, optimizer, tmp_path / "window"
+
+
+def refused(optimizer, folder, error, message):
+    """Nothing changes then, and the optimizer goes on."""
+    with pytest.raises(error, match=message):
+        optimizer.read_window(folder)
+    assert optimizer._window is None or optimizer._window.count == 4
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (remove_data, ValueError, "damaged, or a part of it is missing"),
+        (spoil_metadata, ValueError, "its metadata cannot be read"),
+        (write_something_else, ValueError, "a checkpoint of something else"),
+        (lose_metadata, FileNotFoundError, "missing, or was not finished"),
+    ],
+)
+def test_a_damaged_folder_is_refused(written, damage, error, message):
+    _, optimizer, folder = written
+    damage(folder)
+    refused(optimizer, folder, error, message)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ADAM | {"num_grads": 5}, "holds 6 gradients, this optimizer 5; pass num_grads=6"),
+        (IDENTITY, "is of metric='adam', this optimizer of metric='identity'"),
+        (
+            ADAM | {"window_dtype": torch.float64},
+            "torch.bfloat16, expected torch.float64; pass the saved window_dtype",
+        ),
+        (ADAM | {"masks": "given"}, r"expected \(\d+,\): another model or mask"),
+    ],
+)
+def test_a_window_of_other_options_is_refused(written, options, message):
+    model, _, folder = written
+    refused(build(model, options, None), folder, ValueError, message)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_window_of_another_model_or_step_is_refused(written):
+    model, optimizer, folder = written
+    fewer = MFAC(list(model.parameters())[:-1], **ADAM)
+    refused(fewer, folder, ValueError, "is of 7 parameters, this optimizer has 6")
+    with torch.no_grad():
+        model.head.weight *= 1.5
+    refused(optimizer, folder, ValueError, "load the weights of the same checkpoint first")
