@@ -90,6 +90,7 @@ def test_skipped_steps_show_in_the_log(tmp_path):
     assert trainer.state.log_history[0]["mfac/skipped_steps"] == 2
 
 
+@pytest.mark.slow
 def test_attached_in_front_it_reaches_reporters_too(tmp_path):
     """Given through ``callbacks=`` it comes after the reporters; attached, before them."""
     trainer, reporter = make_trainer(tmp_path, "mfac", [MFACLoggingCallback()])

@@ -56,6 +56,7 @@ def flip(folder):
     (folder / "optimizer.pt").write_bytes(bytes(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize(
     ("spoil", "reason"),
@@ -104,6 +105,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_no_older_checkpoint_goes_before_the_new_one_is_whole(finished, tmp_path):
     trainer = make_run(tmp_path, Stop(12), save_total_limit=1)
     with pytest.raises(KeyboardInterrupt):
@@ -119,6 +121,7 @@ def test_no_older_checkpoint_goes_before_the_new_one_is_whole(finished, tmp_path
     assert {"model.safetensors", "optimizer.pt", "masks.safetensors", "pruning.json"} <= listed.keys()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays(tmp_path):
     trainer = make_trainer(
         tmp_path, save_total_limit=2, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4,
@@ -142,6 +145,7 @@ class FullDisk(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, 40_000], ids=["model", "optimizer"])
 def test_a_full_disk_costs_no_older_checkpoint(size, finished, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -168,6 +172,7 @@ def test_a_checkpoint_that_is_being_overwritten_is_none(finished, tmp_path):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_over_moves_no_weight(tmp_path):
     """By itself Trainer takes one step more."""
     options = {"max_steps": 6, "save_steps": 3, "lr_scheduler_type": "constant", "warmup_steps": 0}

@@ -50,6 +50,7 @@ def test_the_citation_has_the_version():
     assert citation["version"] == mfac_hf.__version__ and "arXiv:2107.03356" in str(citation["references"])
 
 
+@pytest.mark.slow
 def test_functions_are_short_or_say_why_not():
     found = {str(path.relative_to(ROOT)): long_functions(path.read_text()) for path in PACKAGE}
     assert {name: functions for name, functions in found.items() if functions} == {}

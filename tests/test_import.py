@@ -53,6 +53,7 @@ def probe(statement: str) -> dict[str, list[str]]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", ["import mfac_hf", "from mfac_hf import MFAC, memory_estimate"])
 def test_import_changes_nothing_and_loads_little(statement):
     seen = probe(statement)
@@ -62,6 +63,7 @@ def test_import_changes_nothing_and_loads_little(statement):
     assert set(seen["loaded"]) <= {"psutil"}
 
 
+@pytest.mark.slow
 def test_probe_sees_side_effects():
     """Guards the test above: a probe that is blind would let everything pass."""
     effects = {
@@ -99,6 +101,7 @@ print([name for name in sys.modules if name.startswith(("mfac_hf.hub", "mfac_hf.
 """
 
 
+@pytest.mark.slow
 def test_an_optimizer_step_knows_no_hugging_face():
     result = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

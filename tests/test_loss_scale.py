@@ -126,6 +126,7 @@ def train(trainer):
     return [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log], said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_accumulated_batches_are_one_batch(tmp_path, name):
     whole, said = train(make_trainer(tmp_path, name, batch=16, accumulate=1))
@@ -136,6 +137,7 @@ def test_accumulated_batches_are_one_batch(tmp_path, name):
     assert said == [] and split == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attach", [attach_card, MFACLoggingCallback.attach])
 def test_a_loss_that_is_not_divided_is_warned_of_once(tmp_path, attach):
     trainer = make_trainer(tmp_path)
@@ -146,6 +148,7 @@ def test_a_loss_that_is_not_divided_is_warned_of_once(tmp_path, attach):
     assert train(trainer)[1] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "accumulate"), [("causal", 4), ("answers", 4), ("classifier", 1)])
 def test_nothing_is_said_where_gradients_are_right(tmp_path, name, accumulate):
     trainer = make_trainer(tmp_path, name, accumulate=accumulate)

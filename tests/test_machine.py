@@ -89,6 +89,7 @@ def test_groups_that_cannot_be_read_are_no_limits(groups, tmp_path):
     assert available_bytes(CPU) > 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_available_memory_respects_the_limits_of_the_process(name):
     size = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[name]
@@ -139,6 +140,7 @@ if os.environ["RANK"] == "0":
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_says_how_it_was_started(tmp_path):
     (tmp_path / "train.py").write_text(RANK)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]

@@ -58,6 +58,7 @@ def matrices(m):
     return 4 * m * m * 8
 
 
+@pytest.mark.slow
 def test_the_matrices_of_a_step_are_what_it_holds_at_once():
     """A long window of few numbers: what a step takes beyond it are the m x m matrices."""
     code = """if True:

@@ -41,6 +41,7 @@ def test_a_file_is_replaced_whole(writer, tmp_path):
     assert os.listdir(path.parent) == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_leaves_the_file_before_and_names_it(writer, tmp_path):
     path = tmp_path / "file"
@@ -160,6 +161,7 @@ def test_code_in_a_state_does_not_run(tmp_path):
         load_tensors(tmp_path / "state.pt")
 
 
+@pytest.mark.slow
 def test_yaml_is_read_or_refused_by_name(tmp_path):
     path = tmp_path / "file.yaml"
     path.write_text("a: [1, 2.5, yes, null]\n")

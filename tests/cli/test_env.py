@@ -47,6 +47,7 @@ def report() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_json_report_holds_the_facts():
     result = run_mfac("env", "--json", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
@@ -66,6 +67,7 @@ def test_json_report_holds_the_facts():
     assert ("CUDA device" in [entry["what"] for entry in report["missing"]]) == (not report["cuda"])
 
 
+@pytest.mark.slow
 def test_unusable_device_is_one_line_and_exit_code_2():
     result = run_mfac("env", ACCELERATE_TORCH_DEVICE="toaster")
     assert result.returncode == 2
@@ -84,6 +86,7 @@ def test_library_that_does_not_load_is_one_line_and_exit_code_2(monkeypatch, cap
     assert "pip install mfac_hf" in captured.err
 
 
+@pytest.mark.slow
 def test_build_option_builds_for_the_device_and_reports(tmp_path):
     """With a shell script as compiler: what a real one makes is tests/test_build.py's matter."""
     if build_tools.find_ninja() is None:

@@ -44,6 +44,7 @@ def test_bad_input_is_one_line(refused):
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 
 
+@pytest.mark.slow
 def test_lora_of_a_large_decoder_is_counted_without_its_weights(estimate, refused, tmp_path):
     """Factors of rank 8 beside the query and value layers, and nothing of the 6.7 billion weights."""
     pytest.importorskip("peft")
@@ -154,6 +155,7 @@ def test_what_has_no_such_head_or_no_configuration_is_one_line(tmp_path, refused
     assert "its ViTConfig makes no model with --head masked_lm" in refused("estimate", tmp_path, "--head", "masked_lm")
 
 
+@pytest.mark.slow
 def test_a_long_window_is_timed_by_a_shorter_one(capsys):
     """At its own length, factoring alone would take minutes and gigabytes."""
     assert cli.main(["estimate", "1000", "--num_grads", "50000", "--json"]) == 0

@@ -11,6 +11,7 @@ from mfac_hf import cli, save_sparse
 from mfac_hf.pruning.targets import find_targets
 
 
+@pytest.mark.slow
 def test_inspect_prints_a_table_and_draws_a_picture(bert, refused, capsys, tmp_path):
     save_sparse(bert, tmp_path / "small", sparse_only=True)
     picture = tmp_path / "layers.png"

@@ -146,6 +146,7 @@ def test_a_card_is_made_of_the_directory_as_it_is(prune, model, tmp_path, capsys
     assert "pruning.json lacks metrics; " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "tokenizer", "masks", "report"])
 @pytest.mark.parametrize("there", [False, True])
 def test_a_full_disk_leaves_no_half_of_a_model(what, there, prune, tmp_path, monkeypatch, capsys):

@@ -196,6 +196,7 @@ def test_wrong_shapes_and_types_are_refused(call, message):
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("x_dtype", X_DTYPES)
 def test_operators_are_registered_soundly(dtype, x_dtype):

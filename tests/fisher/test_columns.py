@@ -49,6 +49,7 @@ def check_equal(sparse, dense, row, count, generator):
     assert torch.equal(as_dense(part, sparse.shape), sparse.combine(weights))
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(
     num_grads=st.integers(1, 5),

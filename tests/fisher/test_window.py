@@ -129,6 +129,7 @@ def hard_gradients(m, d, norm, seed=0):
     return norm * grads / grads.norm(dim=1, keepdim=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("damping", [1e-5, 1e-6, 1e-8])
 def test_error_where_published_runs_are(norm, damping):

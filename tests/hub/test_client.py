@@ -106,6 +106,7 @@ def test_a_commit_of_somebody_else_is_not_ours(hub, push):
     assert "has moved meanwhile, to a commit with other files" in broken(hub, lambda: push({"a.txt": b"b"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["/whoami", "/create", "/tree/", "/preupload/", "/validate-yaml", "/lfs/objects"])
 def test_a_silent_hub_is_given_up(hub, push, part):
     hub.silent, hub.lfs_suffixes = {part}, (".txt",)
@@ -122,6 +123,7 @@ def test_a_long_wait_is_refused_with_its_length(hub, push, part):
         assert f"answers {status} and asks to wait for 86400 s" in said and "No file of the repository" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", [b"<html>", b"", b"[]", b"{}", b"null", b'"x"', b"\xff", b'{"name": 3, "url": []}']
 )

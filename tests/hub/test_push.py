@@ -155,6 +155,7 @@ def test_private_repositories(bert, hub, api, tmp_path):
     assert files(hub, "user/public") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused, large", [("/commit/", ()), ("/lfs/", (".safetensors",)), ("/preupload/", ())])
 def test_failed_upload_leaves_the_repository_and_the_files_unchanged(bert, hub, api, refused, large, tmp_path):
     push_to_hub(bert, "user/sparse", card=CARD, api=api)

@@ -51,6 +51,7 @@ def changed(value, generator):
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_changed_result_files(name, tmp_path):
     generator, path = random.Random(name), tmp_path / name
@@ -80,6 +81,7 @@ def test_cut_result_files(name, tmp_path):
             read_run(path)
 
 
+@pytest.mark.slow
 def test_changed_facts_of_a_card(bert, tmp_path):
     options = CardOptions(dense=[run(1, 0.9)], caveats=["One."], license="mit")
     facts = collect([run(1, 0.8), run(2, 0.81)], model=bert, options=options)

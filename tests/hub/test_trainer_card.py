@@ -79,6 +79,7 @@ def card_on(hub, branch="main"):
     return ModelCard(hub.repositories["user/run"].branches[branch]["README.md"].decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attach", [[attach_card], [MFACLoggingCallback.attach], [attach_card, attach_card]])
 def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):
     trainer = make_trainer(bert, tmp_path, MFAC(bert.parameters(), metric="identity", lr=1e-3, num_grads=8))
@@ -98,6 +99,7 @@ def test_trainer_pushes_our_card(attach, hub, bert, tmp_path):
     assert "model.safetensors" in hub.repositories["user/run"].branches["main"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_the_card_tells_the_metric_and_its_settings_alone(given, bert, tmp_path):
     """Weight decay is the groups' own: Trainer makes them, of ``TrainingArguments.weight_decay`` and zero."""
@@ -123,6 +125,7 @@ def test_the_card_tells_the_metric_and_its_settings_alone(given, bert, tmp_path)
     assert "momentum" not in text and "grad_decay" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callback", [None, MFACLoggingCallback])
 def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path):
     """Neither the optimizer nor a callback that was merely added changes what a trainer writes."""
@@ -134,6 +137,7 @@ def test_a_trainer_without_our_card_pushes_its_own(callback, hub, bert, tmp_path
     assert "generated_from_trainer" in str(card_on(hub)) and "M-FAC" not in str(card_on(hub))
 
 
+@pytest.mark.slow
 def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**CONFIG))
@@ -148,6 +152,7 @@ def test_pruning_callback_pushes_a_card_of_the_sparse_model(hub, tmp_path):
     assert "The dense model was not measured beside it." in text and "| optimizer | M-FAC |" in text
 
 
+@pytest.mark.slow
 def test_card_before_an_evaluation_says_so(hub, bert, tmp_path):
     """Trainer also pushes at each save and from save_model, when there may be nothing to say yet."""
     options = dict(hub_strategy="every_save", save_strategy="steps", save_steps=2)
@@ -175,6 +180,7 @@ def test_options_and_sparse_models(hub, bert, tmp_path):
     assert "- Random data." in text and "| dense | accuracy | 90.00 |" in text and "## Sparsity" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_pushed_checkpoints_bring_the_card(strategy, hub, bert, tmp_path):
     """Trainer writes no card of its own when it pushes a checkpoint."""
@@ -333,6 +339,7 @@ def rows_of(text):
     return {line.split(" | ")[0][2:] for line in text.splitlines() if line.count(" | ") == 1}
 
 
+@pytest.mark.slow
 def test_settings_of_an_optimizer_that_was_given_are_its_own(hub, bert, tmp_path):
     options = {"learning_rate": 0.25, "weight_decay": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 2}
     own = torch.optim.SGD(bert.parameters(), lr=0.125, weight_decay=0.0625)
@@ -352,6 +359,7 @@ def test_settings_of_an_optimizer_that_was_given_are_its_own(hub, bert, tmp_path
     assert "| lr | 0.25 |" in text and rows_of(text) >= {"learning_rate", "lr_scheduler_type", "warmup_steps"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("causal", "task"), [(True, "text-generation"), (False, "fill-mask")])
 def test_language_models_have_a_perplexity(causal, task, hub, tmp_path):
     torch.manual_seed(0)

@@ -298,6 +298,7 @@ def test_a_holder_of_the_lock_that_hangs_is_named_and_not_waited_for(machine, mo
     assert build.load_native("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["compiler", "version"])
 def test_a_compiler_that_hangs_is_ended_and_named(machine, monkeypatch, what):
     monkeypatch.setattr(bounded_wait, "IDLE_SECONDS", 1.0)
@@ -620,6 +621,7 @@ def test_processes_that_start_together_share_one_build(tmp_path):
     assert sorted(path.name for path in library.parent.iterdir()) == FILES
 
 
+@pytest.mark.slow
 def test_process_without_compiler_computes_the_same(tmp_path):
     environment = {"MFAC_NATIVE": "auto", "MFAC_CACHE": str(tmp_path), "CXX": "nothing++"}
     report = json.loads(finish(start(build.CSRC, **environment)))

@@ -193,6 +193,7 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "d"), [(300, 40_000), (5000, 2000)])
 def test_the_whole_window_is_never_widened_or_copied(dtype, m, d):

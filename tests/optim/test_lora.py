@@ -120,6 +120,7 @@ DECODERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(DECODERS))
 def test_a_decoder_learns_generates_and_comes_back(name, tmp_path):
     """Sequences that count: the loss falls, the factors alone move, and the saved adapter has the same outputs."""

@@ -319,6 +319,7 @@ def share_a_window(rank, expected):
         torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu("ranks that begin from a copy of a process cannot use a GPU")
 def test_ranks_that_share_a_window_step_as_one_process(tmp_path):
     model = Net()

@@ -147,6 +147,7 @@ def damage(saved, chance):
     return f"{key}: {container.get(key)!r:.60}"
 
 
+@pytest.mark.slow
 def test_random_damage_is_refused_by_documented_errors_or_does_no_harm():
     good = copy.deepcopy(trained()[1].state_dict())
     chance = random.Random(0)

@@ -123,6 +123,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_and_resumed_ends_with_the_same_bits(variant, tmp_path, one_thread):
     whole = make_trainer(tmp_path / "whole", variant)
@@ -154,6 +155,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(variant, tmp_path, one_threa
     assert any(isinstance(columns, RowSparseColumns) for columns in second._window.columns) == (not frozen)
 
 
+@pytest.mark.slow
 def test_checkpoints_without_the_window_are_small_and_resume(tmp_path, one_thread):
     sizes = {}
     for save_window in (True, False):
@@ -172,6 +174,7 @@ def test_checkpoints_without_the_window_are_small_and_resume(tmp_path, one_threa
     assert trainer.state.global_step == 7 and optimizer._window.gram.pushed == 3
 
 
+@pytest.mark.slow
 def test_a_class_and_options_in_place_of_an_optimizer(tmp_path):
     """Trainer builds the optimizer, with its groups for decayed and other parameters; FSDP needs it this way."""
     model, twin = make_model(frozen=False), make_model(frozen=False)

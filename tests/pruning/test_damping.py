@@ -39,6 +39,7 @@ def test_later_substeps_keep_the_damping_relative_to_their_gradients(model):
     assert len({step["damping"] for step in report.steps}) == 3
 
 
+@pytest.mark.slow
 def test_the_scaled_default_is_relative_to_the_gradients_in_every_kind_of_step(model, trained):
     def damping(memory_budget=None, **options):
         model.load_state_dict(trained)

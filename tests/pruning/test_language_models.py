@@ -42,6 +42,7 @@ def pruned(model, examples, sparsity, **options):
     return model, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sparsity", "share"), [(0.5, 0.6), (0.8, 0.4)])
 def test_a_decoder_loses_far_less_than_by_magnitude(learned, sparsity, share):
     """On sentences that gave no gradients; 0.23 to 0.38 and 0.12 to 0.27 of it were measured, over two seeds."""

@@ -17,6 +17,7 @@ def bench(monkeypatch):
     return importlib.import_module("bench.plan_table")
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table_that_the_command_makes(bench):
     page = (ROOT / "docs" / "several-devices.md").read_text()
     _, _, rest = page.partition("<!-- plan table -->\n")

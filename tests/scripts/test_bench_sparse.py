@@ -2,11 +2,13 @@
 
 import importlib.util
 
+import pytest
 from bench import sparse as bench
 
 SMALL = dict(vocab_size=200, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
 
 
+@pytest.mark.slow
 def test_sizes(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "zstandard" else find_spec(name))

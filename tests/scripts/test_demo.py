@@ -19,6 +19,7 @@ def finished(tmp_path_factory):
     return demo.main([*TINY, "--seeds=2", f"--output_dir={folder}"]), folder
 
 
+@pytest.mark.slow
 def test_every_seed_has_both_optimizers_and_both_methods(finished):
     results, _ = finished
     for runs, names in (("trainings", ("adamw", "mfac")), ("prunings", ("magnitude", "mfac"))):
@@ -73,6 +74,7 @@ def test_picture_is_a_png(finished):
         assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 20  # something is drawn
 
 
+@pytest.mark.slow
 def test_missing_matplotlib_is_said_and_survived(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     demo.main([*TINY, "--steps=2", "--seeds=1", f"--output_dir={tmp_path}"])

@@ -65,6 +65,7 @@ def part(name, limit=60, **options):
     return Part(name, "says", f"__main__:{name}", limit, **options)
 
 
+@pytest.mark.slow
 def test_what_fails_hangs_or_dies_is_recorded_and_the_others_run(check, tmp_path):
     names = ("good", "absent", "wrong", "gone", "breaks_at_the_end")
     status, parts, page = check([*map(part, names), part("hangs", 3), part("last")])

@@ -50,6 +50,7 @@ def whole_sentences(monkeypatch):
     monkeypatch.setattr("mfac_hf.tasks.glue.SENTENCE_WORDS", 4)
 
 
+@pytest.mark.slow
 def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
     table = prune_study.main([str(study), "--output", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
@@ -71,6 +72,7 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
     assert prune_study.main([str(study), "--output", str(tmp_path)]) == table
 
 
+@pytest.mark.slow
 def test_a_study_that_was_cut_off_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     table = prune_study.main([str(study), "--output", str(tmp_path)])
     log = tmp_path / "tiny.jsonl"

@@ -79,6 +79,7 @@ def prune(dense, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_one_shot_reaches_each_sparsity_and_beats_magnitude(prune):
     ours = prune("--nepochs", "0", "--sparsities", ".7", ".9")
     theirs = prune("--nepochs", "0", "--sparsities", ".7", ".9", "--pruner", "mag", prefix="out/mag")
@@ -99,6 +100,7 @@ def test_one_shot_reaches_each_sparsity_and_beats_magnitude(prune):
     ]
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_pruned_further_and_trained_with_mfac(prune, dense):
     prune("--nepochs", "0", "--sparsities", ".5", "--pruner", "mag")
     rows = prune(
@@ -119,6 +121,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_gradual_run_that_is_killed_and_resumed_ends_the_same(prune, monkeypatch):
     flags = ["--nepochs", "3", "--sparsities", ".5", ".8", "--prun_every", "1", "--train_images", "192"]
     whole = prune(*flags)
@@ -145,6 +148,7 @@ def test_a_gradual_run_that_is_killed_and_resumed_ends_the_same(prune, monkeypat
     assert all(torch.equal(ends[0].mask[key], ends[1].mask[key]) for key in ends[0].mask)
 
 
+@pytest.mark.slow
 def test_a_state_without_a_fisher_is_one_of_the_empirical(prune):
     flags = ["--nepochs", "0", "--sparsities", ".5", "--nrecomps", "1"]
     rows = prune(*flags, "--fisher", "empirical")
@@ -157,6 +161,7 @@ def test_a_state_without_a_fisher_is_one_of_the_empirical(prune):
         prune(*flags, "--resume")
 
 
+@pytest.mark.slow
 def test_the_full_inverse_prunes_the_same_weights_in_one_page_and_in_eight(prune):
     flags = ["--nepochs", "0", "--sparsities", ".6", "--blocksize", "-1", "--ngrads_schedule", "16"]
     for pages in ("1", "8"):
@@ -166,6 +171,7 @@ def test_the_full_inverse_prunes_the_same_weights_in_one_page_and_in_eight(prune
     assert all(torch.allclose(one.weights[k], eight.weights[k], rtol=1e-4, atol=1e-6) for k in one.mask)
 
 
+@pytest.mark.slow
 def test_a_few_blocks_at_a_time_prune_the_same_weights(prune):
     flags = ["--nepochs", "0", "--sparsities", ".5", "--nrecomps", "1", "--ngrads_schedule", "8"]
     prune(*flags)

@@ -18,6 +18,7 @@ def arguments(tmp_path):
     return TrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, weight_decay=0.1, use_cpu=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_a_contender_trains_through_a_script(tmp_path, name):
     if name != "muon":

@@ -67,6 +67,7 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw", "mfac"])
 def test_train_evaluate_and_resume(optim, run, tmp_path):
     """A run that stops at step 4 of 10 and resumes ends with the weights of the uninterrupted run, bit for bit."""
@@ -95,6 +96,7 @@ def test_train_evaluate_and_resume(optim, run, tmp_path):
     assert any(not torch.equal(one[name], initial[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_results_file_tells_how_to_repeat_the_run(run, tmp_path, monkeypatch):
     """Metrics, command line, arguments, versions; no absolute path and no token."""
     monkeypatch.chdir(tmp_path)
@@ -112,6 +114,7 @@ def test_results_file_tells_how_to_repeat_the_run(run, tmp_path, monkeypatch):
     assert str(tmp_path) not in text and "hf_secret" not in text
 
 
+@pytest.mark.slow
 def test_mnli_evaluates_and_predicts_both_parts(run, tmp_path):
     """Matched decides which model is better; the server gets one file for each part."""
     results = run("--do_train", "--do_eval", "--do_predict", "--max_steps", "1", task="mnli")
@@ -132,6 +135,7 @@ def test_regression_predicts_without_training(run, tmp_path):
     assert len(lines) == ROWS and all(0 <= float(line.split("\t")[1]) <= 5 for line in lines)
 
 
+@pytest.mark.slow
 def test_holdout_leaves_the_validation_split_alone(run, tmp_path, monkeypatch):
     """Training and evaluation share no example, and neither comes from the validation split."""
     seen = {}
@@ -229,6 +233,7 @@ def test_bad_input_is_named_before_anything_is_written(flags, task, error, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_another_metric_is_not_resumed(run):
     saving = ("--save_strategy", "steps", "--save_steps", "2")
     run("--do_train", "--max_steps", "2", "--metric", "identity", *saving, optim="mfac")
@@ -274,6 +279,7 @@ def test_one_shot_on_glue(run, tmp_path):
     assert results["before_pruning"]["eval_loss"] != results["eval_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw", "mfac"])
 def test_lora_trains_resumes_and_is_evaluated(optim, run, model, tmp_path):
     """The adapter of a run that stops at step 4 of 10 and resumes has the bits of the uninterrupted run's."""

@@ -112,6 +112,7 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optim", "flags"),
     [("adamw", ()), ("mfac", ("--metric", "identity", "--normalize", "count", "--damping", "1e-3"))],
@@ -131,6 +132,7 @@ def test_training_learns_and_shows_it_at_each_epoch(optim, flags, run, tmp_path)
     assert results["task"] == "squad" and results["eval_total"] == ARTICLES * PER_ARTICLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw", "mfac"])
 def test_resumed_run_ends_like_an_uninterrupted_one(optim, run, tmp_path):
     """Stopped at step 4 of 9 or more, the weights are equal bit for bit."""
@@ -184,6 +186,7 @@ def test_prediction_needs_no_training(run, tmp_path):
     assert "threshold_search" not in results and not (tmp_path / "out" / "null_odds.json").exists()
 
 
+@pytest.mark.slow
 def test_holdout_takes_articles_from_the_training_split(run, data, tmp_path, seen):
     """Training and evaluation share no article, neither comes from validation, and the seed changes nothing."""
     flags = ("--do_train", "--do_eval", "--holdout_fraction", "0.25", "--max_steps", "1")

@@ -36,6 +36,7 @@ def run(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_a_study_is_continued_and_not_repeated(run, monkeypatch):
     run("--seeds", "0")
     rows = [json.loads(line) for line in run.log.read_text().splitlines()]

@@ -44,6 +44,7 @@ def test_eight_bits_round_to_a_part_of_the_largest_of_each_block():
     assert 0 < (rounded - row)[256:].abs().max() <= 0.5e-3 / 127 + 1e-9
 
 
+@pytest.mark.slow
 def test_every_variant_is_run_once(tmp_path):
     argv = ["--seeds", "1", "--steps", "3", "--batch_size", "4", "--output", str(tmp_path)]
     rows = study_window.main(argv)

@@ -31,6 +31,7 @@ def test_a_run_writes_its_results_and_curve(run, tmp_path, optim):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(run, tmp_path):
     losses = {}
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):

@@ -50,6 +50,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [["mfac"], ["mfac", "--metric", "adam"]], ids=" ".join)
 def test_a_run_that_is_killed_and_resumed_ends_the_same(tmp_path, monkeypatch, optimizer):
     monkeypatch.chdir(tmp_path)

@@ -270,6 +270,7 @@ print(json.dumps(peak() - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_dense_model_and_one_tensor(tmp_path):
     """The peak of a fresh process that loads 12 x 8 MiB (mapped file pages included) is below 13.5 x 8 MiB."""

@@ -89,6 +89,7 @@ def test_many_tensors_count_together(tmp_path):
         SparseFile(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_whatever_is_written_is_read(tmp_path):
     """Large tensors of zeros stay within the bound that readers set: csr would make this 8000 times smaller."""
     zeros = torch.zeros(256, 1 << 17, dtype=torch.float64)

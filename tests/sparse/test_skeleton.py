@@ -45,6 +45,7 @@ def test_classes_of_others_are_not_known(named, tmp_path):
     assert build_skeleton(write(tmp_path, {"architectures": named})) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, message",
     [

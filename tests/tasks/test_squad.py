@@ -269,6 +269,7 @@ def test_hold_out_refuses_what_it_cannot_split():
         hold_out_articles(articles(3).remove_columns("title"), 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["squad", "squad_v2"])
 def test_real_questions(name, shared_data, tmp_path):
     """Gold answers score 100; labels of a sample give back the answers, except where these cut a word in two."""

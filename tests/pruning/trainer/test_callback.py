@@ -51,6 +51,7 @@ def expected_sparsities(schedule, numel, steps=16):
     return [round(schedule.sparsity_at(step) * numel) / numel for step in range(steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_accumulation_steps": 1}], ids=["fp32", "bf16"])
 def test_what_is_pruned_is_zero_at_every_step_evaluation_and_save(optimizer, options, tmp_path):
@@ -79,6 +80,7 @@ def masks_by_parameter(trainer, pruning):
     return pruning.masks.parameter_masks(trainer.model).items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "mfac"])
 def test_an_idle_callback_changes_no_bit(optimizer, tmp_path):
     plain = make_trainer(tmp_path / "plain", optimizer, eval_on_start=True)
@@ -112,6 +114,7 @@ def test_epochs_of_data_without_a_length_are_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_one_fisher_of_all_targets(tmp_path):
     options = {"num_grads": 8, "block_size": None, "selection": "diagonal", "damping": 1e-3, "recomputations": 2}
     pruning = MFACPruningCallback(SCHEDULE, **options)
@@ -119,6 +122,7 @@ def test_one_fisher_of_all_targets(tmp_path):
     assert pruning.sparsity == pytest.approx(0.8, abs=1e-3) and len(pruning.reports) == 3
 
 
+@pytest.mark.slow
 def test_a_sparse_model_is_pruned_further_and_keeps_its_zeros(tmp_path):
     model = make_model()
     masks = MaskSet.dense(model, [name for name, _ in model.named_parameters() if "query.weight" in name])
@@ -144,6 +148,7 @@ class BestSeen(TrainerCallback):
         metrics["eval_quality"] = 1.0 if state.global_step == 2 else state.global_step / 100
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_best_of_the_final_sparsity(tmp_path):
     pruning = MFACPruningCallback(SparsitySchedule(((3, 0.3), (11, 0.6))), method="magnitude")
     best = BestSeen()
@@ -193,6 +198,7 @@ def test_sparsities_and_losses_are_logged(tmp_path):
     assert not any("pruning/sparsity" in log for log in trainer.state.log_history if "eval_loss" in log)
 
 
+@pytest.mark.slow
 def test_evaluation_around_a_pruning_is_exact_and_disturbs_nothing(tmp_path):
     runs = {}
     for evaluate in (False, True):
@@ -221,6 +227,7 @@ class StopAt(TrainerCallback):
         return control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [6, 16])
 def test_a_schedule_whose_end_was_not_reached_is_named_at_the_end(stop, tmp_path, caplog):
     schedule = SparsitySchedule(((2, 0.3), (5, 0.5), (12, 0.8)))
@@ -234,6 +241,7 @@ def test_a_schedule_whose_end_was_not_reached_is_named_at_the_end(stop, tmp_path
         assert warnings == []
 
 
+@pytest.mark.slow
 def test_distillation_begins_with_the_first_pruning(tmp_path):
     """With hardness 1 the loss right after is the teacher's alone."""
     distillation = Distillation(hardness=1.0)
@@ -248,6 +256,7 @@ def test_distillation_begins_with_the_first_pruning(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0.5, "evaluation is by the labels"
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_given_teaches_from_the_first_step(tmp_path):
     teacher = make_model(seed=1)
     before = weights_of(teacher)
@@ -290,6 +299,7 @@ def test_bad_options(make, error, message):
         make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "optimizer", "message"),
     [

@@ -129,6 +129,7 @@ def finished(tmp_path_factory):
     return directory, weights_of(trainer.model), pruning.masks
 
 
+@pytest.mark.slow
 def test_resumed_into_another_output_directory(finished, tmp_path, caplog):
     directory, weights, masks = finished
     checkpoint = directory / "checkpoint-8"
@@ -175,6 +176,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 8], ids=["before the first pruning", "after two"])
 def test_a_checkpoint_that_was_cut_off_while_being_saved_resumes(step, tmp_path, one_thread, caplog):
     schedule = SparsitySchedule(((5, 0.3), (7, 0.5))) if step == 4 else SCHEDULE
@@ -219,6 +221,7 @@ PROGRESS = {
 }
 
 
+@pytest.mark.slow
 @given(
     path=st.sampled_from(
         [(key,) for key in PROGRESS] + [("schedule", "points"), ("schedule", "points", 0, 1), ("reports", 0)]
@@ -295,6 +298,7 @@ def spoil_model(folder):
     make_model(seed=5).save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "options", "error", "message"),
     [
@@ -349,6 +353,7 @@ def make_mixtral():
     return MixtralForCausalLM(config), [{"input_ids": each, "labels": each} for each in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "options"), [(make_vit, {"method": "magnitude"}), (make_mixtral, FAST)], ids=["vit", "mixtral"]
 )

@@ -40,6 +40,7 @@ class LearningRates(TrainerCallback):
         self.left.append([group["lr"] for group in optimizer.param_groups])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler", [None, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16)]
 )

@@ -55,6 +55,7 @@ def callback(**options):
     return MFACPruningCallback(SparsitySchedule(((2, 0.5),)), **{**settings, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attach", [False, True], ids=["add_callback", "attach"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_pruner_minimises_what_training_minimises(loss, attach, tmp_path):
@@ -75,6 +76,7 @@ def test_the_pruner_minimises_what_training_minimises(loss, attach, tmp_path):
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"grad_batch_size": 2, "num_grads": 4}, {"method": "magnitude"}])
 def test_weights_that_cancel_in_batches_of_one_are_refused_before_the_first_step(options, tmp_path):
     trainer = make(tmp_path, callback(fisher="empirical"), keywords={"compute_loss_func": cancelling})
@@ -85,6 +87,7 @@ def test_weights_that_cancel_in_batches_of_one_are_refused_before_the_first_step
     make(tmp_path, callback(fisher="empirical", **options), keywords={"compute_loss_func": cancelling}).train()
 
 
+@pytest.mark.slow
 def test_weights_of_classes_have_no_say_in_scaled_gradients(tmp_path):
     """Each example's gradient is divided by its own norm, and its weight with it."""
     pruned = []
@@ -120,6 +123,7 @@ def taught(logits, inputs):
     return kl_div(logits.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
 
 
+@pytest.mark.slow
 def test_a_teacher_in_the_loss_is_seen_through_the_models_outputs(tmp_path):
     """As by a loss function that says where the outputs are; there is none of the teacher among them."""
 
@@ -146,6 +150,7 @@ class Nameless(BertForSequenceClassification):
         return {"loss": outputs.loss, "scores": outputs.logits}
 
 
+@pytest.mark.slow
 def test_outputs_of_another_name_are_asked_for_before_the_first_step(tmp_path):
     trainer = make(tmp_path, callback())
     trainer.model.__class__ = Nameless
