@@ -146,8 +146,12 @@ def load_study(path: Path) -> dict[str, Any]:
 
 def counts(study: dict[str, Any], name: str) -> list[int]:
     """Numbers of recomputations to prune with; for magnitude pruning, where they change nothing, 1 alone."""
-    is_magnitude = study["contenders"][name]["options"].get("method") == "magnitude"
-    return [1] if is_magnitude else study["recomputations"]
+    return [1] if is_magnitude(study, name) else study["recomputations"]
+
+
+def is_magnitude(study: dict[str, Any], name: str) -> bool:
+    """Whether a contender prunes by magnitude."""
+    return bool(study["contenders"][name]["options"].get("method") == "magnitude")
 
 
 class Results(StudyLog):
@@ -351,7 +355,7 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], resu
     for name, count in rows:
         point = points[name, count]
         chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
-        shown = [name, str(count) if point else "", chosen, *cells(name, count, point)]
+        shown = [name, "" if is_magnitude(study, name) else str(count), chosen, *cells(name, count, point)]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join([*lines, "", f"Dense: {cells('dense', 1, {})[0]}."]) + "\n"
 
