@@ -30,7 +30,7 @@ CPU_ROWS = 64
 def algebra_device(num_grads: int, device: torch.device) -> torch.device:
     """Where the matrix of a window of so many gradients on ``device`` belongs: a small one on the CPU.
 
-    A step asks some thirty operators of it, and several of them for an answer that the CPU waits for.
+    A step calls dozens of operators for it, some of them for an answer that the CPU waits for.
     """
     return torch.device("cpu") if num_grads <= CPU_ROWS else device
 

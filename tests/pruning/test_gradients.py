@@ -246,6 +246,25 @@ def test_a_loss_that_is_no_mean_over_examples_gets_a_pass_for_each(fisher, share
     assert shared == [5], "tried once"
 
 
+def test_one_example_alone_tells_nothing_of_several(fisher):
+    """A sum over examples is the loss of a single one: that this was right is no leave to share passes."""
+    rows = [{"input_ids": [1 + (7 * i + j) % 29 for j in range(8)], "labels": 0} for i in range(40)]
+    model = classifier().eval()
+
+    def loss(model, batch):
+        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+        return nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"), logits
+
+    origin = DataLoaderGradients(
+        DataLoader(rows, collate_fn=collate),
+        loss_fn=lambda *given: loss(*given)[0],
+        examples_per_pass=4,
+        fisher=fisher,
+    )
+    collect(model, origin, 1)
+    assert_rows(collect(model, origin, 8), own_gradients(model, rows, 8, collate, fisher, loss))
+
+
 def test_weights_of_classes_that_come_late_are_noticed(fisher, shared):
     """The first pass has one class, so that its weight cancels as it does in a pass for each."""
     model, weight = classifier().eval(), torch.tensor([0.1, 5.0])

@@ -72,6 +72,32 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
     assert prune_study.main([str(study), "--output", str(tmp_path)]) == table
 
 
+def test_each_row_says_how_many_recomputations():
+    """Also of a contender without a grid; in magnitude pruning there are none to count."""
+    study = {
+        "name": "tiny",
+        "task": {"task": "sst2"},
+        "models": {"1": "model"},
+        "sparsities": [0.5],
+        "recomputations": [1, 4],
+        "from_dense": 8,
+        "contenders": {"magnitude": {"options": {"method": "magnitude"}}, "scaled": {"options": {"fisher": "scaled"}}},
+        "tuning": {"holdout_fraction": 0.25, "sparsity": 0.5},
+    }
+
+    class Found:
+        def find(self, **key):
+            return {"metric": 0.5 + 0.01 * key["recomputations"]}
+
+    points = {("magnitude", 1): {}, ("scaled", 1): {}, ("scaled", 4): {}}
+    lines = [line for line in prune_study.format_table(study, points, Found()).splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1:3] for line in lines[2:]] == [
+        [" magnitude ", "  "],
+        [" scaled ", " 1 "],
+        [" scaled ", " 4 "],
+    ]
+
+
 @pytest.mark.slow
 def test_a_study_that_was_cut_off_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     table = prune_study.main([str(study), "--output", str(tmp_path)])
