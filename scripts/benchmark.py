@@ -7,6 +7,7 @@
     python scripts/benchmark.py --kernels [--device cuda]        # checks and times of the two passes; minutes
     python scripts/benchmark.py --epoch MODEL DATA               # an epoch of SST-2 with the published window
     python scripts/benchmark.py --pruning --threads 1            # static inverse, blocked and full, beside the paper's
+    python scripts/benchmark.py --decoder SmolLM-135M            # one-shot pruning of a decoder: time and memory
     python scripts/benchmark.py --plan BERT-mini                 # a plan of ranks beside 1 to 4 that do it; minutes
     python scripts/benchmark.py --plan_table                     # the plans of docs/several-devices.md
     python scripts/benchmark.py --sparse                         # sparse files and inference, BERT-base, beside others
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import accuracy, cost, engines, kernels, optimizer, plan_table, pruning, ranks, sparse
+from bench import accuracy, cost, decoder, engines, kernels, optimizer, plan_table, pruning, ranks, sparse
 from bench.common import describe_machine
 
 from mfac_hf.storage import write_json
@@ -54,6 +55,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--plan", choices=ranks.MODELS, help="a plan of ranks beside what 1 to 4 gloo ranks hold, send and take"
     )
     parser.add_argument(
+        "--decoder",
+        nargs="+",
+        choices=decoder.SHAPES,
+        help="one-shot pruning of decoders: time, memory beside the model",
+    )
+    parser.add_argument(
+        "--memory_budget", type=float, default=2.0, help="GiB for the Fisher's blocks of --decoder (default: 2)"
+    )
+    parser.add_argument(
         "--served",
         nargs="+",
         type=Path,
@@ -61,7 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="directories that mfac prune made, in each engine that could serve them",
     )
     parser.add_argument(
-        "--num_grads", type=int, nargs="+", help="window lengths m to time (default: 128 512; of --cost 8 16 32)"
+        "--num_grads",
+        type=int,
+        nargs="+",
+        help="window lengths m to time (default: 128 512; of --cost 8 16 32, of --decoder 64)",
     )
     parser.add_argument(
         "--models", nargs="+", choices=cost.MODELS, default=["0.4M", "4.4M", "23M"], help="parameters of --cost"
@@ -80,7 +93,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmarks that the flags name, print their tables, and return what is written as JSON."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    names = ("accuracy", "optimizer", "cost", "kernels", "epoch", "pruning", "plan", "plan_table", "sparse", "served")
+    names = ("accuracy", "optimizer", "cost", "kernels", "epoch", "pruning", "decoder")
+    names += ("plan", "plan_table", "sparse", "served")
     if not any(getattr(args, name) for name in names):
         parser.error(f"nothing to do: pass one of {', '.join(f'--{name}' for name in names)}")
     if args.threads is not None:
@@ -119,6 +133,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         pruning.print_blocked(results["pruning_blocked"])
         results["pruning_full"] = [pruning.benchmark_full(1024, 8, args.rounds)]
         pruning.print_full(results["pruning_full"])
+    if args.decoder:
+        results["decoder"] = [
+            decoder.benchmark_decoder(name, num_grads, args.memory_budget)
+            for name in args.decoder
+            for num_grads in args.num_grads or (64,)
+        ]
+        decoder.print_decoders(results["decoder"])
     if args.plan:
         results["plan"] = list(ranks.benchmark_plan(args.plan, args.rounds))
         ranks.print_plan(results["plan"])

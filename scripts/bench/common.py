@@ -1,7 +1,8 @@
-"""What every benchmark needs: a description of the machine, a clock, and tables."""
+"""What every benchmark needs: a description of the machine, a clock, processes, and tables."""
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,6 +35,12 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a fresh process, because the peak memory of a process never falls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

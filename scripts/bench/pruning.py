@@ -7,7 +7,6 @@ process of its own, to which gradients come one at a time.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import print_table, seconds
+from bench.common import in_child, print_table, seconds
 from mfac_hf.fisher import BlockedFisher, FullFisher
 from mfac_hf.fisher.reference import PaperBlockedInverse, PaperSwapInverse
 from mfac_hf.machine import GIB, peak_memory
@@ -60,7 +59,7 @@ def benchmark_blocked(num_grads: int, block_size: int, rounds: int, sizes: list[
 
     row: dict[str, Any] = {"num_grads": num_grads, "block_size": block_size, "dim": sum(sizes)}
     row |= _race(ours, paper, rounds)
-    row["ours_peak_gib"] = _in_child(_blocked_peak, num_grads, block_size, sizes)
+    row["ours_peak_gib"] = in_child(_blocked_peak, num_grads, block_size, sizes)
     row["gradients_gib"] = num_grads * sum(sizes) * 4 / GIB
     return row
 
@@ -84,7 +83,7 @@ def benchmark_full(num_grads: int, pages: int, rounds: int, sizes: list[int] | N
 
     row: dict[str, Any] = {"num_grads": num_grads, "pages": pages, "dim": sum(sizes)}
     row |= _race(ours, paper, rounds)
-    row["ours_extra_gib"] = _in_child(_full_peak, num_grads, pages, sizes)
+    row["ours_extra_gib"] = in_child(_full_peak, num_grads, pages, sizes)
     row["gradients_gib"] = grads_MD.nbytes / GIB
     return row
 
@@ -105,12 +104,6 @@ def _race(ours: Callable[[], None], paper: Callable[[], None], rounds: int) -> d
         "paper_over_ours": medians["paper"] / medians["ours"],
         "rounds": {key: len(values) for key, values in times.items()},
     }
-
-
-def _in_child(function: Callable[..., float], *args: Any) -> float:
-    """Call a function in a fresh process, because the peak memory of a process never falls."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
 
 
 def _blocked_peak(num_grads: int, block_size: int, sizes: list[int]) -> float:
