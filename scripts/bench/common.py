@@ -40,7 +40,10 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a fresh process, because the peak memory of a process never falls."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+        result = pool.apply(function, args)
+        pool.close()
+        pool.join()  # it ends by itself, and tidies up
+    return result
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -11,31 +11,34 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from bench.common import in_child, print_table
 from mfac_hf import prune_one_shot
 from mfac_hf.machine import GIB, peak_memory
 
 SHAPES = {
-    "tiny": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64}
-        | {"num_hidden_layers": 2, "num_attention_heads": 2},
-    ),  # to try the benchmark
-    "GPT-2": (GPT2LMHeadModel, GPT2Config, {}),
-    "SmolLM-135M": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536}
-        | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "tiny": LlamaConfig(  # to try the benchmark
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     ),
-    "Qwen2.5-0.5B": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864}
-        | {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "GPT-2": GPT2Config(),
+    "SmolLM-135M": LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "Qwen2.5-0.5B": Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
 }
 SPARSITY, TOKENS, NEW_TOKENS = 0.5, 64, 16
@@ -55,8 +58,7 @@ def benchmark_decoder(name: str, num_grads: int, memory_budget: float) -> dict[s
 def _prune(name: str, num_grads: int, memory_budget: float, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    architecture, config, sizes = SHAPES[name]
-    model = architecture(config(**sizes)).eval()
+    model = AutoModelForCausalLM.from_config(SHAPES[name]).eval()
     tokens_NT = torch.randint(model.config.vocab_size, (num_grads, TOKENS))
     texts: Any = [{"input_ids": row_T, "labels": row_T} for row_T in tokens_NT]
     model(input_ids=tokens_NT[:1], labels=tokens_NT[:1]).loss.backward()  # libraries allocate at first use
