@@ -49,7 +49,7 @@ from comparison.tables import format_study, summarize
 
 from mfac_hf.machine import package_version
 from mfac_hf.storage import write_text
-from mfac_hf.training.study import StudyLog, study_parser
+from mfac_hf.training.study import StudyLog, UnsetVariableError, expand_variables, study_parser
 
 SCRIPTS = Path(__file__).parent
 SHARED_FLAGS = {
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for contender in args.only or study["contenders"]:
         try:
             run_contender(runs, contender, args.seeds or study["seeds"])
-        except MissingRunsError as error:
+        except (MissingRunsError, UnsetVariableError) as error:
             parser.error(str(error))
     summary = summarize(runs)
     table = format_study(study, summary)
@@ -139,7 +139,7 @@ def run_once(
         shared = VISION_FLAGS if study["script"] == "train_vision.py" else SHARED_FLAGS
         for name, value in {**shared, **flags}.items():
             text = json.dumps(value) if isinstance(value, dict) else str(value).replace("{output}", directory)
-            command += [f"--{name}", os.path.expandvars(text)]
+            command += [f"--{name}", expand_variables(text)]
         print(f"{study['name']} {contender} {phase} {point} seed {flags['seed']}", flush=True)
         result = subprocess.run(
             [sys.executable, *command],

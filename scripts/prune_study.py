@@ -33,7 +33,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +52,14 @@ from mfac_hf.pruning.layout import Layout
 from mfac_hf.pruning.proposal import Proposal, write_weights
 from mfac_hf.storage import write_text
 from mfac_hf.training.fine_tuned import FineTuned, load_fine_tuned
-from mfac_hf.training.study import StudyLog, mean_and_deviation, read_study, study_parser
+from mfac_hf.training.study import (
+    StudyLog,
+    UnsetVariableError,
+    expand_variables,
+    mean_and_deviation,
+    read_study,
+    study_parser,
+)
 
 
 class Contender(TypedDict, total=False):
@@ -97,6 +103,18 @@ def main(argv: list[str] | None = None) -> str:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     results = Results(args.output / f"{study['name']}.jsonl", argv)
+    try:
+        points = run(study, args.models or list(study["models"]), results)
+    except UnsetVariableError as error:
+        parser.error(str(error))
+    table = format_table(study, points, results)
+    write_text(args.output / f"{study['name']}.md", table)
+    print(table)
+    return table
+
+
+def run(study: dict[str, Any], models: Sequence[str], results: Results) -> dict[tuple[str, int], Any]:
+    """Tune each contender and prune these models with it; return the points that were chosen."""
     points: dict[tuple[str, int], Any] = {}
     for count in [1, *(count for count in study["recomputations"] if count != 1)]:
         chosen = {
@@ -104,23 +122,17 @@ def main(argv: list[str] | None = None) -> str:
             for name in study["contenders"]
             if count in counts(study, name)
         }
-        for model in args.models or study["models"]:
+        for model in models:
             compare(study, model, {("dense", 1): {}, **chosen}, results)
         points |= chosen
-    table = format_table(study, points, results)
-    write_text(args.output / f"{study['name']}.md", table)
-    print(table)
-    return table
+    return points
 
 
 def load_study(path: Path) -> dict[str, Any]:
     """Read a study; a ValueError names the first thing that is missing or wrong."""
     keys = ("name", "task", "models", "sparsities", "recomputations", "contenders", "tuning")
     study = read_study(path, keys, Study)
-    study["models"] = {str(name): os.path.expandvars(value) for name, value in study["models"].items()}
-    study["task"] = {
-        name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in study["task"].items()
-    }
+    study["models"] = {str(name): value for name, value in study["models"].items()}
     study["sparsities"] = sorted(study["sparsities"])
     if not isinstance(study.setdefault("from_dense", 8), int) or study["from_dense"] < 1:
         raise ValueError(f"{path}: from_dense is {study['from_dense']!r}; expected a whole number, at least 1")
@@ -171,9 +183,9 @@ class Pruner:
     """A fine-tuned model that is pruned again and again from its dense weights."""
 
     def __init__(self, study: dict[str, Any], model: str, holdout_fraction: float | None = None) -> None:
-        self.task: FineTuned = load_fine_tuned(
-            study["models"][model], **study["task"], holdout_fraction=holdout_fraction
-        )
+        folder = expand_variables(study["models"][model])
+        task = {k: expand_variables(value) if isinstance(value, str) else value for k, value in study["task"].items()}
+        self.task: FineTuned = load_fine_tuned(folder, **task, holdout_fraction=holdout_fraction)
         self.model, self.from_dense = self.task.model, study["from_dense"]
         self.dense = copy.deepcopy(self.model.state_dict())
 

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,35 @@ from mfac_hf.storage import read_yaml, written_aside
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["StudyLog", "mean_and_deviation", "new_figure", "read_study", "save_figure", "study_parser"]
+__all__ = [
+    "StudyLog",
+    "UnsetVariableError",
+    "expand_variables",
+    "mean_and_deviation",
+    "new_figure",
+    "read_study",
+    "save_figure",
+    "study_parser",
+]
+
+
+class UnsetVariableError(ValueError):
+    """A study names an environment variable that is not set."""
+
+
+def expand_variables(text: str) -> str:
+    """Put the values of environment variables where a study names them: ``${NAME}/glue``.
+
+    Raises:
+        UnsetVariableError: one of them is not set; the message names it.
+    """
+    expanded = os.path.expandvars(text)
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise UnsetVariableError(
+            f"the study says {text!r}, and the environment variable {unset[1]} is not set: set it, as the head of the "
+            "study shows"
+        )
+    return expanded
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:

@@ -212,6 +212,18 @@ def test_a_run_is_a_process_whose_results_and_failures_are_kept(tmp_path, monkey
     assert bad["value"] is None and "too large" in bad["error"][0]
 
 
+def test_an_unset_variable_is_refused_and_no_failure_is_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_DATA", raising=False)
+    contenders = {"adamw": {"grid": [{"lr": 1}]}}
+    study = {**STUDY, "flags": {"dataset_name": "${NO_SUCH_DATA}/glue"}, "contenders": contenders}
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps(study))
+    with pytest.raises(SystemExit):
+        compare.main([str(path), "--output", str(tmp_path)])
+    assert "NO_SUCH_DATA is not set" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
 def test_a_contender_of_another_package_runs_through_its_own_script(tmp_path, monkeypatch):
     (tmp_path / "run_contender.py").write_text(
         "import json, sys\n"

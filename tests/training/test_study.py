@@ -7,7 +7,7 @@ from typing import TypedDict
 
 import pytest
 
-from mfac_hf.training.study import StudyLog, mean_and_deviation, new_figure, read_study, save_figure
+from mfac_hf.training.study import StudyLog, expand_variables, mean_and_deviation, new_figure, read_study, save_figure
 
 
 def test_a_log_goes_on_where_it_stopped(tmp_path):
@@ -112,3 +112,12 @@ def test_a_picture_is_written_whole(tmp_path):
     with pytest.raises(ValueError, match="other"):
         save_figure(figure, tmp_path / "new" / "x.other", dpi=20)
     assert (tmp_path / "new" / "x.other").read_text() == "before" and len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_variables_that_are_not_set_are_refused_by_name(monkeypatch):
+    monkeypatch.setenv("SOME_DATA", "/data")
+    monkeypatch.delenv("OTHER_DATA", raising=False)
+    assert expand_variables("${SOME_DATA}/glue") == "/data/glue"
+    assert expand_variables('{"cost": "5 $"}') == '{"cost": "5 $"}'
+    with pytest.raises(ValueError, match="OTHER_DATA is not set"):
+        expand_variables("${OTHER_DATA}/glue")
