@@ -1,9 +1,9 @@
 r"""A model as a file for other engines: ONNX, for ONNX Runtime and others, or OpenVINO's; in float32 or int8.
 
 Both go through PyTorch's own exporter, with batch and sequence lengths left open. With ``int8`` the weights of layers
-are rounded symmetrically, :math:`w \approx s\, q` with q from -127 to 127 and a scale s for each output: zero stays
-zero, and so a pruned model stays pruned. Activations are rounded as they come (dynamic quantization), or not at all
-where the engine finds that faster; no calibration data is needed.
+are rounded symmetrically, :math:`w \approx s\, q` with a scale s for each output and q from -127 to 127, in ONNX files
+from -64 to 64: zero stays zero, and so a pruned model stays pruned. Activations are rounded as they come (dynamic
+quantization), or not at all where the engine finds that faster; no calibration data is needed.
 
 What is written is run again, on shapes that the exporter did not see, and compared with the model.
 """
@@ -58,7 +58,7 @@ def export_model(
         directory: where the files go: ``model.onnx``, or ``openvino_model.xml`` and ``.bin``; ``config.json`` where
             the model has one; and ``export.json``, the report. All of them or none.
         export_format: ``"onnx"`` or ``"openvino"``.
-        int8: round the weights to 8 bits.
+        int8: round the weights to 8 bits, of which an ONNX file uses 7.
         companions: files to copy beside it, by their names there, such as those of a tokenizer.
 
     Returns:
@@ -211,8 +211,11 @@ def _round_onnx(path: Path) -> None:
     onnx.save(model, path)
     rounded = path.with_name("int8.onnx")
     with _quiet("root"):
+        # Processors without VNNI add pairs of products of 8 bits in 16, where they are cut off: weights have 7 bits.
         symmetric = {"WeightSymmetric": True}
-        quantize_dynamic(path, rounded, weight_type=QuantType.QInt8, per_channel=True, extra_options=symmetric)
+        quantize_dynamic(
+            path, rounded, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True, extra_options=symmetric
+        )
     for file in path.parent.glob(f"{path.name}*"):  # with what a large model keeps beside it
         file.unlink()
     rounded.rename(path)
