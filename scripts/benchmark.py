@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     names += ("plan", "plan_table", "sparse", "served")
     if not any(getattr(args, name) for name in names):
         parser.error(f"nothing to do: pass one of {', '.join(f'--{name}' for name in names)}")
+    if not args.memory_budget > 0:
+        parser.error(f"--memory_budget is {args.memory_budget:g}; expected a number of GiB above 0")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -1,7 +1,8 @@
 """One-shot pruning of decoders in the shapes of published ones, with random weights: time, memory, and text after it.
 
-Each runs in a process of its own. Memory beside the model is the most that the process held while it pruned, less what
-it held before; ``memory_budget`` bounds its largest part, the Fisher's blocks, and as much for a pass.
+Each runs in a process of its own. Memory beside the model is the most that the process held while it pruned, less the
+most before: the model and one backward pass, with a gradient of each parameter. ``memory_budget`` bounds its largest
+part, the Fisher's blocks, and as much for a pass.
 """
 
 from __future__ import annotations
