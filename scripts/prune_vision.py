@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mfac_hf.defaults import PRUNING_DAMPING_TEXT
 from mfac_hf.fisher import BlockedFisher
@@ -41,6 +43,7 @@ from mfac_hf.pruning.gradients import DataLoaderGradients
 from mfac_hf.pruning.masks import MaskSet
 from mfac_hf.pruning.options import Fisher, PruningOptions, Scope, Selection, Update
 from mfac_hf.pruning.schedule import SparsitySchedule
+from mfac_hf.pruning.trainer.distillation import copy_model, distillation_loss
 from mfac_hf.training.arguments import flag, parse_args
 from mfac_hf.training.study import new_figure, save_figure
 from mfac_hf.training.vision_arguments import (
@@ -117,6 +120,10 @@ class PruneArguments(VisionArguments):
         "after", "When to keep batch norm statistics that were re-estimated on augmented training images."
     )
     bn_images: int = flag(5120, "Images to re-estimate with.")
+    distillation_hardness: float = flag(
+        0.0, "Share in the training loss of the dense model's outputs, from 0 (none) to 1 (they alone)."
+    )
+    distillation_temperature: float = flag(2.0, "Temperature that softens the outputs of both models.")
 
     def __post_init__(self) -> None:
         """Put defaults in place of what was not given."""
@@ -135,6 +142,10 @@ class PruneArguments(VisionArguments):
         for name in ("bn_images", "perbatch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1")
+        if not 0.0 <= self.distillation_hardness <= 1.0:
+            raise ValueError(f"--distillation_hardness {self.distillation_hardness}: expected 0 to 1")
+        if not 0.0 < self.distillation_temperature < math.inf:
+            raise ValueError(f"--distillation_temperature {self.distillation_temperature}: expected above 0")
         if not self.sparsities:
             raise ValueError("--sparsities is missing: name the sparsity of each pruning step, such as .5 .75 .875")
         points = SparsitySchedule.from_list(self.sparsities, every=self.prun_every).points
@@ -222,6 +233,10 @@ class Pruner:
             seed=args.seed,
             process_group=None if args.blocksize == -1 else run.process_group,
         )
+        # Before a state is loaded the model is the dense one.
+        self.teacher = None
+        if args.distillation_hardness:
+            self.teacher = copy_model(run.bare_model).eval().requires_grad_(False)
         self.log = RunLog(args.prefix, header, state["rows"] if state is not None else ())
         if state is not None:
             run.bare_model.load_state_dict(state["model"])
@@ -264,10 +279,23 @@ class Pruner:
         self.run.save(f"{args.prefix}-prune-{round(sparsity * 1000):03d}.pth", model_state(self.run, self.masks))
         self.masks.clear_optimizer_state(model, self.optimizer)
 
+    def distil(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """The training loss with the dense model's part in it (`mfac_hf.pruning.trainer.distillation`)."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            wanted = getattr(output := self.teacher(images), "logits", output)
+        hardness, temperature = self.args.distillation_hardness, self.args.distillation_temperature
+        return (1 - hardness) * loss + hardness * distillation_loss(logits, wanted, temperature=temperature)
+
     def train_epoch(self, epoch: int, lr: float) -> None:
         """Train the survivors for one epoch, measure, and save the model."""
         set_learning_rate(self.optimizer, lr)
-        trained = self.run.train_epoch(self.optimizer, epoch, lambda: self.masks.apply(self.run.bare_model))
+        trained = self.run.train_epoch(
+            self.optimizer,
+            epoch,
+            lambda: self.masks.apply(self.run.bare_model),
+            distil=None if self.teacher is None else self.distil,
+        )
         row = {"event": "epoch", "epoch": epoch, "lr": lr, "sparsity": self.masks.sparsity, **trained}
         self.record(row | {"accuracy": self.run.evaluate()})
         self.run.save(f"{self.args.prefix}-last.pth", model_state(self.run, self.masks, epoch=epoch))

@@ -67,6 +67,9 @@ class VisionArguments:
         "test images.",
     )
     batchsize: int = flag(128, "Images in a batch, over all processes.")
+    mixed_precision: Literal["no", "bf16"] | None = flag(
+        None, "bf16 runs the model under autocast; default: what accelerate's configuration says, else no."
+    )
     nworkers: int | None = flag(None, "Processes that read images; default: none for images in memory, else up to 8.")
     weightdecay: float = flag(0.0, "Weight decay: coupled, but with adamw and with mfac --metric adam decoupled.")
     drop_at: list[int] | None = flag(None, "Epochs at which the learning rate drops.")
@@ -158,6 +161,7 @@ def build_run(args: VisionArguments) -> tuple[VisionRun, Checkpoint | None]:
         Preprocess(data, normalization),
         batch_size=args.batchsize,
         seed=args.seed,
+        mixed_precision=args.mixed_precision,
         num_workers=args.nworkers,
         augment=args.augment,
         progress=args.progress,

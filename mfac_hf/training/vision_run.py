@@ -43,6 +43,7 @@ class VisionRun:
         preprocess: normalisation and augmentation.
         batch_size: images in a batch, over all processes.
         seed: seed of everything random.
+        mixed_precision: ``"bf16"`` or ``"no"``; None for what accelerate's configuration says.
         num_workers: processes that read images; None for none where images are in memory, else up to 8.
         augment: whether training images are augmented.
         progress: whether to show progress bars.
@@ -56,6 +57,7 @@ class VisionRun:
         *,
         batch_size: int = 128,
         seed: int = 0,
+        mixed_precision: str | None = None,
         num_workers: int | None = None,
         augment: bool = True,
         progress: bool = True,
@@ -63,7 +65,7 @@ class VisionRun:
         if not 1 <= batch_size <= len(data.train):
             raise ValueError(f"batch size {batch_size}: expected 1 to {len(data.train)}, the training images")
         configuration = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed)
-        self.accelerator = Accelerator(dataloader_config=configuration)
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=configuration)
         set_seed(seed)
         self.data, self.preprocess, self.seed, self.augment, self.progress = data, preprocess, seed, augment, progress
         self._train_images = data.train
@@ -101,9 +103,7 @@ class VisionRun:
 
     def logits(self, model: nn.Module, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """The model's logits (N, classes) of a raw batch."""
-        output = model(self.preprocess(batch[0], generator))
-        logits: Tensor = getattr(output, "logits", output)
-        return logits
+        return _logits(model(self.preprocess(batch[0], generator)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a raw batch."""
@@ -121,6 +121,7 @@ class VisionRun:
         after_step: Callable[[], None] | None = None,
         curve: LossCurve | None = None,
         curve_every: int = 1,
+        distil: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> dict[str, float]:
         """Train for one epoch.
 
@@ -130,6 +131,7 @@ class VisionRun:
             after_step: called after each step.
             curve: gets the losses of this process and the time of its steps, augmentation included.
             curve_every: steps between entries of the curve.
+            distil: takes preprocessed images, logits and cross-entropy, and returns the loss to descend.
 
         Returns:
             Mean training loss and seconds.
@@ -148,7 +150,11 @@ class VisionRun:
             if curve is not None:
                 curve.begin_step()
             optimizer.zero_grad()
-            loss = F.cross_entropy(self.logits(self.model, batch, generator), batch[1])
+            images = self.preprocess(batch[0], generator)
+            logits = _logits(self.model(images))
+            loss = F.cross_entropy(logits, batch[1])
+            if distil is not None:
+                loss = distil(images, logits, loss)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss became {loss.item()} in epoch {epoch}: lower the learning rate or raise the damping"
@@ -247,6 +253,11 @@ class VisionRun:
         return tqdm(batches, desc=description, leave=False, disable=not self.progress)
 
 
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
+
+
 def learning_rate_plan(lr: float, num_epochs: int, drop_at: Sequence[int], drop_by: float) -> list[float]:
     """Learning rate of each epoch: ``lr``, multiplied by ``drop_by`` from each epoch in ``drop_at`` on.
 
@@ -302,7 +313,8 @@ def load_state(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> di
         raise ValueError(f"{path} is no state of a run: it has no arguments. Start anew without --resume")
     # What runs from before there was a choice do not name.
     older = {"metric": "identity", "fisher": "empirical", "fisher_floor": arguments.get("fisher_floor")}
-    older |= {"first_order": False, "batch_norm_samples": 0}
+    older |= {"first_order": False, "batch_norm_samples": 0, "mixed_precision": None}
+    older |= {"distillation_hardness": 0.0, "distillation_temperature": arguments.get("distillation_temperature")}
     before = {**older, **state["arguments"]}
     differing = [key for key in arguments if before.get(key) != arguments[key]]
     if differing:

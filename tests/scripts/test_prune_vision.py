@@ -7,10 +7,13 @@ import prune_vision
 import pytest
 import torch
 import train_vision
+from accelerate.state import AcceleratorState
+from torch.nn import functional as F
 
-from mfac_hf.models import read_checkpoint
+from mfac_hf.models import create_model, read_checkpoint
 from mfac_hf.storage import load_tensors, save_tensors
 from mfac_hf.training.arguments import parse_args
+from mfac_hf.training.vision_arguments import build_run
 from mfac_hf.training.vision_run import VisionRun
 
 QUIET = ["--progress", "false", "--bn_images", "128"]
@@ -124,13 +127,14 @@ class Killed(Exception):
 @pytest.mark.slow
 def test_a_gradual_run_that_is_killed_and_resumed_ends_the_same(prune, monkeypatch):
     flags = ["--nepochs", "3", "--sparsities", ".5", ".8", "--prun_every", "1", "--train_images", "192"]
+    flags += ["--distillation_hardness", ".9"]
     whole = prune(*flags)
     epoch = VisionRun.train_epoch
 
-    def dies(self, optimizer, number, after_step=None):
+    def dies(self, optimizer, number, *args, **kwargs):
         if number == 1:  # after the second pruning step
             raise Killed
-        return epoch(self, optimizer, number, after_step)
+        return epoch(self, optimizer, number, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(VisionRun, "train_epoch", dies)
@@ -149,11 +153,45 @@ def test_a_gradual_run_that_is_killed_and_resumed_ends_the_same(prune, monkeypat
 
 
 @pytest.mark.slow
+def test_the_dense_model_is_the_teacher(prune, dense, monkeypatch):
+    teacher = create_model("resnet20", num_classes=10, in_channels=1, weights=read_checkpoint(dense).weights).eval()
+    distil, seen = prune_vision.Pruner.distil, []
+
+    def checked(self, images, logits, loss):
+        found = distil(self, images, logits, loss)
+        with torch.no_grad():
+            wanted, had = (F.log_softmax(z / 3, 1) for z in (teacher(images), logits))
+        term = 9 * (wanted.exp() * (wanted - had)).sum(1).mean()
+        torch.testing.assert_close(found, 0.25 * loss + 0.75 * term)
+        seen.append(term.item())
+        return found
+
+    monkeypatch.setattr(prune_vision.Pruner, "distil", checked)
+    flags = ["--nepochs", "1", "--sparsities", ".9", "--pruner", "mag", "--train_images", "128"]
+    rows = prune(*flags, "--distillation_hardness", ".75", "--distillation_temperature", "3")
+    assert len(seen) == 1 and seen[0] > 0.1
+    assert rows[-1]["event"] == "epoch"
+
+
+def test_mixed_precision_runs_the_passes_of_training_and_pruning():
+    dtypes = []
+    for precision in ("bf16", "no"):
+        AcceleratorState._reset_state()  # one for the whole process otherwise
+        run, _ = build_run(arguments("--mixed_precision", precision))
+        run.bare_model.conv1.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        images = next(iter(run.train_loader))
+        assert run.logits(run.model, images).dtype == torch.float32
+        run.loss(run.bare_model, images)
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+@pytest.mark.slow
 def test_a_state_without_a_fisher_is_one_of_the_empirical(prune):
     flags = ["--nepochs", "0", "--sparsities", ".5", "--nrecomps", "1"]
     rows = prune(*flags, "--fisher", "empirical")
     state = load_tensors("out/model.state")
-    for name in ("fisher", "fisher_floor", "first_order", "batch_norm_samples"):
+    newer = ("fisher", "fisher_floor", "first_order", "batch_norm_samples", "mixed_precision")
+    for name in (*newer, "distillation_hardness", "distillation_temperature"):
         del state["arguments"][name]
     save_tensors("out/model.state", state)
     assert prune(*flags, "--fisher", "empirical", "--resume") == rows
@@ -195,6 +233,8 @@ def test_a_few_blocks_at_a_time_prune_the_same_weights(prune):
         ("--nepochs 0 --sparsities .5 .6 --ngrads_schedule 4 4 4", "has 3 numbers for 2 pruning steps"),
         ("--nepochs 0 --sparsities .5 --blocksize 0", "--blocksize 0: expected at least 1, or -1"),
         ("--nepochs 0 --sparsities .5 --prundamp 0", "damping is 0.0"),
+        ("--nepochs 1 --sparsities .5 --distillation_hardness 1.5", "--distillation_hardness 1.5: expected 0 to 1"),
+        ("--nepochs 1 --sparsities .5 --distillation_temperature 0", "--distillation_temperature 0.0: expected above"),
         ("--nepochs 0 --sparsities .5 --fisher_floor 0", "fisher_floor is 0.0"),
         ("--nepochs 0 --sparsities .5 --prun_batchsize 0", "grad_batch_size is 0"),
         ("--nepochs 0 --sparsities .5 --ngrads_schedule 1000", "1437 examples give 359"),

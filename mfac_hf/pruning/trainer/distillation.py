@@ -29,7 +29,7 @@ from transformers import TrainingArguments
 from mfac_hf.pruning.trainer.checkpoint import fingerprint
 from mfac_hf.storage import written_aside
 
-__all__ = ["Distillation", "distillation_loss"]
+__all__ = ["Distillation", "copy_model", "distillation_loss"]
 
 TEACHER_NAME = "teacher.safetensors"
 _IGNORED_LABEL = -100
@@ -94,7 +94,7 @@ class Distillation:
     def take(self, model: nn.Module) -> None:
         """Take a copy of the model, as it is now, for the teacher."""
         self.end()
-        teacher = _copy(model)
+        teacher = copy_model(model)
         self.mark = fingerprint(teacher.parameters())
         self._attach(model, teacher)
 
@@ -137,7 +137,7 @@ class Distillation:
                 "the file there, or pass the same teacher to Distillation(teacher=...)"
             )
         self.end()
-        teacher = _copy(model)
+        teacher = copy_model(model)
         try:
             load_model(teacher, str(file))
         except (SafetensorError, RuntimeError) as error:
@@ -218,7 +218,7 @@ def _is_regression(model: nn.Module) -> bool:
     return problem == "regression" or getattr(config, "num_labels", None) == 1
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
     """Return a copy that computes with its own weights, under the same mixed precision."""
     teacher = copy.deepcopy(model)
     wrapped = vars(teacher).get("forward")  # accelerate binds a method; a plain function would call the student
