@@ -102,7 +102,7 @@ class PruneArguments(VisionArguments):
         None, "greedy (default with blocks) updates all costs after each removed weight; diagonal is the paper's."
     )
     update: Update = flag(
-        PruningOptions.update, "Update of the surviving weights: joint is exact for all removed; sum is the paper's."
+        PruningOptions.update, "Update of the survivors: joint is exact for all removed; sum is the paper's; none."
     )
     pattern: str = flag(PruningOptions.pattern, "unstructured, 2:4 (any N:M) or block4 (any length).")
     scope: Scope = flag(

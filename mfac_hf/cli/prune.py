@@ -84,7 +84,8 @@ def _add_method(group: Any) -> None:
         f"(default: {PRUNING_DAMPING_TEXT})",
     )
     add("selection", "how weights are chosen; diagonal is the paper's way", choices=get_args(Selection))
-    add("update", "how the other weights make up for them; sum is the paper's way", choices=get_args(Update))
+    makes_up = "how the other weights make up for them; sum is the paper's way, none leaves them alone"
+    add("update", makes_up, choices=get_args(Update))
     add("pattern", "unstructured, 2:4 (any N:M), block4 (any length)")
     add("scope", "rank the weights of all targets together, or prune each alike", choices=get_args(Scope))
     group.add_argument(

@@ -280,6 +280,8 @@ class _Step:
         fisher.damping = proposal.damping
         if self.options.update == "joint":
             moved_L = obs.joint_update(weights_L, kept_L, keep_L, fisher)
+        elif self.options.update == "none":
+            moved_L = weights_L.masked_fill(~keep_L, 0)
         else:
             moved_L = obs.summed_update(weights_L, kept_L, keep_L, fisher, self.pattern)
         proposal.weights[name] = self.places[name].spread(moved_L)

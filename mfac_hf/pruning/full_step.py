@@ -67,6 +67,8 @@ def full_step(
     stays_D = torch.cat([keep[name][index.cpu()] for name, index in at.items()])
     if options.update == "joint":
         moved_D = fisher.joint_update(weights_D, torch.ones_like(stays_D), stays_D)
+    elif options.update == "none":
+        moved_D = weights_D.masked_fill(~stays_D, 0)
     else:
         pull_D = torch.where(stays_D, 0, weights_D / diagonal_D)
         moved_D = (weights_D - fisher.solve(pull_D)).masked_fill(~stays_D, 0)

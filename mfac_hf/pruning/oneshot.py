@@ -80,7 +80,7 @@ def prune_one_shot(
         damping: number added to the Fisher's diagonal, or ``"auto"``; None for the default of the Fisher.
         recomputations: sub-steps, with new gradients in each.
         selection: ``"greedy"``, or ``"diagonal"`` as in the paper.
-        update: ``"joint"``, or ``"sum"`` as in the paper.
+        update: ``"joint"``, ``"sum"`` as in the paper, or ``"none"``.
         pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
         scope: ``"global"`` ranks all targets together, ``"uniform"`` prunes each alike.
         first_order: whether the survivors of each sub-step also take a step down the loss, of a length that is

@@ -28,7 +28,7 @@ __all__ = [
 Method = Literal["mfac", "magnitude"]
 Fisher = Literal["scaled", "empirical"]
 Selection = Literal["greedy", "diagonal"]
-Update = Literal["joint", "sum"]
+Update = Literal["joint", "sum", "none"]
 Scope = Literal["global", "uniform"]
 
 AUTO_LOSS_SAMPLES, FIRST_ORDER_LOSS_SAMPLES = 256, 1024
@@ -63,7 +63,8 @@ class PruningOptions:
         selection: ``"greedy"`` removes one weight after the other and updates the costs of the rest; ``"diagonal"``
             takes all costs from one inverse, as the paper does.
         update: move of the surviving weights: ``"joint"`` to the exact minimum for the removed set; ``"sum"`` by the
-            sum of what each removed weight alone would ask for, as the paper does.
+            sum of what each removed weight alone would ask for, as the paper does; ``"none"`` leaves them as they are,
+            so that the Fisher decides only which weights go.
         pattern: ``"unstructured"``, ``"2:4"`` (or another N:M), ``"block4"`` (or another length).
         scope: ``"global"`` ranks the weights of all targets together, ``"uniform"`` prunes every target alike.
         first_order: whether the survivors of each sub-step also take a step down the loss, along its mean gradient

@@ -59,6 +59,19 @@ def test_the_joint_update_is_the_best_for_the_same_weights(model, trained):
     assert 0 < joint.predicted_loss_increase < summed.predicted_loss_increase
 
 
+def test_without_an_update_only_the_choice_is_the_fishers(model, trained):
+    options = {"recomputations": 1, "block_size": 48}
+    joint = one_shot(model, 0.6, **options)
+    model.load_state_dict(trained)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    chosen = one_shot(model, 0.6, update="none", **options)
+    assert chosen.masks == joint.masks
+    assert chosen.predicted_loss_increase > joint.predicted_loss_increase > 0
+    for name, parameter in model.named_parameters():
+        expected = before[name] * chosen.masks[name] if name in chosen.masks else before[name]
+        assert torch.equal(parameter, expected), name
+
+
 def test_a_block_has_consecutive_weights_of_those_that_are_left(model):
     """26 of 144 weights are left and a block has 26: the update is the dense one over all of them."""
     weight = model[2].weight
