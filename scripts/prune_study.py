@@ -345,35 +345,42 @@ def compare(study: dict[str, Any], model: str, points: dict[tuple[str, int], Any
 
 
 def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], results: Results) -> str:
-    """The results as Markdown: mean ± standard deviation of the metric over the models."""
+    """The results as Markdown: mean ± standard deviation over the models, of the metric and of the loss."""
     lines = [
         f"# {study['name']}",
         "",
         f"{study['task']['task']}, models {', '.join(study['models'])}; pruned without training. Points chosen by the "
         f"loss on a held-out {study['tuning']['holdout_fraction']:g} of the training split at "
-        f"{study['tuning']['sparsity']:.0%}; the table is on the validation split.",
-        "",
-        "| method | recomputations | chosen | " + " | ".join(f"{s:.0%}" for s in study["sparsities"]) + " |",
-        "| --- | --- | --- |" + " --- |" * len(study["sparsities"]),
+        f"{study['tuning']['sparsity']:.0%}; the tables are on the validation split.",
     ]
 
-    def cells(name: str, count: int, point: dict[str, Any]) -> list[str]:
+    def cells(column: str, name: str, count: int, point: dict[str, Any]) -> list[str]:
         keys = [result_keys(study, model, name, count, point) for model in study["models"]]
-        return [
-            _cell([row["metric"] for key in keys if (row := results.find(**key[sparsity]))]) for sparsity in keys[0]
+        found = [[row[column] for key in keys if (row := results.find(**key[sparsity]))] for sparsity in keys[0]]
+        return [_cell(values, column) for values in found]
+
+    for column in ("metric", "loss"):
+        lines += [
+            "",
+            f"{column.capitalize()}; dense: {cells(column, 'dense', 1, {})[0]}.",
+            "",
+            "| method | recomputations | chosen | " + " | ".join(f"{s:.0%}" for s in study["sparsities"]) + " |",
+            "| --- | --- | --- |" + " --- |" * len(study["sparsities"]),
         ]
-
-    rows = [(name, count) for name in study["contenders"] for count in counts(study, name)]
-    for name, count in rows:
-        point = points[name, count]
-        chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
-        shown = [name, "" if is_magnitude(study, name) else str(count), chosen, *cells(name, count, point)]
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join([*lines, "", f"Dense: {cells('dense', 1, {})[0]}."]) + "\n"
+        for name, count in [(name, count) for name in study["contenders"] for count in counts(study, name)]:
+            point = points[name, count]
+            chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
+            shown = [name, "" if is_magnitude(study, name) else str(count), chosen, *cells(column, name, count, point)]
+            lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def _cell(values: list[float]) -> str:
-    return mean_and_deviation([100 * value if abs(value) <= 1 else value for value in values]) if values else ""
+def _cell(values: list[float], column: str) -> str:
+    if not values:
+        return ""
+    if column == "loss":
+        return mean_and_deviation(values, digits=3)
+    return mean_and_deviation([100 * value if abs(value) <= 1 else value for value in values])
 
 
 if __name__ == "__main__":

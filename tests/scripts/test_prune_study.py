@@ -65,7 +65,9 @@ def test_a_study_is_finished_once(study, tmp_path, monkeypatch):
             assert row["key"]["point"] == min(tuning[row["key"]["recomputations"]], key=lambda entry: entry[0])[1]
     assert {row["key"]["sparsity"] for row in rows if row["key"]["phase"] == "result"} == {0.0, 0.5, 0.8}
     lines = [line for line in table.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| magnitude", "| ours", "| ours"]
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| magnitude", "| ours", "| ours"]
+    losses = [row["loss"] for row in rows if row["key"].get("contender") == "magnitude"]
+    assert [f"{loss:.3f}" for loss in losses] == lines[7].strip("| ").split(" | ")[-2:]
     assert "| 50% | 80% |" in lines[0] and (tmp_path / "tiny.md").read_text() == table
 
     monkeypatch.setattr(prune_study, "load_fine_tuned", None)  # nothing is loaded when all is there
@@ -87,15 +89,13 @@ def test_each_row_says_how_many_recomputations():
 
     class Found:
         def find(self, **key):
-            return {"metric": 0.5 + 0.01 * key["recomputations"]}
+            return {"metric": 0.5 + 0.01 * key["recomputations"], "loss": 0.25}
 
     points = {("magnitude", 1): {}, ("scaled", 1): {}, ("scaled", 4): {}}
     lines = [line for line in prune_study.format_table(study, points, Found()).splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1:3] for line in lines[2:]] == [
-        [" magnitude ", "  "],
-        [" scaled ", " 1 "],
-        [" scaled ", " 4 "],
-    ]
+    rows = [[" magnitude ", "  "], [" scaled ", " 1 "], [" scaled ", " 4 "]]
+    assert [line.split("|")[1:3] for line in lines[2:5]] == [line.split("|")[1:3] for line in lines[7:]] == rows
+    assert [line.split("|")[4].strip() for line in lines[4:10:5]] == ["54.0", "0.250"]
 
 
 @pytest.mark.slow
