@@ -359,6 +359,7 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], resu
         found = [[row[column] for key in keys if (row := results.find(**key[sparsity]))] for sparsity in keys[0]]
         return [_cell(values, column) for values in found]
 
+    rows = [(name, count) for name in study["contenders"] for count in counts(study, name)]
     for column in ("metric", "loss"):
         lines += [
             "",
@@ -367,7 +368,7 @@ def format_table(study: dict[str, Any], points: dict[tuple[str, int], Any], resu
             "| method | recomputations | chosen | " + " | ".join(f"{s:.0%}" for s in study["sparsities"]) + " |",
             "| --- | --- | --- |" + " --- |" * len(study["sparsities"]),
         ]
-        for name, count in [(name, count) for name in study["contenders"] for count in counts(study, name)]:
+        for name, count in rows:
             point = points[name, count]
             chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
             shown = [name, "" if is_magnitude(study, name) else str(count), chosen, *cells(column, name, count, point)]
