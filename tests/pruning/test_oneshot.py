@@ -101,7 +101,7 @@ def test_an_already_sparse_model_is_pruned_further(model):
         ({"damping": math.nan}, "damping is nan"),
         ({"method": "random"}, "method is 'random'; expected one of mfac, magnitude"),
         ({"selection": "best"}, "selection is 'best'"),
-        ({"update": "none"}, "update is 'none'"),
+        ({"update": "exact"}, "update is 'exact'"),
         ({"scope": "local"}, "scope is 'local'"),
         ({"pattern": "4:2"}, "pattern is '4:2'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "allows at most 0.5"),
