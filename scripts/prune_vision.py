@@ -54,7 +54,7 @@ from mfac_hf.training.vision_arguments import (
     model_state,
     set_learning_rate,
 )
-from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state
+from mfac_hf.training.vision_run import RunLog, VisionRun, learning_rate_plan, load_state, logits_of
 from mfac_hf.training.vision_window import resume_optimizer, save_state
 
 
@@ -102,7 +102,7 @@ class PruneArguments(VisionArguments):
         None, "greedy (default with blocks) updates all costs after each removed weight; diagonal is the paper's."
     )
     update: Update = flag(
-        PruningOptions.update, "Update of the survivors: joint is exact for all removed; sum is the paper's; none."
+        PruningOptions.update, "Update of the survivors: joint (exact for all removed), sum (the paper's) or none."
     )
     pattern: str = flag(PruningOptions.pattern, "unstructured, 2:4 (any N:M) or block4 (any length).")
     scope: Scope = flag(
@@ -283,7 +283,7 @@ class Pruner:
         """The training loss with the dense model's part in it (`mfac_hf.pruning.trainer.distillation`)."""
         assert self.teacher is not None
         with torch.no_grad():
-            wanted = getattr(output := self.teacher(images), "logits", output)
+            wanted = logits_of(self.teacher(images))
         hardness, temperature = self.args.distillation_hardness, self.args.distillation_temperature
         return (1 - hardness) * loss + hardness * distillation_loss(logits, wanted, temperature=temperature)
 

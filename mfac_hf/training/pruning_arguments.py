@@ -57,7 +57,7 @@ class PruningArguments:
         PruningOptions.selection, "greedy updates all costs after each removed weight; diagonal is the paper's."
     )
     prune_update: Update = flag(
-        PruningOptions.update, "Update of the survivors: joint is exact for all removed; sum is the paper's; none."
+        PruningOptions.update, "Update of the survivors: joint (exact for all removed), sum (the paper's) or none."
     )
     prune_pattern: str = flag(PruningOptions.pattern, "unstructured, 2:4 (any N:M) or block4 (any length).")
     prune_scope: Scope = flag(

@@ -26,7 +26,7 @@ from mfac_hf.tasks.vision import FolderImages, VisionData, whole_batch
 from mfac_hf.tasks.vision_preprocess import AugmentedImages, Preprocess
 from mfac_hf.training.curve import LossCurve
 
-__all__ = ["RunLog", "VisionRun", "learning_rate_plan", "load_state"]
+__all__ = ["RunLog", "VisionRun", "learning_rate_plan", "load_state", "logits_of"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -103,7 +103,7 @@ class VisionRun:
 
     def logits(self, model: nn.Module, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """The model's logits (N, classes) of a raw batch."""
-        return _logits(model(self.preprocess(batch[0], generator)))
+        return logits_of(model(self.preprocess(batch[0], generator)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a raw batch."""
@@ -134,7 +134,7 @@ class VisionRun:
             distil: takes preprocessed images, logits and cross-entropy, and returns the loss to descend.
 
         Returns:
-            Mean training loss and seconds.
+            Mean of the loss that was descended, and seconds.
 
         Raises:
             FloatingPointError: the loss of a step is not finite.
@@ -151,7 +151,7 @@ class VisionRun:
                 curve.begin_step()
             optimizer.zero_grad()
             images = self.preprocess(batch[0], generator)
-            logits = _logits(self.model(images))
+            logits = logits_of(self.model(images))
             loss = F.cross_entropy(logits, batch[1])
             if distil is not None:
                 loss = distil(images, logits, loss)
@@ -253,7 +253,8 @@ class VisionRun:
         return tqdm(batches, desc=description, leave=False, disable=not self.progress)
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits (N, classes) of what a model returned: a tensor, or an output with ``logits``."""
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
